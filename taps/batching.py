@@ -1,0 +1,69 @@
+"""Continuous batching: jobs of many sessions, one worker thread, each step takes whatever waits.
+
+Knows futures and threads; nothing of what a job is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+T = TypeVar("T")
+
+
+class Batcher(Generic[Job, Result]):
+    """Runs `step` on all waiting jobs, over and over, in a thread of its own.
+
+    `step` returns one entry per job: its result, None to keep it waiting for a further step (a prompt
+    prefilled in chunks), or an exception, which fails that job alone. The queue is bounded by the callers:
+    a session waits for its job before it submits the next.
+    """
+
+    def __init__(
+        self, step: Callable[[Sequence[Job]], Sequence[Result | Exception | None]], name: str
+    ) -> None:
+        self._step = step
+        self._waiting: list[tuple[Job, asyncio.Future[Result]]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._runner: asyncio.Task[None] | None = None
+
+    async def submit(self, job: Job) -> Result:
+        """The job's result. Cancelling the caller takes the job out before the next step."""
+        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._waiting.append((job, done))
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._run())
+        return await done
+
+    async def between_steps(self, action: Callable[[], T]) -> T:
+        """Run `action` in the worker thread, never during a step: for opening and freeing sessions."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, action)
+
+    async def _run(self) -> None:
+        while jobs := self._take():
+            results = await self._run_step([job for job, _ in jobs])
+            for (_, done), result in zip(jobs, results, strict=True):
+                if done.done() or result is None:
+                    continue
+                if isinstance(result, Exception):
+                    done.set_exception(result)
+                else:
+                    done.set_result(result)
+
+    def _take(self) -> list[tuple[Job, asyncio.Future[Result]]]:
+        self._waiting = [(job, done) for job, done in self._waiting if not done.done()]
+        return list(self._waiting)
+
+    async def _run_step(self, jobs: list[Job]) -> Sequence[Result | Exception | None]:
+        """A step that raises fails its jobs, not the batcher: the callers decide what to do."""
+        try:
+            return await self.between_steps(lambda: self._step(jobs))
+        except Exception as error:  # whatever a model raises must reach the waiting sessions
+            return [error] * len(jobs)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,46 @@
+"""Merging: all drafters' trees in one. Knows trees and probabilities; nothing of who drew them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from taps.tree import ROOT, ProposalTree
+
+
+def merged(trees: Sequence[ProposalTree], root: int, num_nodes: int) -> ProposalTree:
+    """The best `num_nodes` of the union as a trie, where a node's token path is its identity.
+
+    Drafters that propose the same path give one node that all of them own, scored by the most confident.
+    """
+    place: dict[tuple[int, int], int] = {}  # (merged parent, token) -> merged node
+    tokens, parents, scores, owners = [root], [-1], [0.0], [0]
+    for tree in trees:
+        merged_at = [ROOT] * len(tree)
+        for i in range(1, len(tree)):
+            parent, token = merged_at[tree.parents[i]], tree.tokens[i]
+            node = place.setdefault((parent, token), len(tokens))
+            merged_at[i] = node
+            if node == len(tokens):
+                tokens.append(token)
+                parents.append(parent)
+                scores.append(tree.scores[i])
+                owners.append(tree.owners[i])
+            else:
+                scores[node] = max(scores[node], tree.scores[i])
+                owners[node] |= tree.owners[i]
+    union = list(zip(tokens, parents, scores, owners, strict=True))[1:]
+    return ProposalTree.ordered(root, union, num_nodes)
+
+
+def concatenated(trees: Sequence[ProposalTree], root: int, num_nodes: int | None = None) -> ProposalTree:
+    """The paper's variant (TAPS, section 3.3): trees side by side under the root, duplicates kept.
+
+    `num_nodes` None keeps every node. For the study only: it accepts what the unbudgeted union accepts.
+    """
+    nodes: list[tuple[int, int, float, int]] = []
+    for tree in trees:
+        offset = len(nodes)
+        for i in range(1, len(tree)):
+            parent = tree.parents[i]
+            nodes.append((tree.tokens[i], parent and parent + offset, tree.scores[i], tree.owners[i]))
+    return ProposalTree.ordered(root, nodes, len(nodes) + 1 if num_nodes is None else num_nodes)

@@ -1,0 +1,83 @@
+"""What a session has decided so far: its tokens, and the newest of the target's features.
+
+Knows positions; nothing of who reads them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from taps.target import Verdict
+
+
+@dataclass(frozen=True)
+class ContextDelta:
+    """News for a drafter: tokens it has not seen and the features that go with them.
+
+    Feature i belongs to absolute position `feature_start + i`; `start + len(tokens)` tokens are decided, the
+    last one (the root) has no feature yet.
+    """
+
+    start: int  # absolute position of tokens[0]
+    tokens: tuple[int, ...]
+    feature_start: int
+    features: Tensor  # [m, H]
+
+    @property
+    def root(self) -> int:
+        return self.tokens[-1]
+
+    @property
+    def end(self) -> int:
+        """Tokens decided, the root included."""
+        return self.start + len(self.tokens)
+
+
+class Context:
+    """Tokens of one session and a bounded window of features."""
+
+    def __init__(self, prompt: Sequence[int], feature_window: int) -> None:
+        self.tokens = list(prompt)
+        self.prompt_length = len(prompt)
+        self.feature_window = feature_window
+        self._features: deque[Tensor] = deque()
+        self._num_features = 0
+
+    @property
+    def root(self) -> int:
+        return self.tokens[-1]
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
+    def extend(self, verdict: Verdict) -> None:
+        """Take in what the target decided."""
+        self.tokens += verdict.tokens
+        self._features.append(verdict.features)
+        self._num_features += len(verdict.features)
+        while self._num_features - len(self._features[0]) >= self.feature_window:
+            self._num_features -= len(self._features.popleft())
+
+    def since(self, known: int) -> ContextDelta:
+        """What happened after the first `known` tokens.
+
+        Features of the window's positions from `known - 1` on: the pair of a token and the feature before
+        it is complete once the token is known.
+        """
+        first = len(self.tokens) - 1 - self._num_features
+        wanted = max(known - 1, first, len(self.tokens) - 1 - self.feature_window, 0)
+        missing = len(self.tokens) - 1 - wanted
+        newest: list[Tensor] = []
+        for chunk in reversed(self._features):
+            if missing <= 0:
+                break
+            newest.append(chunk[-missing:])
+            missing -= len(newest[-1])
+        features = torch.cat(newest[::-1]) if newest else torch.empty(0, 0)
+        return ContextDelta(known, tuple(self.tokens[known:]), wanted, features)

@@ -1,0 +1,167 @@
+"""The decoding loop: propose, compose, verify (which accepts and commits), deliver.
+
+Drafters and verifiers are two small async protocols; whether they live in this process or on another
+machine is not known here. Plain decoding is the same loop without drafters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from taps.context import Context, ContextDelta
+from taps.sampling import SamplingParams
+from taps.target import Verdict
+from taps.tree import ProposalTree
+
+Compose = Callable[[Sequence[ProposalTree], int, int], ProposalTree]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the loop asks of each drafter in every step."""
+
+    num_nodes: int = 16  # nodes of a tree, root included
+    depth: int = 4  # drafted tokens below the root
+    top_k: int = 4  # children per node, and nodes extended per level
+    sampling: SamplingParams | None = None  # couples the drafts to the target's noise; None ranks by q
+
+
+class DrafterGone(ConnectionError):
+    """The drafter's process is lost; the session goes on without it."""
+
+
+class VerifierGone(ConnectionError):
+    """The verifier's process is lost; the session must resume on another one."""
+
+
+class DrafterSession(Protocol):
+    """One session's side of a drafter."""
+
+    index: int  # the bit that marks its nodes
+    name: str
+
+    async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
+        """Take in what the target decided since the last call and draft from the new root.
+
+        Raises `DrafterGone`.
+        """
+        ...
+
+
+class VerifierSession(Protocol):
+    """One session's side of the verifier."""
+
+    async def prefill(self, tokens: Sequence[int], num_generated: int, feature_window: int) -> Verdict:
+        """Append tokens, the last `num_generated` of them generated before; decide one more token."""
+        ...
+
+    async def verify(self, tree: ProposalTree) -> Verdict:
+        """Check a tree whose root is the token decided last. Raises `VerifierGone`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one turn of the loop delivered."""
+
+    verdict: Verdict
+    draft_ms: float  # waiting for drafters
+    verify_ms: float  # waiting for the verifier
+
+
+async def decode(
+    context: Context,
+    verifier: VerifierSession,
+    panel: Panel,
+    compose: Compose,
+    ask: Ask,
+) -> AsyncIterator[Step]:
+    """Decode until the caller stops iterating.
+
+    The verifier's session is fresh; `context` holds the prompt, and when a session resumes the tokens
+    decided so far. Every verdict yields at least one token.
+    """
+    started = time.perf_counter()
+    verdict = await verifier.prefill(context.tokens, context.num_generated, context.feature_window)
+    context.extend(verdict)
+    yield Step(verdict, 0.0, (time.perf_counter() - started) * 1e3)
+    while True:
+        started = time.perf_counter()
+        trees = await panel.propose(context, ask)
+        tree = compose(trees, context.root, ask.num_nodes)
+        drafted = time.perf_counter()
+        verdict = await verifier.verify(tree)
+        context.extend(verdict)
+        yield Step(verdict, (drafted - started) * 1e3, (time.perf_counter() - drafted) * 1e3)
+
+
+class Panel:
+    """The drafters of one session: asked all at once, never waited for beyond the deadline.
+
+    A drafter that is late is left out of this step and asked again once its answer has arrived; one that
+    is gone is left out for good (whoever owns the panel may add a new one).
+    """
+
+    def __init__(self, drafters: Sequence[DrafterSession] = (), deadline_s: float = 1.0) -> None:
+        self._deadline_s = deadline_s
+        self._known: dict[DrafterSession, int] = dict.fromkeys(drafters, 0)
+        self._pending: dict[DrafterSession, asyncio.Task[ProposalTree]] = {}
+
+    def add(self, drafter: DrafterSession) -> None:
+        self._known[drafter] = 0
+
+    @property
+    def drafters(self) -> list[DrafterSession]:
+        return list(self._known)
+
+    async def propose(self, context: Context, ask: Ask) -> list[ProposalTree]:
+        """The trees of the drafters that answered in time, each owned by its drafter."""
+        asked = [drafter for drafter in self._known if self._idle(drafter)]
+        tasks = {drafter: self._ask(drafter, context, ask) for drafter in asked}
+        if tasks:
+            await asyncio.wait(tasks.values(), timeout=self._deadline_s)
+        trees = []
+        for drafter, task in tasks.items():
+            if not task.done():
+                self._pending[drafter] = task
+            elif (tree := self._tree_of(drafter, task)) is not None and tree.tokens[0] == context.root:
+                trees.append(tree.owned_by(drafter.index))
+        return trees
+
+    def _ask(self, drafter: DrafterSession, context: Context, ask: Ask) -> asyncio.Task[ProposalTree]:
+        delta = context.since(self._known[drafter])
+        self._known[drafter] = len(context.tokens)
+        return asyncio.create_task(_as_coroutine(drafter, delta, ask))
+
+    def _idle(self, drafter: DrafterSession) -> bool:
+        """Whether the drafter may be asked: its late answer, if it owed one, has arrived."""
+        task = self._pending.get(drafter)
+        if task is None:
+            return True
+        if not task.done():
+            return False
+        del self._pending[drafter]
+        return self._tree_of(drafter, task) is not None
+
+    def _tree_of(self, drafter: DrafterSession, task: asyncio.Task[ProposalTree]) -> ProposalTree | None:
+        """The task's tree; None when the drafter is gone, which takes it off the panel."""
+        try:
+            return task.result()
+        except DrafterGone:
+            del self._known[drafter]
+            return None
+
+    async def close(self) -> None:
+        """Cancel what is still owed; the drafters' sessions belong to whoever opened them."""
+        for task in self._pending.values():
+            task.cancel()
+        await asyncio.gather(*self._pending.values(), return_exceptions=True)
+        self._pending.clear()
+
+
+async def _as_coroutine(drafter: DrafterSession, delta: ContextDelta, ask: Ask) -> ProposalTree:
+    return await drafter.propose(delta, ask)

@@ -1,0 +1,52 @@
+"""Verifier and drafters in this process: the plain twins of the deployments.
+
+Training, evaluation and tests decode through these; the deployments serve the very same objects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from taps.batching import Batcher
+from taps.sampling import SamplingParams
+from taps.target import Job, PrefillJob, Target, TargetSession, Verdict, VerifyJob
+from taps.tree import ProposalTree
+
+
+class LocalVerifier:
+    """A target served to many sessions by continuous batching."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._batcher: Batcher[Job, Verdict] = Batcher(target.step, "verifier")
+
+    @asynccontextmanager
+    async def session(self, params: SamplingParams) -> AsyncIterator[LocalVerifierSession]:
+        """A session that owns a cache slot until the block ends. Raises `CacheFull`."""
+        state = await self._batcher.between_steps(lambda: self.target.open(params))
+        try:
+            yield LocalVerifierSession(self._batcher, state)
+        finally:
+            await asyncio.shield(self._batcher.between_steps(lambda: self.target.close(state)))
+
+    def close(self) -> None:
+        self._batcher.close()
+
+
+class LocalVerifierSession:
+    """Implements `taps.decoding.VerifierSession`."""
+
+    def __init__(self, batcher: Batcher[Job, Verdict], state: TargetSession) -> None:
+        self._batcher = batcher
+        self._state = state
+
+    async def prefill(self, tokens: Sequence[int], num_generated: int, feature_window: int) -> Verdict:
+        generated = tokens[len(tokens) - num_generated :]
+        return await self._batcher.submit(
+            PrefillJob(self._state, tokens, generated=generated, feature_window=feature_window)
+        )
+
+    async def verify(self, tree: ProposalTree) -> Verdict:
+        return await self._batcher.submit(VerifyJob(self._state, tree))

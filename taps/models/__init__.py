@@ -1,0 +1,1 @@
+"""Tensors: the KV cache, tree attention, the draft head and checkpoints."""

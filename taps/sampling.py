@@ -1,0 +1,132 @@
+"""From logits to a token: shaping, and sampling by noise that depends on the position alone.
+
+`token = argmax(log p + g)` with Gumbel noise g from a stateless hash of (seed, choice, absolute
+position, token id). Whoever computes the same logits at the same position draws the same token, in any
+process and on any device: this is what makes speculative output equal plain sampling.
+
+Knows logits and token counts; nothing of trees, models or sessions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+# The largest spread the noise can bridge: u lies in [2**-33, 1 - 2**-33].
+_NOISE_SPREAD = -math.log(-math.log1p(-(2.0**-33))) + math.log(-math.log(2.0**-33))
+_NUCLEUS_CANDIDATES = 1024
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the target's next token is chosen. Temperature 0 is greedy decoding."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 keeps every token
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0  # unsigned 64 bits
+    choice: int = 0  # index among the choices of one request; each has its own noise
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the history of generated tokens changes the distribution."""
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def _splitmix64(x: int) -> int:
+    """One round of SplitMix64 (Steele et al. 2014), on Python integers."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK64
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return x ^ (x >> 31)
+
+
+def _mix32(x: Tensor) -> Tensor:
+    """A 32-bit finaliser with low bias, in place on int64 values below 2**32."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x &= _MASK32
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x &= _MASK32
+    x ^= x >> 16
+    return x
+
+
+def gumbel_noise(seed: int, choice: int, position: int, token_ids: Tensor) -> Tensor:
+    """Standard Gumbel noise for `token_ids` at one absolute position.
+
+    The integer hash gives the same bits on every device. Args: token_ids [n] int64. Returns [n] float64.
+    """
+    key = _splitmix64(_splitmix64(_splitmix64(seed & _MASK64) ^ choice) ^ position)
+    hashed = _mix32(token_ids ^ (key & _MASK32))
+    hashed ^= key >> 32
+    uniform = _mix32(hashed).double().add_(0.5).mul_(2.0**-32)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def shape_logits(logits: Tensor, params: SamplingParams, counts: Mapping[int, int]) -> Tensor:
+    """Penalties, temperature, top-k and top-p, in this order; excluded tokens get -inf.
+
+    Args: logits [V], any float type; counts: how often each token was generated so far (the prompt does
+    not count). Returns [V] float32, unnormalised log-probabilities. At temperature 0 only penalties apply.
+    Tokens that tie with the last one kept are kept too, so the result does not depend on a sort's order.
+    """
+    shaped = logits.float()
+    if params.penalised and counts:
+        ids = torch.tensor(list(counts), device=logits.device)
+        times = torch.tensor(list(counts.values()), device=logits.device, dtype=torch.float32)
+        penalty = params.frequency_penalty * times + params.presence_penalty
+        shaped = shaped.index_add(0, ids, penalty, alpha=-1.0)
+    if params.greedy:
+        return shaped
+    shaped = shaped / params.temperature
+    if 0 < params.top_k < shaped.numel():
+        edge = shaped.topk(params.top_k).values[-1]
+        shaped = shaped.masked_fill(shaped < edge, -math.inf)
+    if params.top_p < 1.0:
+        shaped = shaped.masked_fill(shaped < _nucleus_edge(shaped, params.top_p), -math.inf)
+    return shaped
+
+
+def _nucleus_edge(shaped: Tensor, top_p: float) -> Tensor:
+    """The smallest log-weight in the nucleus: the fewest best tokens whose mass reaches `top_p`."""
+    total = shaped.logsumexp(0)
+    for candidates in (min(_NUCLEUS_CANDIDATES, shaped.numel()), shaped.numel()):
+        best = shaped.topk(candidates).values
+        mass = (best - total).exp().cumsum(0)
+        if candidates == shaped.numel() or mass[-1] >= top_p:
+            break
+    inside = int((mass < top_p).sum())
+    return best[min(inside, candidates - 1)]
+
+
+def first_argmax(values: Tensor) -> int:
+    """Index of the largest value; the lowest index among equals, on every device."""
+    return int((values == values.max()).nonzero()[0, 0])
+
+
+def sample(logits: Tensor, params: SamplingParams, position: int, counts: Mapping[int, int]) -> int:
+    """The token the target decides at absolute `position`.
+
+    Args: logits [V]; counts: generated tokens on the way here. Ties go to the lowest token id.
+    """
+    shaped = shape_logits(logits, params, counts)
+    if params.greedy:
+        return first_argmax(shaped)
+    # A token this far below the best cannot win whatever its noise: leaving it out changes nothing.
+    candidates = (shaped >= shaped.max() - _NOISE_SPREAD).nonzero()[:, 0]
+    noise = gumbel_noise(params.seed, params.choice, position, candidates)
+    return int(candidates[first_argmax(shaped[candidates].double() + noise)])

@@ -1,0 +1,69 @@
+"""What goes into the next step of the target: chunks of prefill, and how much of each tree.
+
+Pure functions of the waiting work; knows lengths and scores, nothing of tensors or of who waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from taps.tree import ProposalTree
+
+
+@dataclass(frozen=True)
+class StepBudget:
+    """Bounds of one step: they keep it short whoever is waiting."""
+
+    prefill_tokens: int = 256  # prompt tokens, over all sessions
+    tree_nodes: int = 64  # drafted nodes, over all sessions, roots not counted
+
+
+def share_nodes(trees: Sequence[ProposalTree], tree_nodes: int) -> list[ProposalTree]:
+    """Keep the `tree_nodes` drafted nodes with the best path probability over all trees.
+
+    Scores do not increase along a tree, so what is kept of each is a prefix, possibly only the root.
+    """
+    drafted = [(-tree.scores[i], i, t) for t, tree in enumerate(trees) for i in range(1, len(tree))]
+    if len(drafted) <= tree_nodes:
+        return list(trees)
+    kept = [1] * len(trees)
+    for _, _, t in sorted(drafted)[: max(tree_nodes, 0)]:
+        kept[t] += 1
+    return [tree.prefix(n) for tree, n in zip(trees, kept, strict=True)]
+
+
+def share_prefill(remaining: Sequence[int], prefill_tokens: int) -> list[int]:
+    """How many of each prompt's `remaining` tokens to take: first come, first served."""
+    taken = []
+    for tokens in remaining:
+        taken.append(min(tokens, prefill_tokens))
+        prefill_tokens -= taken[-1]
+    return taken
+
+
+class CostModel:
+    """Milliseconds of a step as a line over its rows, fitted with forgetting.
+
+    Verdicts carry the slope: what one more node costs on this machine at this load.
+    """
+
+    def __init__(self, memory: float = 0.98) -> None:
+        self._memory = memory
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+
+    def observe(self, num_rows: int, ms: float) -> None:
+        keep = self._memory
+        self._n = keep * self._n + 1
+        self._x = keep * self._x + num_rows
+        self._y = keep * self._y + ms
+        self._xx = keep * self._xx + num_rows * num_rows
+        self._xy = keep * self._xy + num_rows * ms
+
+    @property
+    def node_ms(self) -> float:
+        """Milliseconds per further row; 0 until two different row counts were seen."""
+        spread = self._n * self._xx - self._x * self._x
+        if spread <= 1e-6 * max(self._xx, 1.0):
+            return 0.0
+        return max(0.0, (self._n * self._xy - self._x * self._y) / spread)

@@ -1,0 +1,1 @@
+"""Training a specialist: the target's own answers and features in, a draft head out."""
