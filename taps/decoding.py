@@ -13,21 +13,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from taps.context import Context, ContextDelta
-from taps.sampling import SamplingParams
+from taps.drafting.drafter import Ask
 from taps.target import Verdict
 from taps.tree import ProposalTree
 
 Compose = Callable[[Sequence[ProposalTree], int, int], ProposalTree]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What the loop asks of each drafter in every step."""
-
-    num_nodes: int = 16  # nodes of a tree, root included
-    depth: int = 4  # drafted tokens below the root
-    top_k: int = 4  # children per node, and nodes extended per level
-    sampling: SamplingParams | None = None  # couples the drafts to the target's noise; None ranks by q
 
 
 class DrafterGone(ConnectionError):

@@ -8,8 +8,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from taps.batching import Batcher
+from taps.context import ContextDelta
+from taps.drafting.drafter import Ask, Drafter, DraftJob
 from taps.sampling import SamplingParams
 from taps.target import Job, PrefillJob, Target, TargetSession, Verdict, VerifyJob
 from taps.tree import ProposalTree
@@ -50,3 +53,37 @@ class LocalVerifierSession:
 
     async def verify(self, tree: ProposalTree) -> Verdict:
         return await self._batcher.submit(VerifyJob(self._state, tree))
+
+
+class LocalDrafter:
+    """A drafter served to many sessions by batching whatever they ask at the same time."""
+
+    def __init__(self, name: str, drafter: Drafter) -> None:
+        self.name = name
+        self._drafter = drafter
+        self._batcher: Batcher[DraftJob, ProposalTree] = Batcher(drafter.step, f"drafter-{name}")
+
+    @asynccontextmanager
+    async def session(self, index: int = 0) -> AsyncIterator[LocalDrafterSession]:
+        """A session whose nodes are marked with bit `index`. Raises `CacheFull`."""
+        state = await self._batcher.between_steps(self._drafter.open)
+        try:
+            yield LocalDrafterSession(self._batcher, state, self.name, index)
+        finally:
+            await asyncio.shield(self._batcher.between_steps(lambda: self._drafter.close(state)))
+
+    def close(self) -> None:
+        self._batcher.close()
+
+
+class LocalDrafterSession:
+    """Implements `taps.decoding.DrafterSession`."""
+
+    def __init__(self, batcher: Batcher[DraftJob, ProposalTree], state: Any, name: str, index: int) -> None:
+        self._batcher = batcher
+        self._state = state
+        self.name = name
+        self.index = index
+
+    async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
+        return await self._batcher.submit(DraftJob(self._state, delta, ask))

@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from taps.composing import off
 from taps.context import Context
-from taps.decoding import Ask, Panel, decode
+from taps.decoding import Panel, decode
+from taps.drafting.drafter import Ask
 from taps.local import LocalVerifier
 from taps.sampling import SamplingParams
 
@@ -84,11 +85,11 @@ class AnswerRecipe:
     """How answers are generated."""
 
     answer_tokens: int = 1_000_000  # stop once this many were generated
-    max_new_tokens: int = 256
-    max_prompt_tokens: int = 384  # longer prompts are left out
+    max_new_tokens: int = 320
+    max_prompt_tokens: int = 160  # longer prompts are left out
     temperatures: tuple[float, ...] = (0.0, 0.0, 1.0)  # taken in turn
-    batch_size: int = 128  # conversations decoded at once
-    shard_size: int = 100  # conversations per file
+    batch_size: int = 96  # conversations decoded at once
+    shard_size: int = 50  # conversations per file
     seed: int = 0
 
 
@@ -127,8 +128,10 @@ class AnswerRecorder:
                     rate = (self.num_tokens - before) / elapsed
                     print(f"answers: {self.num_tokens:,} tokens, {rate:.0f} tokens/s", flush=True)
 
-        await asyncio.gather(*(worker() for _ in range(self._recipe.batch_size)))
-        self._save()
+        try:
+            await asyncio.gather(*(worker() for _ in range(self._recipe.batch_size)))
+        finally:
+            self._save()
         print(f"answers: {self.num_tokens:,} tokens in {self._directory}", flush=True)
 
     async def _answer(self, number: int, prompt: Prompt) -> None:

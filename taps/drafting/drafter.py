@@ -1,0 +1,44 @@
+"""What every kind of drafter offers, and one session's job for it. Synchronous; batching is the caller's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from taps.context import ContextDelta
+from taps.sampling import SamplingParams
+from taps.tree import ProposalTree
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What the loop asks of each drafter in every step."""
+
+    num_nodes: int = 16  # nodes of a tree, root included
+    depth: int = 4  # how many times the best nodes are extended: drafted paths have depth + 1 tokens
+    top_k: int = 4  # children per node, and nodes extended per level
+    sampling: SamplingParams | None = None  # couples the drafts to the target's noise; None ranks by q
+
+
+@dataclass(eq=False)
+class DraftJob:
+    """Take in `delta`, then draft a tree from its root."""
+
+    session: Any  # what the drafter's `open` returned
+    delta: ContextDelta
+    ask: Ask
+
+
+class Drafter(Protocol):
+    """A drafter with the state of its sessions. Not thread-safe: one thread calls it."""
+
+    def open(self) -> Any:
+        """A session; raises `taps.models.cache.CacheFull` when no more fit."""
+        ...
+
+    def close(self, session: Any) -> None: ...
+
+    def step(self, jobs: Sequence[DraftJob]) -> list[ProposalTree | Exception | None]:
+        """A tree for every job, drafted together."""
+        ...

@@ -1,0 +1,55 @@
+"""Growing a proposal tree level by level (EAGLE-2, Li et al. 2406.16858, section 4).
+
+The root's distribution gives `top_k` children; then `depth` times the `top_k` best nodes of the newest level
+are extended by their `top_k` children; at the end all nodes are reranked by cumulative log-probability.
+
+Knows the candidates' probabilities; nothing of how they were computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from taps.drafting.drafter import Ask
+from taps.tree import ROOT, ProposalTree
+
+
+class Growth:
+    """One tree while it grows. Nodes are numbered in the order they are added; 0 is the root."""
+
+    def __init__(self, root: int, ask: Ask) -> None:
+        self.ask = ask
+        self._root = root
+        self._nodes: list[tuple[int, int, float, int]] = []  # (token, parent, score, owners)
+        self._entropies: list[float] = []
+        self.frontier: list[int] = [ROOT]  # the nodes whose children come next
+
+    def token(self, node: int) -> int:
+        return self._nodes[node - 1][0] if node else self._root
+
+    def parent(self, node: int) -> int:
+        return self._nodes[node - 1][1]
+
+    def _score(self, node: int) -> float:
+        return self._nodes[node - 1][2] if node else 0.0
+
+    def extend(
+        self, tokens: Sequence[Sequence[int]], logprobs: Sequence[Sequence[float]], entropies: Sequence[float]
+    ) -> None:
+        """Add the children of every frontier node, best first, and move the frontier to the best of them.
+
+        Args: tokens, logprobs: [frontier, k] candidates and their draft log-probability, nats; entropies
+        [frontier] of the distributions they come from, nats.
+        """
+        first = len(self._nodes) + 1
+        for node, children, scores in zip(self.frontier, tokens, logprobs, strict=True):
+            base = self._score(node)
+            self._nodes += [(t, node, base + s, 0) for t, s in zip(children, scores, strict=True)]
+        self._entropies += entropies
+        newest = range(first, len(self._nodes) + 1)
+        self.frontier = sorted(newest, key=self._score, reverse=True)[: self.ask.top_k]
+
+    def tree(self) -> ProposalTree:
+        """The best nodes, ordered."""
+        entropy = sum(self._entropies) / len(self._entropies) if self._entropies else 0.0
+        return ProposalTree.ordered(self._root, self._nodes, self.ask.num_nodes, entropy)

@@ -1,0 +1,57 @@
+"""What speculation did: counts in the loop, ratios at the edge. Counts of replicas and requests add up.
+
+The acceptance length here is the only definition in the project: tokens committed per verify pass, the
+bonus token included, pooled over a run.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from taps.target import Verdict
+
+
+@dataclass
+class SpeculationCounts:
+    """Counts of verify passes; the prefill is not one."""
+
+    num_passes: int = 0
+    num_tokens: int = 0  # committed by verify passes, bonus included
+    num_draft_tokens: int = 0  # drafted nodes checked
+    num_accepted: int = 0  # drafted tokens accepted
+    max_depth: int = 0  # the deepest draft that was checked, tokens
+    accepted_lengths: Counter[int] = field(default_factory=Counter)  # accepted tokens -> passes
+    accepted_by_drafter: Counter[int] = field(default_factory=Counter)  # drafter -> accepted tokens it proposed
+    drafted_by_drafter: Counter[int] = field(default_factory=Counter)
+
+    def observe(self, verdict: Verdict, delivered: int) -> None:
+        """Count one verify pass of which the first `delivered` tokens were delivered (cut ones do not count)."""
+        accepted = min(len(verdict.owners), delivered)
+        self.num_passes += 1
+        self.num_tokens += delivered
+        self.num_draft_tokens += verdict.num_nodes
+        self.num_accepted += accepted
+        self.max_depth = max(self.max_depth, verdict.depth)
+        self.accepted_lengths[accepted] += 1
+        for owners in verdict.owners[:accepted]:
+            self.accepted_by_drafter.update(drafters_in(owners))
+
+    @property
+    def acceptance_length(self) -> float:
+        """τ, tokens per verify pass; 0 when there was none."""
+        return self.num_tokens / self.num_passes if self.num_passes else 0.0
+
+    @property
+    def draft_acceptance_rate(self) -> float:
+        """Accepted drafted tokens per drafted node checked."""
+        return self.num_accepted / self.num_draft_tokens if self.num_draft_tokens else 0.0
+
+    def histogram(self) -> list[int]:
+        """Passes by accepted drafted tokens, from 0 to the deepest draft."""
+        return [self.accepted_lengths[n] for n in range(self.max_depth + 1)]
+
+
+def drafters_in(owners: int) -> list[int]:
+    """The drafter numbers of owner bits."""
+    return [bit for bit in range(owners.bit_length()) if owners >> bit & 1]

@@ -1,0 +1,156 @@
+"""Draft heads on disk, in the EAGLE layout: config.json beside fc.*, layers.0.* and optional embed_tokens.*.
+
+Two keys are ours: the tensor `draft_vocab` (ids the head drafts from) and, in config.json, `taps` (the
+target's fingerprint and how the head came to be). Other engines ignore both.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from taps.models.causal_lm import fingerprint
+from taps.models.draft_head import DraftHead
+
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+
+
+class InvalidCheckpoint(ValueError):
+    """A head or target that cannot be read or does not fit; the message says what to do."""
+
+
+def resolve(path_or_id: str | Path, patterns: list[str] | None = None) -> Path:
+    """A local directory as it is; anything else as a Hugging Face id, downloaded to its cache."""
+    if Path(path_or_id).is_dir():
+        return Path(path_or_id)
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InvalidCheckpoint(
+            f"{str(path_or_id)!r} is neither a directory nor a model that can be downloaded: {error}"
+        ) from error
+
+
+def load_target_ends(target: str | Path) -> tuple[Tensor, Tensor]:
+    """The target's input embeddings and `lm_head`, both [V, H], without loading the rest of it."""
+    directory = resolve(target, ["*.json", "*.safetensors"])
+    embeddings = lm_head = None
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                if name.endswith(_EMBEDDINGS):
+                    embeddings = file.get_tensor(name)
+                elif name.endswith("lm_head.weight"):
+                    lm_head = file.get_tensor(name)
+    if embeddings is None:
+        raise InvalidCheckpoint(
+            f"no input embeddings in the safetensors files of {directory}; an EAGLE head needs a target saved "
+            "as safetensors with `save_pretrained`"
+        )
+    return embeddings, embeddings if lm_head is None else lm_head
+
+
+def load_head(path_or_id: str | Path, target: str | Path, dtype: torch.dtype) -> DraftHead:
+    """An EAGLE-2 or HASS head for `target`, ready to draft.
+
+    Raises `InvalidCheckpoint` when keys are missing or the shapes are not those of the target.
+    """
+    directory = resolve(path_or_id)
+    settings = _read_config(directory)
+    weights = {_plain_name(k): v for k, v in _read_weights(directory).items()}
+    embeddings, lm_head = load_target_ends(target)
+    config = LlamaConfig(**{k: v for k, v in settings.items() if k not in ("taps", "architectures")})
+    _check_fit(directory, settings, config, weights, embeddings)
+    head = DraftHead(
+        config,
+        weights.pop("embed_tokens.weight", embeddings),
+        lm_head,
+        draft_vocab=weights.pop("draft_vocab", None),
+        fc_bias="fc.bias" in weights,
+        input_norm="layers.0.input_layernorm.weight" in weights,
+    )
+    missing = sorted(head.trained().keys() - weights.keys())
+    if missing:
+        raise InvalidCheckpoint(f"{directory} lacks {', '.join(missing)}: it is not an EAGLE-2 or HASS head")
+    head.load_state_dict(weights, strict=False)
+    return head.to(dtype).eval()
+
+
+def save_head(head: DraftHead, directory: Path, card: Mapping[str, Any], dtype: torch.dtype) -> None:
+    """Write a head's own weights; `card` goes to config.json under "taps"."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: w.detach().to(dtype).contiguous().cpu() for name, w in head.trained().items()}
+    vocab_size = head.embeddings.shape[0]
+    if head.draft_vocab.numel() < vocab_size:
+        weights["draft_vocab"] = head.draft_vocab.to(torch.int32).cpu()
+    partial = directory / "model.partial"
+    save_file(weights, partial, metadata={"format": "pt"})
+    partial.rename(directory / "model.safetensors")
+    settings = head.config.to_diff_dict() | {
+        "architectures": ["LlamaForCausalLMEagle"],
+        "vocab_size": vocab_size,
+        "hidden_size": head.config.hidden_size,
+        "num_hidden_layers": 1,
+        "taps": dict(card) | {"target_fingerprint": fingerprint(head.embeddings)},
+    }
+    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InvalidCheckpoint(f"{directory} has no config.json: it is not a head in the EAGLE layout")
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InvalidCheckpoint(f"{path} is not JSON: {error}") from error
+    return settings
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    for name in _WEIGHT_FILES:
+        path = directory / name
+        if path.is_file():
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+            return weights
+    raise InvalidCheckpoint(f"{directory} has neither {' nor '.join(_WEIGHT_FILES)}")
+
+
+def _plain_name(name: str) -> str:
+    return name.removeprefix("model.").removeprefix("ea_layer.")
+
+
+def _check_fit(
+    directory: Path, settings: Mapping[str, Any], config: LlamaConfig,
+    weights: Mapping[str, Tensor], embeddings: Tensor,
+) -> None:  # fmt: skip
+    vocab_size, hidden = embeddings.shape
+    if "fc.weight" not in weights:
+        raise InvalidCheckpoint(f"{directory} lacks fc.weight: it is not an EAGLE-2 or HASS head")
+    if config.hidden_size != hidden or weights["fc.weight"].shape != (hidden, 2 * hidden):
+        raise InvalidCheckpoint(
+            f"{directory} was made for a target of hidden size {config.hidden_size}, not {hidden}"
+        )
+    if config.vocab_size != vocab_size:
+        raise InvalidCheckpoint(
+            f"{directory} was made for a vocabulary of {config.vocab_size} tokens, the target has {vocab_size}"
+        )
+    made_for = settings.get("taps", {}).get("target_fingerprint")
+    if made_for is not None and made_for != fingerprint(embeddings):
+        raise InvalidCheckpoint(
+            f"{directory} was trained for another target (fingerprint {made_for}, this target has "
+            f"{fingerprint(embeddings)}); train a head for this one with `taps train`"
+        )

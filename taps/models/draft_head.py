@@ -1,0 +1,95 @@
+"""The EAGLE draft head: one decoder layer that predicts the target's next feature.
+
+`hidden_i = layer(fc([embedding(t_{i+1}); feature_i]))` approximates feature_{i+1}; the target's own `lm_head`
+turns it into the distribution of t_{i+2} (EAGLE, Li et al. 2401.15077, section 3). EAGLE-2 and HASS heads are
+this module; they differ in how they are trained and grown.
+
+Knows tensors; nothing of trees or files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from taps.models.attention import ATTENTION_NAME, PackedStep, layer_masks
+
+
+class DraftHead(nn.Module):
+    """A draft head with the frozen ends it shares with its target."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        embeddings: Tensor,
+        lm_head: Tensor,
+        draft_vocab: Tensor | None = None,
+        fc_bias: bool = False,
+        input_norm: bool = False,
+    ) -> None:
+        """Args: embeddings, lm_head: [V, H] of the target; draft_vocab: [D] ids the head may draft."""
+        super().__init__()
+        hidden = config.hidden_size
+        self.config = config
+        self.fc = nn.Linear(2 * hidden, hidden, bias=fc_bias)
+        layer: Any = LlamaDecoderLayer(config, 0)
+        if not input_norm:
+            layer.input_layernorm = nn.Identity()
+        self.layers = nn.ModuleList([layer])
+        self._rotary = LlamaRotaryEmbedding(config)
+        self.register_buffer("embeddings", embeddings, persistent=False)
+        rows = lm_head if draft_vocab is None else lm_head[draft_vocab]
+        self.lm_head = nn.Linear(hidden, rows.shape[0], bias=False)
+        self.lm_head.weight = nn.Parameter(rows.contiguous(), requires_grad=False)
+        ids = torch.arange(lm_head.shape[0]) if draft_vocab is None else draft_vocab
+        self.register_buffer("draft_vocab", ids, persistent=False)
+
+    def forward(
+        self, tokens: Tensor, features: Tensor, positions: Tensor, packed: PackedStep | None = None
+    ) -> Tensor:
+        """Predicted features [B, T, H].
+
+        Args: tokens [B, T]: t_{i+1}; features [B, T, H]: feature_i, of the target or predicted; positions
+        [B, T]: i. With `packed` the rows extend its segments; without, each row of the batch is one causal
+        sequence (training).
+        """
+        embedded = nn.functional.embedding(tokens, self.embeddings)
+        x = self.fc(torch.cat([embedded, features.to(embedded.dtype)], dim=-1))
+        self.config._attn_implementation = ATTENTION_NAME if packed is not None else "sdpa"
+        out: Tensor = self.layers[0](
+            x,
+            attention_mask=None if packed is None else layer_masks(),
+            position_embeddings=self._rotary(x, positions),
+            packed=packed,
+        )
+        return out
+
+    def trained(self) -> dict[str, Tensor]:
+        """The head's own weights, under the names of the EAGLE checkpoint layout."""
+        return {
+            name: weight
+            for name, weight in self.state_dict().items()
+            if name.startswith(("fc.", "layers."))
+        }
+
+
+def draft_config(target_config: Any) -> LlamaConfig:
+    """A one-layer config with the target's shapes, for training a new head."""
+    text = target_config.get_text_config()
+    return LlamaConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=text.intermediate_size,
+        num_hidden_layers=1,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        max_position_embeddings=text.max_position_embeddings,
+        rms_norm_eps=text.rms_norm_eps,
+        rope_parameters=text.rope_parameters,
+        tie_word_embeddings=False,
+    )
