@@ -23,9 +23,7 @@ class Batcher(Generic[Job, Result]):
     a session waits for its job before it submits the next.
     """
 
-    def __init__(
-        self, step: Callable[[Sequence[Job]], Sequence[Result | Exception | None]], name: str
-    ) -> None:
+    def __init__(self, step: Callable[[Sequence[Job]], Sequence[Result | Exception | None]], name: str) -> None:
         self._step = step
         self._waiting: list[tuple[Job, asyncio.Future[Result]]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)

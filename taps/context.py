@@ -64,6 +64,12 @@ class Context:
         while self._num_features - len(self._features[0]) >= self.feature_window:
             self._num_features -= len(self._features.popleft())
 
+    def restart(self, verdict: Verdict) -> None:
+        """Take in the verdict of a prefill of all tokens, whose features replace those known."""
+        self._features.clear()
+        self._num_features = 0
+        self.extend(verdict)
+
     def since(self, known: int) -> ContextDelta:
         """What happened after the first `known` tokens.
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -59,26 +60,46 @@ class Step:
     """What one turn of the loop delivered."""
 
     verdict: Verdict
+    is_prefill: bool
     draft_ms: float  # waiting for drafters
     verify_ms: float  # waiting for the verifier
 
 
 async def decode(
     context: Context,
-    verifier: VerifierSession,
+    open_verifier: Callable[[], AbstractAsyncContextManager[VerifierSession]],
     panel: Panel,
     compose: Compose,
     ask: Ask,
-) -> AsyncIterator[Step]:
-    """Decode until the caller stops iterating.
+    max_failovers: int = 3,
+) -> AsyncGenerator[Step, None]:
+    """Decode until the caller closes the generator (`contextlib.aclosing` frees the verifier's session).
 
-    The verifier's session is fresh; `context` holds the prompt, and when a session resumes the tokens
-    decided so far. Every verdict yields at least one token.
+    `context` holds the prompt. When the verifier is lost, what was decided so far is prefilled on another
+    one and decoding goes on: the noise depends on positions alone, so the text is the same. Raises
+    `VerifierGone` after `max_failovers` in a row.
     """
+    failures = 0
+    while True:
+        try:
+            async with open_verifier() as verifier:
+                async for step in _decode_on(verifier, context, panel, compose, ask):
+                    yield step
+                    failures = 0
+        except VerifierGone:
+            failures += 1
+            if failures > max_failovers:
+                raise
+
+
+async def _decode_on(
+    verifier: VerifierSession, context: Context, panel: Panel, compose: Compose, ask: Ask
+) -> AsyncGenerator[Step, None]:
+    """Decode on one verifier session, fresh at the start."""
     started = time.perf_counter()
     verdict = await verifier.prefill(context.tokens, context.num_generated, context.feature_window)
-    context.extend(verdict)
-    yield Step(verdict, 0.0, (time.perf_counter() - started) * 1e3)
+    context.restart(verdict)
+    yield Step(verdict, True, 0.0, (time.perf_counter() - started) * 1e3)
     while True:
         started = time.perf_counter()
         trees = await panel.propose(context, ask)
@@ -86,23 +107,31 @@ async def decode(
         drafted = time.perf_counter()
         verdict = await verifier.verify(tree)
         context.extend(verdict)
-        yield Step(verdict, (drafted - started) * 1e3, (time.perf_counter() - drafted) * 1e3)
+        yield Step(verdict, False, (drafted - started) * 1e3, (time.perf_counter() - drafted) * 1e3)
 
 
 class Panel:
     """The drafters of one session: asked all at once, never waited for beyond the deadline.
 
     A drafter that is late is left out of this step and asked again once its answer has arrived; one that
-    is gone is left out for good (whoever owns the panel may add a new one).
+    is gone is left out for good. Members may come and go while the session runs: see `member`.
     """
 
     def __init__(self, drafters: Sequence[DrafterSession] = (), deadline_s: float = 1.0) -> None:
         self._deadline_s = deadline_s
         self._known: dict[DrafterSession, int] = dict.fromkeys(drafters, 0)
         self._pending: dict[DrafterSession, asyncio.Task[ProposalTree]] = {}
+        self._left: dict[DrafterSession, asyncio.Event] = {}
 
-    def add(self, drafter: DrafterSession) -> None:
+    async def member(self, drafter: DrafterSession) -> None:
+        """Put a drafter on the panel; returns when it is gone."""
+        self._left[drafter] = asyncio.Event()
         self._known[drafter] = 0
+        try:
+            await self._left[drafter].wait()
+        finally:
+            self._known.pop(drafter, None)
+            del self._left[drafter]
 
     @property
     def drafters(self) -> list[DrafterSession]:
@@ -119,8 +148,8 @@ class Panel:
             if not task.done():
                 self._pending[drafter] = task
             elif (tree := self._tree_of(drafter, task)) is not None and tree.tokens[0] == context.root:
-                trees.append(tree.owned_by(drafter.index))
-        return trees
+                trees.append((drafter.index, tree.owned_by(drafter.index)))
+        return [tree for _, tree in sorted(trees, key=lambda pair: pair[0])]
 
     def _ask(self, drafter: DrafterSession, context: Context, ask: Ask) -> asyncio.Task[ProposalTree]:
         delta = context.since(self._known[drafter])
@@ -142,7 +171,9 @@ class Panel:
         try:
             return task.result()
         except DrafterGone:
-            del self._known[drafter]
+            self._known.pop(drafter, None)
+            if drafter in self._left:
+                self._left[drafter].set()
             return None
 
     async def close(self) -> None:

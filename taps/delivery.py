@@ -76,9 +76,7 @@ class Delivery:
 
     def _release(self) -> str:
         """The held text without the longest end that may begin a stop string."""
-        keep = max(
-            (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0
-        )
+        keep = max((n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
         released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return released
 

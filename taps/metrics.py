@@ -26,7 +26,7 @@ class SpeculationCounts:
     drafted_by_drafter: Counter[int] = field(default_factory=Counter)
 
     def observe(self, verdict: Verdict, delivered: int) -> None:
-        """Count one verify pass of which the first `delivered` tokens were delivered (cut ones do not count)."""
+        """Count one verify pass; tokens beyond the first `delivered` were cut and do not count."""
         accepted = min(len(verdict.owners), delivered)
         self.num_passes += 1
         self.num_tokens += delivered

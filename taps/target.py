@@ -160,11 +160,15 @@ class Target:
 
     def _forward(self, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]:
         """Features [rows, H] of every row and logits [kept, V] of the rows that need them."""
-        segments, tokens, keep = [], [], []
+        segments: list[Segment] = []
+        tokens: list[int] = []
+        keep: list[int] = []
         for piece in pieces:
             tree = piece.tree
             visible = None if tree.is_chain else tree.ancestry
-            segments.append(Segment(piece.job.session.slot, piece.rows.start, torch.tensor(tree.depths), visible))
+            segments.append(
+                Segment(piece.job.session.slot, piece.rows.start, torch.tensor(tree.depths), visible)
+            )
             tokens += tree.tokens
             if piece.logits_start >= 0:
                 first = piece.rows.start if isinstance(piece.job, VerifyJob) else piece.rows.stop - 1

@@ -120,9 +120,7 @@ class ProposalTree:
         n = max(1, num_nodes)
         if n >= len(self):
             return self
-        return ProposalTree(
-            self.tokens[:n], self.parents[:n], self.scores[:n], self.owners[:n], self.entropy
-        )
+        return ProposalTree(self.tokens[:n], self.parents[:n], self.scores[:n], self.owners[:n], self.entropy)
 
     def owned_by(self, drafter: int) -> ProposalTree:
         """The same tree with every drafted node owned by drafter number `drafter`."""
@@ -156,5 +154,10 @@ class ProposalTree:
     @classmethod
     def from_wire(cls, message: Mapping[str, Any]) -> ProposalTree:
         """The tree of a message, checked: it comes from another process."""
-        fields = (tuple(message[name]) for name in ("tokens", "parents", "scores", "owners"))
-        return cls(*fields, entropy=message["entropy"]).check()
+        return cls(
+            tuple(message["tokens"]),
+            tuple(message["parents"]),
+            tuple(message["scores"]),
+            tuple(message["owners"]),
+            message["entropy"],
+        ).check()

@@ -26,7 +26,8 @@ ATTENTION_NAME = "taps"
 # Above this many rows, grouping query heads into one long mask costs more memory than it saves time.
 _GROUPED_ROWS = 128
 
-IndexRule = Callable[[Any, Any, Tensor, Tensor], Tensor]
+# A layer type's rule over (batch, head, query index, key index), elementwise on tensors.
+IndexRule = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class PackedStep:
         parts = [self.cache.length[s.slot] + s.depths for s in self.segments]
         return torch.cat(parts)[None].to(self.device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, masks: _LayerMasks,
-               **options: Any) -> Tensor:  # fmt: skip
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, masks: _LayerMasks, **options: Any
+    ) -> Tensor:
         """Write this step's rows to the cache and attend. [heads, rows, d] in, [rows, heads, d_v] out."""
         self.layers_seen.append(layer)
         keys, values = self.cache.layer(layer, key, value)
@@ -86,32 +88,45 @@ class PackedStep:
             values[segment.slot, :, begin:end] = value[:, rows]
             outputs.append(
                 self._attend_segment(
-                    segment, query[:, rows], keys[segment.slot, :, :end],
-                    values[segment.slot, :, :end], masks, **options,
-                ).transpose(0, 1)  # fmt: skip
+                    segment,
+                    query[:, rows],
+                    keys[segment.slot, :, :end],
+                    values[segment.slot, :, :end],
+                    masks,
+                    **options,
+                ).transpose(0, 1)
             )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend_segment(
-        self, segment: Segment, query: Tensor, keys: Tensor, values: Tensor, masks: _LayerMasks,
-        scale: float, softcap: float | None, sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        segment: Segment,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        masks: _LayerMasks,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """[heads, n, d] against [kv_heads, L, d] -> [heads, n, d_v], query heads grouped by KV head."""
         heads, n, dim = query.shape
         kv_heads = keys.shape[0]
         group = heads // kv_heads
         if softcap is None and sinks is None and n > _GROUPED_ROWS:
             out = F.scaled_dot_product_attention(
-                query[None], keys[None], values[None],
-                attn_mask=self._mask(segment, masks, 1), scale=scale, enable_gqa=group > 1,
-            )  # fmt: skip
+                query[None],
+                keys[None],
+                values[None],
+                attn_mask=self._mask(segment, masks, 1),
+                scale=scale,
+                enable_gqa=group > 1,
+            )
             return out[0]
         grouped = query.reshape(1, kv_heads, group * n, dim)
         mask = self._mask(segment, masks, group)
         if softcap is None and sinks is None:
-            out = F.scaled_dot_product_attention(
-                grouped, keys[None], values[None], attn_mask=mask, scale=scale
-            )
+            out = F.scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=mask, scale=scale)
         else:
             out = _eager(grouped[0], keys, values, mask, scale, softcap, sinks)
         return out.reshape(heads, n, values.shape[-1])
@@ -144,8 +159,15 @@ class PackedStep:
         return visible
 
 
-def _eager(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float,
-           softcap: float | None, sinks: Tensor | None) -> Tensor:  # fmt: skip
+def _eager(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     """Attention with logit soft-capping or sinks, which the fused kernels lack.
 
     query [kv_heads, group * n, d], keys and values [kv_heads, L, d], sinks [heads].
@@ -166,17 +188,25 @@ def _eager(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sca
 
 
 def _taps_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: _LayerMasks,
-    scaling: float | None = None, packed: PackedStep | None = None, softcap: float | None = None,
-    s_aux: Tensor | None = None, **_: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: _LayerMasks,
+    scaling: float | None = None,
+    packed: PackedStep | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
     """What a transformers attention layer calls: [1, heads, rows, d] -> [1, rows, heads, d_v]."""
     assert packed is not None, "a model set to 'taps' attention is called with packed=PackedStep(...)"
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = module.layer_idx
     assert isinstance(layer, int)
-    out = packed.attend(layer, query[0], key[0], value[0], attention_mask,
-                        scale=scale, softcap=softcap, sinks=s_aux)  # fmt: skip
+    out = packed.attend(
+        layer, query[0], key[0], value[0], attention_mask, scale=scale, softcap=softcap, sinks=s_aux
+    )
     return out[None], None
 
 
@@ -186,4 +216,4 @@ def layer_masks(mask_function: IndexRule = causal_mask_function, **_: Any) -> _L
 
 
 AttentionInterface.register(ATTENTION_NAME, _taps_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, layer_masks)  # type: ignore[arg-type]
+AttentionMaskInterface.register(ATTENTION_NAME, layer_masks)

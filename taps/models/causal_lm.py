@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,10 +40,11 @@ class CausalLM:
         self.num_layers: int = config.num_hidden_layers
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
-        self._model: Any = model.eval()
+        self._model = untyped = cast(Any, model)
+        untyped.eval()
         self._refuse_unless_exact()
-        self.lm_head: Tensor = model.get_output_embeddings().weight.detach()  # [V, H]
-        self.embeddings: Tensor = model.get_input_embeddings().weight.detach()  # [V, H]
+        self.lm_head: Tensor = untyped.get_output_embeddings().weight.detach()  # [V, H]
+        self.embeddings: Tensor = untyped.get_input_embeddings().weight.detach()  # [V, H]
         if pack:
             pack_linears(model)
 

@@ -41,11 +41,13 @@ class DraftHead(nn.Module):
             layer.input_layernorm = nn.Identity()
         self.layers = nn.ModuleList([layer])
         self._rotary = LlamaRotaryEmbedding(config)
+        self.embeddings: Tensor
         self.register_buffer("embeddings", embeddings, persistent=False)
         rows = lm_head if draft_vocab is None else lm_head[draft_vocab]
         self.lm_head = nn.Linear(hidden, rows.shape[0], bias=False)
         self.lm_head.weight = nn.Parameter(rows.contiguous(), requires_grad=False)
         ids = torch.arange(lm_head.shape[0]) if draft_vocab is None else draft_vocab
+        self.draft_vocab: Tensor
         self.register_buffer("draft_vocab", ids, persistent=False)
 
     def forward(
@@ -71,9 +73,7 @@ class DraftHead(nn.Module):
     def trained(self) -> dict[str, Tensor]:
         """The head's own weights, under the names of the EAGLE checkpoint layout."""
         return {
-            name: weight
-            for name, weight in self.state_dict().items()
-            if name.startswith(("fc.", "layers."))
+            name: weight for name, weight in self.state_dict().items() if name.startswith(("fc.", "layers."))
         }
 
 

@@ -11,6 +11,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,13 +144,16 @@ class AnswerRecorder:
         temperature = recipe.temperatures[number % len(recipe.temperatures)]
         params = SamplingParams(temperature, seed=recipe.seed, choice=number)
         context = Context(ids, _UNBOUNDED)
-        async with self._verifier.session(params) as session:
-            async for _ in decode(context, session, Panel(), off, Ask()):
+        steps = decode(context, lambda: self._verifier.session(params), Panel(), off, Ask())
+        async with aclosing(steps):
+            async for _ in steps:
                 ended = context.root == self._tokenizer.eos_token_id
                 if ended or context.num_generated >= recipe.max_new_tokens:
                     break
         features = context.since(0).features.to(torch.bfloat16)
-        self._unsaved.append(Recording(prompt.id, torch.tensor(context.tokens, dtype=torch.int32), len(ids), features))
+        self._unsaved.append(
+            Recording(prompt.id, torch.tensor(context.tokens, dtype=torch.int32), len(ids), features)
+        )
         self.num_tokens += context.num_generated
         if len(self._unsaved) >= recipe.shard_size:
             self._save()

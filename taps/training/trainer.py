@@ -1,4 +1,4 @@
-"""Training a draft head on recorded answers (the EAGLE-2 recipe). Knows tensors and shards; not how they came."""
+"""Training a draft head on recorded answers (the EAGLE-2 recipe). Knows tensors and shards."""
 
 from __future__ import annotations
 

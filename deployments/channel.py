@@ -1,0 +1,223 @@
+"""A session between two replicas: a lease that Serve counts, and a stream that carries the steps.
+
+The lease is a streaming Serve call that stays open for the session, so autoscaling, queue bounds and draining
+work on sessions. The stream is one gRPC bidirectional call to the leased replica, one message each way per
+step. Each ends with the other: whichever side goes first, all state of the session is freed.
+
+Knows Serve handles, gRPC and bytes; nothing of what the messages mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+import ray.util
+from ray.exceptions import RayError
+from ray.serve.handle import DeploymentHandle
+
+from deployments.messages import Message, decode, encode, error_message
+
+_METHOD = "/taps.Session/Open"
+_SECRET = "taps-lease"
+_CONNECT_DEADLINE_S = 10.0
+_CLOSE_DEADLINE_S = 5.0
+# All of these are needed for a frozen peer to be noticed within seconds.
+_OPTIONS = [
+    ("grpc.keepalive_time_ms", 2000),
+    ("grpc.keepalive_timeout_ms", 2000),
+    ("grpc.http2.ping_timeout_ms", 2000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.max_send_message_length", 256 << 20),
+    ("grpc.max_receive_message_length", 256 << 20),
+]
+
+Handler = Callable[[Message], Awaitable[Message]]
+# Called with a session's first message; the handler it gives answers all further ones.
+OpenSession = Callable[[Message], AbstractAsyncContextManager[Handler]]
+
+
+def node_address() -> str:
+    """The address other nodes of the cluster reach this one at."""
+    return str(cast(Any, ray.util).get_node_ip_address())
+
+
+class PeerGone(ConnectionError):
+    """The other process is lost, or no replica can be leased."""
+
+
+@dataclass
+class _Lease:
+    """A promised session: until its stream ends, or nobody connects in time."""
+
+    connected: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    stream: asyncio.Task[Any] | None = None
+
+
+class SessionServer:
+    """A replica's side: hands out leases and serves their streams. `start` it in the replica's `__init__`."""
+
+    def __init__(self, open_session: OpenSession) -> None:
+        self._open_session = open_session
+        self._leases: dict[str, _Lease] = {}
+        self._server: grpc.aio.Server | None = None
+        self._endpoint = ""
+
+    async def start(self, host: str) -> None:
+        """Listen on a free port of `host`."""
+        self._server = grpc.aio.server(options=_OPTIONS)
+        handler = grpc.stream_stream_rpc_method_handler(self._serve_stream)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("taps.Session", {"Open": handler}),)
+        )
+        self._endpoint = f"{host}:{self._server.add_insecure_port(f'{host}:0')}"
+        await self._server.start()
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._leases)
+
+    async def lease(self) -> AsyncIterator[Message]:
+        """A streaming Serve method: yields endpoint and secret, then lasts as long as the session."""
+        secret = secrets.token_urlsafe(24)
+        lease = self._leases[secret] = _Lease()
+        try:
+            yield {"endpoint": self._endpoint, "secret": secret}
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(lease.connected.wait(), _CONNECT_DEADLINE_S)
+                await lease.ended.wait()
+        finally:
+            del self._leases[secret]
+            if lease.stream is not None:
+                lease.stream.cancel()
+
+    async def _serve_stream(
+        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> AsyncIterator[bytes]:
+        metadata = dict(context.invocation_metadata() or ())
+        lease = self._leases.get(str(metadata.get(_SECRET, "")))
+        if lease is None or lease.connected.is_set():
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such lease")
+            return
+        lease.stream = asyncio.current_task()
+        lease.connected.set()
+        try:
+            async for reply in self._replies(requests):
+                yield reply
+        finally:
+            lease.ended.set()
+
+    async def _replies(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """An answer to every message. An error is an answer too: the session's owner decides what it means."""
+        messages = aiter(requests)
+        try:
+            async with self._open_session(decode(await anext(messages))) as handle:
+                yield encode({"opened": True})
+                async for data in messages:
+                    try:
+                        reply = await handle(decode(data))
+                    except Exception as error:  # sent to the far side, which raises it
+                        reply = error_message(error)
+                    yield encode(reply)
+        except StopAsyncIteration:
+            return
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:  # the session could not be opened: the far side is told why
+            yield encode(error_message(error))
+
+
+class Stream:
+    """The caller's side of an open session."""
+
+    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+        self._call = call
+
+    async def ask(self, message: Message, timeout_s: float) -> Message:
+        """Send one message and wait for its answer.
+
+        Raises `PeerGone` when the peer is lost or does not answer within `timeout_s` seconds, and whatever
+        error the peer answers with.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._call.write(encode(message))
+                data = await self._call.read()
+        except TimeoutError as error:
+            self._call.cancel()
+            raise PeerGone(f"no answer within {timeout_s:g} s") from error
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            raise PeerGone(f"the peer is gone: {type(error).__name__}") from error
+        if not isinstance(data, bytes):
+            raise PeerGone("the peer ended the session")
+        return decode(data)
+
+    async def close(self) -> None:
+        """Say goodbye, which frees the far side's state and ends the lease."""
+        try:
+            async with asyncio.timeout(_CLOSE_DEADLINE_S):
+                await self._call.done_writing()
+                while await self._call.read() is not grpc.aio.EOF:
+                    pass
+        except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            self._call.cancel()
+
+
+class ChannelPool:
+    """One gRPC channel per endpoint, shared by all its sessions."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def open_call(self, endpoint: str, secret: str) -> grpc.aio.StreamStreamCall[bytes, bytes]:
+        if endpoint not in self._channels:
+            self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
+        stub = self._channels[endpoint].stream_stream(_METHOD)
+        call: grpc.aio.StreamStreamCall[bytes, bytes] = stub(metadata=((_SECRET, secret),))
+        return call
+
+    @asynccontextmanager
+    async def session(
+        self, handle: DeploymentHandle[Any], hello: Message, timeout_s: float
+    ) -> AsyncIterator[Stream]:
+        """Lease a replica and open a session on it; both are freed when the block ends.
+
+        Raises `PeerGone` when no replica can be leased within `timeout_s` seconds, `BackPressureError` when
+        the deployment's queue is full, and whatever error the replica opens with.
+        """
+        lease: Any = handle.options(stream=True).lease.remote()
+        try:
+            granted = await self._grant(lease, timeout_s)
+            stream = Stream(self.open_call(granted["endpoint"], granted["secret"]))
+            try:
+                await stream.ask(hello, timeout_s)
+                yield stream
+            finally:
+                await asyncio.shield(stream.close())
+        finally:
+            lease.cancel()
+
+    async def _grant(self, lease: Any, timeout_s: float) -> Message:
+        try:
+            granted: Message = await asyncio.wait_for(anext(lease), timeout_s)
+        except TimeoutError as error:
+            raise PeerGone(f"no replica was free within {timeout_s:g} s") from error
+        except (RayError, StopAsyncIteration) as error:
+            raise PeerGone(f"no replica can be leased: {type(error).__name__}") from error
+        return granted
+
+    async def close(self) -> None:
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()

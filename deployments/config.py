@@ -1,0 +1,117 @@
+"""The arguments of the applications in serve_config.yaml, typed once. Units are in the names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from taps.composing import STRATEGIES
+from taps.drafting.eagle import RESERVED_ROWS
+from taps.models.embedded import EMBEDDED
+
+_PROJECT = Path(__file__).resolve().parent.parent
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveSeconds = Annotated[float, Field(gt=0)]
+
+
+class Args(BaseModel):
+    """Unknown names are errors: a misspelt option must not be ignored."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class TargetArgs(Args):
+    """Which target is served, and how it is loaded."""
+
+    path: str = EMBEDDED  # "embedded", a local directory or a Hugging Face id
+    dtype: DTypeName = "bfloat16"
+    device_map: str | None = None  # accelerate's; "auto" uses all GPUs of the replica
+
+
+class VerifierArgs(Args):
+    max_sessions: PositiveInt = 16  # cache slots; keep max_ongoing_requests of the deployment above it
+    max_len: PositiveInt = 2048  # cache positions per session
+    prefill_tokens: PositiveInt = 256  # prompt tokens per step, over all sessions
+    tree_nodes: Annotated[int, Field(ge=0)] = 32  # drafted nodes per step, over all sessions
+    torch_threads: PositiveInt = 2
+
+
+class TreeArgs(Args):
+    """The trees the router asks for where a request does not say."""
+
+    strategy: str = "merged"
+    num_nodes: Annotated[int, Field(ge=1, le=256)] = 8  # with the root
+    depth: Annotated[int, Field(ge=1, le=16)] = 4  # extensions after the root's children
+    top_k: Annotated[int, Field(ge=1, le=32)] = 4
+    coupled: bool = True  # sampled requests: rank drafts by the noise the target will use
+
+    @field_validator("strategy")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in STRATEGIES:
+            raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
+        return name
+
+    @model_validator(mode="after")
+    def _fits(self) -> TreeArgs:
+        if self.depth * self.top_k > RESERVED_ROWS:
+            raise ValueError(f"depth * top_k is {self.depth * self.top_k}, the most is {RESERVED_ROWS}")
+        return self
+
+
+class RouterArgs(Args):
+    model_name: str = "SmolLM2-135M-Instruct"  # what /v1/models and requests call the target
+    tree: TreeArgs = TreeArgs()
+    drafters: list[str] | None = None  # default order and choice; None is all, by name
+    feature_window: PositiveInt = 512  # newest features a drafter starts from, positions
+    propose_deadline_s: PositiveSeconds = 0.5
+    verify_deadline_s: PositiveSeconds = 60.0
+    lease_deadline_s: PositiveSeconds = 20.0  # waiting for a free verifier session
+    request_deadline_s: PositiveSeconds = 600.0
+    discovery_interval_s: PositiveSeconds = 2.0
+
+
+class CoreArgs(Args):
+    """The core application: router and verifier."""
+
+    target: TargetArgs = TargetArgs()
+    verifier: VerifierArgs = VerifierArgs()
+    router: RouterArgs = RouterArgs()
+
+
+class SpecialistArgs(Args):
+    """One specialist application."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    kind: Literal["eagle", "ngram"] = "eagle"  # "eagle" loads EAGLE-2 and HASS heads alike
+    head: str | None = None  # a directory (relative ones from the project) or a Hugging Face id
+    target: str = EMBEDDED  # the target the head drafts for
+    dtype: DTypeName = "bfloat16"
+    device: str = "cpu"
+    max_sessions: PositiveInt = 16
+    max_len: PositiveInt = 2048
+    torch_threads: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _has_a_head(self) -> SpecialistArgs:
+        if (self.head is None) == (self.kind == "eagle"):
+            raise ValueError("an eagle specialist needs `head`, an ngram one takes none")
+        return self
+
+
+def torch_dtype(name: DTypeName) -> torch.dtype:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def locate(path_or_id: str) -> str:
+    """A relative directory that exists below the project as an absolute one; anything else as it is.
+
+    Serve replicas do not run in the directory `serve run` was called in.
+    """
+    inside = _PROJECT / path_or_id
+    return str(inside) if inside.is_dir() else path_or_id

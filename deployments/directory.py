@@ -1,0 +1,82 @@
+"""Which specialists are up, and whether they fit the target: found in Serve's own status, never configured.
+
+Knows Serve applications; nothing of sessions or requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+_DEPLOYMENT = "Drafter"
+_DESCRIBE_TIMEOUT_S = 10.0
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Specialist:
+    name: str
+    application: str
+    handle: DeploymentHandle[Any]
+
+
+class DrafterDirectory:
+    """The specialists that may be asked, by name, refreshed every few seconds."""
+
+    def __init__(self, target: dict[str, Any], interval_s: float) -> None:
+        self._target = target
+        self._interval_s = interval_s
+        self._known: dict[str, tuple[float, Specialist | None]] = {}  # application -> (deployed at, fitting)
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def specialists(self) -> dict[str, Specialist]:
+        fitting = [specialist for _, specialist in self._known.values() if specialist is not None]
+        return {specialist.name: specialist for specialist in sorted(fitting, key=lambda s: s.name)}
+
+    def start(self) -> None:
+        """Keep the directory fresh until the process ends."""
+        self._task = asyncio.create_task(self._refresh_forever())
+
+    async def _refresh_forever(self) -> None:
+        while True:
+            try:
+                await self.refresh()
+            except (RayError, RayServeException, TimeoutError) as error:
+                logger.warning("the drafter directory could not be refreshed: %s", error)
+            await asyncio.sleep(self._interval_s)
+
+    async def refresh(self) -> None:
+        """Look for applications that run a drafter; ask each new one what it is."""
+        applications = (await asyncio.to_thread(serve.status)).applications
+        drafters = {n: app for n, app in applications.items() if _DEPLOYMENT in app.deployments}
+        self._known = {name: entry for name, entry in self._known.items() if name in drafters}
+        running = {
+            name: app.last_deployed_time_s
+            for name, app in drafters.items()
+            if any(state == "RUNNING" for state in app.deployments[_DEPLOYMENT].replica_states)
+        }
+        for name, deployed_at in running.items():
+            if self._known.get(name, (None, None))[0] != deployed_at:
+                self._known[name] = (deployed_at, await self._look_at(name))
+
+    async def _look_at(self, application: str) -> Specialist | None:
+        """The application's specialist, or None when it does not fit this target."""
+        handle: DeploymentHandle[Any] = serve.get_deployment_handle(_DEPLOYMENT, application)
+        description = await asyncio.wait_for(handle.describe.remote(), _DESCRIBE_TIMEOUT_S)
+        made_for = description.get("fingerprint", self._target["fingerprint"])
+        if made_for != self._target["fingerprint"]:
+            logger.error(
+                "specialist %s drafts for another target (fingerprint %s, this one is %s): it is not used",
+                description["name"], made_for, self._target["fingerprint"],
+            )  # fmt: skip
+            return None
+        logger.info("specialist %s (%s) joins", description["name"], application)
+        return Specialist(description["name"], application, handle)

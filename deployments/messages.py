@@ -1,0 +1,117 @@
+"""What goes over a session's stream: msgpack maps with a version. Knows fields; nothing of gRPC or Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, NoReturn
+
+import msgpack
+import torch
+from torch import Tensor
+
+from taps.context import ContextDelta
+from taps.drafting.drafter import Ask
+from taps.models.cache import CacheFull
+from taps.sampling import SamplingParams
+from taps.target import PromptTooLong, Verdict
+from taps.tree import InvalidTree, ProposalTree
+
+VERSION = 1
+_DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
+# Errors that travel by name: the far side raises the same type.
+_ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (CacheFull, PromptTooLong, InvalidTree)}
+
+Message = dict[str, Any]
+
+
+class VersionMismatch(RuntimeError):
+    """The two ends of a stream run different versions of this protocol."""
+
+
+class RemoteError(RuntimeError):
+    """The far side failed in a way that has no type of its own here."""
+
+
+def encode(message: Mapping[str, Any]) -> bytes:
+    packed: bytes = msgpack.packb({"version": VERSION, **message})
+    return packed
+
+
+def decode(data: bytes) -> Message:
+    """The message of `data`. Raises `VersionMismatch`, or the error that the far side sent."""
+    message: Message = msgpack.unpackb(data)
+    if message.get("version") != VERSION:
+        raise VersionMismatch(
+            f"this process speaks version {VERSION} of the session protocol, the other one "
+            f"{message.get('version')}: redeploy the older application"
+        )
+    if "error" in message:
+        _raise(message["error"])
+    return message
+
+
+def error_message(error: Exception) -> Message:
+    return {"error": {"type": type(error).__name__, "text": str(error)}}
+
+
+def _raise(error: Mapping[str, str]) -> NoReturn:
+    kind = _ERRORS.get(error["type"])
+    if kind is None:
+        raise RemoteError(f"{error['type']}: {error['text']}")
+    raise kind(error["text"])
+
+
+def from_tensor(tensor: Tensor) -> Message:
+    data = tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return {"shape": list(tensor.shape), "dtype": str(tensor.dtype), "data": data}
+
+
+def to_tensor(message: Mapping[str, Any]) -> Tensor:
+    dtype = _DTYPES[message["dtype"]]
+    if not message["data"]:
+        return torch.empty(message["shape"], dtype=dtype)
+    return torch.frombuffer(bytearray(message["data"]), dtype=dtype).reshape(message["shape"])
+
+
+def from_verdict(verdict: Verdict) -> Message:
+    return {**vars(verdict), "features": from_tensor(verdict.features)}
+
+
+def to_verdict(message: Mapping[str, Any]) -> Verdict:
+    return Verdict(
+        tokens=tuple(message["tokens"]),
+        owners=tuple(message["owners"]),
+        features=to_tensor(message["features"]),
+        num_nodes=message["num_nodes"],
+        depth=message["depth"],
+        batch_size=message["batch_size"],
+        pass_ms=message["pass_ms"],
+        node_ms=message["node_ms"],
+    )
+
+
+def from_propose(delta: ContextDelta, ask: Ask) -> Message:
+    return {
+        "start": delta.start,
+        "tokens": delta.tokens,
+        "feature_start": delta.feature_start,
+        "features": from_tensor(delta.features),
+        "ask": asdict(ask),
+    }
+
+
+def to_propose(message: Mapping[str, Any]) -> tuple[ContextDelta, Ask]:
+    delta = ContextDelta(
+        message["start"], tuple(message["tokens"]), message["feature_start"], to_tensor(message["features"])
+    )
+    ask = dict(message["ask"])
+    sampling = ask.pop("sampling")
+    return delta, Ask(**ask, sampling=None if sampling is None else SamplingParams(**sampling))
+
+
+def from_tree(tree: ProposalTree) -> Message:
+    return tree.to_wire()
+
+
+to_tree: Callable[[Mapping[str, Any]], ProposalTree] = ProposalTree.from_wire

@@ -1,0 +1,90 @@
+"""What operators see: Ray metrics, and one line per request."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from ray.serve.metrics import Counter, Histogram
+
+from taps.decoding import Step
+from taps.metrics import SpeculationCounts
+
+logger = logging.getLogger("ray.serve")
+_MS = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0]
+_SIZES = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]
+
+
+class Observer:
+    """The router's metrics. Names begin with `taps_`; times are milliseconds."""
+
+    def __init__(self) -> None:
+        self._requests = Counter("taps_requests", "Requests ended.", ("outcome",))
+        self._tokens = Counter("taps_tokens", "Tokens delivered.")
+        self._prompt_tokens = Counter("taps_prompt_tokens", "Prompt tokens prefilled.")
+        self._passes = Counter("taps_verify_passes", "Verify passes, one per session.")
+        self._drafted = Counter("taps_draft_tokens", "Drafted nodes checked.")
+        self._accepted = Counter("taps_accepted_tokens", "Drafted tokens accepted.", ("drafter",))
+        self._first = Histogram("taps_time_to_first_token_ms", "From the request to its first token.", _MS)
+        self._between = Histogram("taps_inter_token_ms", "Between tokens, mean of a step.", _MS)
+        self._batch = Histogram("taps_verify_batch_size", "Sessions that share a verify pass.", _SIZES)
+
+    def observe_step(self, step: Step, delivered: int, since_last_ms: float) -> None:
+        verdict = step.verdict
+        if step.is_prefill:
+            self._first.observe(since_last_ms)
+        else:
+            self._passes.inc()
+            self._batch.observe(verdict.batch_size)
+            self._between.observe(since_last_ms / max(delivered, 1))
+            if verdict.num_nodes:
+                self._drafted.inc(verdict.num_nodes)
+        self._tokens.inc(delivered)
+
+    def observe_end(self, record: RequestRecord, outcome: str) -> None:
+        self._requests.inc(tags={"outcome": outcome})
+        self._prompt_tokens.inc(record.prompt_tokens)
+        for index, name in enumerate(record.drafters):
+            if accepted := record.counts.accepted_by_drafter[index]:
+                self._accepted.inc(accepted, tags={"drafter": name})
+        logger.info(record.line(outcome))
+
+
+class RequestRecord:
+    """What one request came to."""
+
+    def __init__(self, request_id: str, prompt_tokens: int, strategy: str, drafters: Sequence[str]) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.new_tokens = 0
+        self.strategy = strategy
+        self.drafters = drafters
+        self.counts = SpeculationCounts()
+        self.batch_sizes = 0
+        self._id = request_id
+        self._started = self._last = time.perf_counter()
+        self._first_ms = 0.0
+
+    def take(self, step: Step, delivered: int) -> float:
+        """Count one step; milliseconds since the one before."""
+        now = time.perf_counter()
+        since_last_ms, self._last = (now - self._last) * 1e3, now
+        self.new_tokens += delivered
+        if step.is_prefill:
+            self._first_ms = self._first_ms or since_last_ms
+        else:
+            self.counts.observe(step.verdict, delivered)
+            self.batch_sizes += step.verdict.batch_size
+        return since_last_ms
+
+    def line(self, outcome: str) -> str:
+        seconds = time.perf_counter() - self._started
+        counts = self.counts
+        accepted = ", ".join(f"{name} {counts.accepted_by_drafter[i]}" for i, name in enumerate(self.drafters))
+        batch = self.batch_sizes / counts.num_passes if counts.num_passes else 0.0
+        return (
+            f"{self._id} {outcome}: {self.prompt_tokens} prompt + {self.new_tokens} new tokens in "
+            f"{seconds:.2f} s ({self.new_tokens / seconds:.1f}/s), first after {self._first_ms:.0f} ms; "
+            f"{self.strategy}: {counts.num_passes} passes, {counts.acceptance_length:.2f} tokens/pass, batch {batch:.1f}"
+            + (f"; accepted: {accepted}" if accepted else "")
+        )

@@ -1,0 +1,286 @@
+"""The OpenAI HTTP format: requests in, responses and errors out. Knows JSON; nothing of Ray or decoding."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from taps.composing import STRATEGIES
+from taps.delivery import FinishReason
+from taps.metrics import SpeculationCounts
+
+Json = dict[str, Any]
+R = TypeVar("R", bound="_Request")
+
+# Parameters that never change the text of an answer.
+_WITHOUT_EFFECT = {
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction",
+    "parallel_tool_calls",
+}  # fmt: skip
+# Parameters that would change the answer unless they have one of these values.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1, None),
+    "best_of": (1, None),
+    "echo": (False, None),
+    "suffix": ("", None),
+    "logprobs": (False, None),
+    "top_logprobs": (None,),
+    "logit_bias": ({}, None),
+    "response_format": ({"type": "text"}, None),
+    "tools": ([], None),
+    "tool_choice": ("none", "auto", None),
+    "functions": ([], None),
+    "function_call": ("none", "auto", None),
+    "modalities": (["text"], None),
+    "audio": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+
+
+class RequestError(Exception):
+    """A request that cannot be served; becomes an OpenAI error body."""
+
+    def __init__(
+        self, message: str, param: str | None = None, status: int = 400, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.status = status
+        self.code = code
+
+    def body(self) -> Json:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+class TapsOptions(BaseModel):
+    """How this request is speculated on; never changes its text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    strategy: str | None = None
+    drafters: list[str] | None = None
+    num_nodes: Annotated[int, Field(ge=1, le=256)] | None = None
+    depth: Annotated[int, Field(ge=1, le=16)] | None = None
+
+    @field_validator("strategy")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        if name is not None and name not in STRATEGIES:
+            raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
+        return name
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    include_usage: bool = False
+
+
+class _Request(BaseModel):
+    """What both endpoints share. Where a request is silent, OpenAI's defaults hold."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    model: str
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    taps: TapsOptions = TapsOptions()
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_supported(self) -> _Request:
+        for name, value in (self.model_extra or {}).items():
+            if name in _WITHOUT_EFFECT or any(value == neutral for neutral in _NEUTRAL.get(name, ())):
+                continue
+            raise ValueError(
+                f"{name!r} = {json.dumps(value)[:80]} is not supported by this server; leave it out"
+            )
+        return self
+
+    @field_validator("stop")
+    @classmethod
+    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        if isinstance(stop, list) and len(stop) > 16:
+            raise ValueError("at most 16 stop strings")
+        return stop
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        """As a chat template takes it."""
+        parts = self.content
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(_Request):
+    """POST /v1/chat/completions"""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+class CompletionRequest(_Request):
+    """POST /v1/completions. One prompt: a string, or token ids."""
+
+    prompt: str | list[str] | list[int]
+
+    @field_validator("prompt")
+    @classmethod
+    def _one_prompt(cls, prompt: str | list[str] | list[int]) -> str | list[int]:
+        if isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt):
+            if len(prompt) > 1:
+                raise ValueError("one prompt per request; send several requests, they are batched")
+            return str(prompt[0])
+        if not prompt:
+            raise ValueError("the prompt is empty")
+        return prompt  # type: ignore[return-value]  # pydantic has checked that the list holds ints
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    return _validated(ChatRequest, body)
+
+
+def parse_completion(body: bytes) -> CompletionRequest:
+    return _validated(CompletionRequest, body)
+
+
+def _validated(model: type[R], body: bytes) -> R:
+    try:
+        return model.model_validate(json.loads(body))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"the request body is not JSON: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.islower())
+        reason = first["msg"].removeprefix("Value error, ")
+        raise RequestError(f"{where}: {reason}" if where else reason, param=where or None) from error
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def speculation(counts: SpeculationCounts, drafters: Sequence[str]) -> Json:
+    """`metrics` of a response, in vLLM's per-request form, plus accepted tokens by drafter."""
+    by_drafter = {name: counts.accepted_by_drafter[i] for i, name in enumerate(drafters)}
+    return {
+        "speculative_decoding": {
+            "acceptance_histogram": counts.histogram(),
+            "num_spec_steps": counts.num_passes,
+            "num_spec_tokens": counts.max_depth,
+            "num_draft_tokens": counts.num_draft_tokens,
+            "num_accepted_draft_tokens": counts.num_accepted,
+            "mean_acceptance_length": counts.acceptance_length,
+            "draft_acceptance_rate": counts.draft_acceptance_rate,
+            "accepted_by_drafter": by_drafter,
+        }
+    }
+
+
+class Writer:
+    """Writes one answer in the form of one endpoint, whole or in chunks."""
+
+    def __init__(self, kind: Literal["chat", "completion"], model: str) -> None:
+        self._chat = kind == "chat"
+        self.id = new_id("chatcmpl" if self._chat else "cmpl")
+        self._model = model
+        self._created = int(time.time())
+
+    def _head(self, kind: str) -> Json:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+
+    def whole(self, text: str, finish_reason: FinishReason | None, used: Json, metrics: Json) -> Json:
+        choice: Json = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
+        if self._chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = text
+        kind = "chat.completion" if self._chat else "text_completion"
+        return {**self._head(kind), "choices": [choice], "usage": used, "metrics": metrics}
+
+    def chunk(self, text: str, finish_reason: FinishReason | None, first: bool = False) -> str:
+        choice: Json = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
+        if self._chat:
+            choice["delta"] = ({"role": "assistant"} if first else {}) | (
+                {"content": text} if text or first else {}
+            )
+        else:
+            choice["text"] = text
+        return _event({**self._chunk_head(), "choices": [choice]})
+
+    def usage_chunk(self, used: Json, metrics: Json) -> str:
+        return _event({**self._chunk_head(), "choices": [], "usage": used, "metrics": metrics})
+
+    def _chunk_head(self) -> Json:
+        return self._head("chat.completion.chunk" if self._chat else "text_completion")
+
+
+def error_event(error: RequestError) -> str:
+    """An error after the stream has begun: the status line is gone, so it goes in an event."""
+    return _event(error.body())
+
+
+DONE = "data: [DONE]\n\n"
+
+
+def _event(payload: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(payload, ensure_ascii=False)}\n\n"
+
+
+def model_list(name: str, created: int, max_model_len: int) -> Json:
+    card = {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "taps",
+        "max_model_len": max_model_len,
+    }
+    return {"object": "list", "data": [card]}

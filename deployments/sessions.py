@@ -1,0 +1,83 @@
+"""The remote twins of `taps.local`: verifier and drafter sessions on leased replicas."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments.channel import ChannelPool, PeerGone, Stream
+from deployments.messages import RemoteError, from_propose, from_tree, to_tree, to_verdict
+from taps.context import ContextDelta
+from taps.decoding import DrafterGone, VerifierGone
+from taps.drafting.drafter import Ask
+from taps.models.cache import CacheFull
+from taps.sampling import SamplingParams
+from taps.target import Verdict
+from taps.tree import InvalidTree, ProposalTree
+
+
+class RemoteVerifierSession:
+    """Implements `taps.decoding.VerifierSession`."""
+
+    def __init__(self, stream: Stream, timeout_s: float) -> None:
+        self._stream = stream
+        self._timeout_s = timeout_s
+
+    async def prefill(self, tokens: Sequence[int], num_generated: int, feature_window: int) -> Verdict:
+        prompt = {"tokens": tokens, "num_generated": num_generated, "feature_window": feature_window}
+        return await self._ask({"prefill": prompt})
+
+    async def verify(self, tree: ProposalTree) -> Verdict:
+        return await self._ask({"tree": from_tree(tree)})
+
+    async def _ask(self, message: dict[str, Any]) -> Verdict:
+        try:
+            return to_verdict(await self._stream.ask(message, self._timeout_s))
+        except PeerGone as error:
+            raise VerifierGone(str(error)) from error
+
+
+class RemoteDrafterSession:
+    """Implements `taps.decoding.DrafterSession`."""
+
+    def __init__(self, stream: Stream, name: str, index: int, timeout_s: float) -> None:
+        self.name = name
+        self.index = index
+        self._stream = stream
+        self._timeout_s = timeout_s
+
+    async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
+        try:
+            return to_tree(await self._stream.ask(from_propose(delta, ask), self._timeout_s))
+        except (PeerGone, RemoteError, InvalidTree) as error:
+            raise DrafterGone(str(error)) from error
+
+
+@asynccontextmanager
+async def verifier_session(
+    pool: ChannelPool, handle: DeploymentHandle[Any], params: SamplingParams,
+    lease_timeout_s: float, step_timeout_s: float,
+) -> AsyncIterator[RemoteVerifierSession]:  # fmt: skip
+    """A session on a leased verifier replica. Raises `VerifierGone`, `CacheFull`, `BackPressureError`."""
+    try:
+        async with pool.session(handle, {"sampling": asdict(params)}, lease_timeout_s) as stream:
+            yield RemoteVerifierSession(stream, step_timeout_s)
+    except PeerGone as error:
+        raise VerifierGone(str(error)) from error
+
+
+@asynccontextmanager
+async def drafter_session(
+    pool: ChannelPool, handle: DeploymentHandle[Any], name: str, index: int,
+    lease_timeout_s: float, step_timeout_s: float,
+) -> AsyncIterator[RemoteDrafterSession]:  # fmt: skip
+    """A session on a leased drafter replica. Raises `DrafterGone` when there is none to be had."""
+    try:
+        async with pool.session(handle, {}, lease_timeout_s) as stream:
+            yield RemoteDrafterSession(stream, name, index, step_timeout_s)
+    except (TimeoutError, PeerGone, CacheFull, RemoteError) as error:
+        raise DrafterGone(str(error)) from error
