@@ -1,6 +1,7 @@
-"""The application builders that serve_config.yaml names: the only place where deployments are bound."""
+"""The application builders that serve_config.yaml names: the only place where deployments are bound.
 
-from __future__ import annotations
+Serve reads the argument types at run time, so annotations are not postponed here.
+"""
 
 from ray.serve import Application
 

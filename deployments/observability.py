@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 
 from ray.serve.metrics import Counter, Histogram
 
+from deployments import openai
+from deployments.requests import Generation
 from taps.decoding import Step
+from taps.delivery import Delivered
 from taps.metrics import SpeculationCounts
 
 logger = logging.getLogger("ray.serve")
@@ -30,17 +32,19 @@ class Observer:
         self._between = Histogram("taps_inter_token_ms", "Between tokens, mean of a step.", _MS)
         self._batch = Histogram("taps_verify_batch_size", "Sessions that share a verify pass.", _SIZES)
 
-    def observe_step(self, step: Step, delivered: int, since_last_ms: float) -> None:
+    def observe_step(self, step: Step, delivered: Delivered, record: RequestRecord) -> None:
+        """Count one step of a request, in the metrics and in its record."""
         verdict = step.verdict
+        since_last_ms = record.take(step, delivered.num_tokens)
         if step.is_prefill:
             self._first.observe(since_last_ms)
         else:
             self._passes.inc()
             self._batch.observe(verdict.batch_size)
-            self._between.observe(since_last_ms / max(delivered, 1))
+            self._between.observe(since_last_ms / max(delivered.num_tokens, 1))
             if verdict.num_nodes:
                 self._drafted.inc(verdict.num_nodes)
-        self._tokens.inc(delivered)
+        self._tokens.inc(delivered.num_tokens)
 
     def observe_end(self, record: RequestRecord, outcome: str) -> None:
         self._requests.inc(tags={"outcome": outcome})
@@ -54,11 +58,11 @@ class Observer:
 class RequestRecord:
     """What one request came to."""
 
-    def __init__(self, request_id: str, prompt_tokens: int, strategy: str, drafters: Sequence[str]) -> None:
-        self.prompt_tokens = prompt_tokens
+    def __init__(self, request_id: str, job: Generation) -> None:
+        self.prompt_tokens = len(job.prompt)
         self.new_tokens = 0
-        self.strategy = strategy
-        self.drafters = drafters
+        self.strategy = job.strategy
+        self.drafters = job.drafters
         self.counts = SpeculationCounts()
         self.batch_sizes = 0
         self._id = request_id
@@ -85,6 +89,11 @@ class RequestRecord:
         return (
             f"{self._id} {outcome}: {self.prompt_tokens} prompt + {self.new_tokens} new tokens in "
             f"{seconds:.2f} s ({self.new_tokens / seconds:.1f}/s), first after {self._first_ms:.0f} ms; "
-            f"{self.strategy}: {counts.num_passes} passes, {counts.acceptance_length:.2f} tokens/pass, batch {batch:.1f}"
-            + (f"; accepted: {accepted}" if accepted else "")
+            f"{self.strategy}: {counts.num_passes} passes, {counts.acceptance_length:.2f} tokens/pass, "
+            f"batch {batch:.1f}" + (f"; accepted: {accepted}" if accepted else "")
         )
+
+    def summary(self) -> tuple[openai.Json, openai.Json]:
+        """`usage` and `metrics` of the response."""
+        used = openai.usage(self.prompt_tokens, self.new_tokens)
+        return used, openai.speculation(self.counts, self.drafters)

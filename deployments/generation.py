@@ -1,0 +1,72 @@
+"""One generation on leased replicas: verifier and drafters in, decoded steps out, every lease ended.
+
+Knows handles and leases; nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager, aclosing
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from deployments.channel import ChannelPool
+from deployments.config import RouterArgs
+from deployments.directory import Specialist
+from deployments.requests import Generation
+from deployments.sessions import RemoteVerifierSession, drafter_session, verifier_session
+from taps.composing import STRATEGIES
+from taps.context import Context
+from taps.decoding import DrafterGone, Panel, Step, decode
+
+_REJOIN_DELAY_S = 0.5
+
+
+class Generator:
+    """Decodes generations on whatever replicas Serve leases."""
+
+    def __init__(self, verifier: DeploymentHandle[Any], args: RouterArgs) -> None:
+        self._verifier = verifier
+        self._args = args
+        self._pool = ChannelPool()
+
+    async def steps(self, job: Generation, specialists: dict[str, Specialist]) -> AsyncGenerator[Step, None]:
+        """The steps of one answer, until closed. Drafters join when their leases are there."""
+        context = Context(job.prompt, self._args.feature_window)
+        panel = Panel((), self._args.propose_deadline_s)
+        keepers = [
+            asyncio.create_task(self._keep_on(panel, specialists[name], index))
+            for index, name in enumerate(job.drafters)
+            if name in specialists
+        ]
+
+        def open_verifier() -> AbstractAsyncContextManager[RemoteVerifierSession]:
+            waits = self._args.lease_deadline_s, self._args.verify_deadline_s
+            return verifier_session(self._pool, self._verifier, job.params, *waits)
+
+        steps = decode(context, open_verifier, panel, STRATEGIES[job.strategy], job.ask)
+        try:
+            async with aclosing(steps):
+                async for step in steps:
+                    yield step
+        finally:
+            for keeper in keepers:
+                keeper.cancel()
+            await panel.close()
+            await asyncio.gather(*keepers, return_exceptions=True)
+
+    async def _keep_on(self, panel: Panel, specialist: Specialist, index: int) -> None:
+        """Lease the specialist and keep it on the panel; when it is lost, lease another replica."""
+        waits = self._args.lease_deadline_s, self._args.lease_deadline_s
+        while True:
+            try:
+                async with drafter_session(
+                    self._pool, specialist.handle, specialist.name, index, *waits
+                ) as session:
+                    await panel.member(session)
+            except (DrafterGone, RayError, RayServeException):
+                await asyncio.sleep(_REJOIN_DELAY_S)

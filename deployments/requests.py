@@ -1,0 +1,141 @@
+"""From an HTTP body to the engine's terms: chat template, tokens, limits, defaults. Bad input ends here.
+
+Knows the tokenizer and the configuration; nothing of Ray handles or decoding.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from deployments import openai
+from deployments.config import RouterArgs, TreeArgs
+from deployments.openai import ChatRequest, CompletionRequest, RequestError
+from taps.delivery import Delivery
+from taps.drafting.drafter import Ask
+from taps.sampling import SamplingParams
+
+_DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
+_SEED_MASK = 0xFFFFFFFFFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer to generate."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    max_tokens: int
+    stop: tuple[str, ...]
+    strategy: str
+    drafters: tuple[str, ...]  # names, in the order their nodes are marked
+    ask: Ask
+
+
+class RequestReader:
+    """Turns requests into generations; everything wrong with one is a `RequestError`."""
+
+    def __init__(self, target_path: str, target: dict[str, Any], args: RouterArgs) -> None:
+        self._args = args
+        self._target = target
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(target_path)
+        self._end_tokens = _end_tokens(target_path, self._tokenizer)
+
+    def read_chat(self, request: ChatRequest, drafters_up: Collection[str]) -> Generation:
+        messages = [message.plain() for message in request.messages]
+        try:
+            templated = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        except Exception as error:  # templates raise errors of their own about roles and their order
+            reason = f"the target's chat template refuses these messages: {error}"
+            raise RequestError(reason, "messages") from error
+        max_tokens = request.max_completion_tokens or request.max_tokens
+        return self._generation(request, templated["input_ids"], max_tokens, drafters_up)
+
+    def read_completion(self, request: CompletionRequest, drafters_up: Collection[str]) -> Generation:
+        max_tokens = request.max_tokens or _DEFAULT_COMPLETION_TOKENS
+        return self._generation(request, self._tokenize(request), max_tokens, drafters_up)
+
+    def delivery(self, job: Generation) -> Delivery:
+        """The text of `job`'s answer, as its tokens come."""
+        return Delivery(self._tokenizer, job.max_tokens, self._end_tokens, job.stop)
+
+    def _tokenize(self, request: CompletionRequest) -> list[int]:
+        if isinstance(request.prompt, str):
+            ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
+            return ids
+        limit = self._target["vocab_size"]
+        if not all(isinstance(token, int) and 0 <= token < limit for token in request.prompt):
+            raise RequestError(f"token ids must lie between 0 and {limit - 1}", "prompt")
+        return [int(token) for token in request.prompt]
+
+    def _generation(
+        self,
+        request: ChatRequest | CompletionRequest,
+        prompt: list[int],
+        max_tokens: int | None,
+        drafters_up: Collection[str],
+    ) -> Generation:
+        if request.model != self._args.model_name:
+            reason = f"the model {request.model!r} does not exist; this server has {self._args.model_name!r}"
+            raise RequestError(reason, "model", code="model_not_found")
+        limit = self._target["max_tokens"]
+        room = limit - len(prompt)
+        if room < 1 or (max_tokens or 1) > room:
+            where = "messages" if isinstance(request, ChatRequest) else "prompt"
+            reason = f"the maximum context length is {limit} tokens; the prompt has {len(prompt)}"
+            wanted = f" and {max_tokens} more were requested" if max_tokens else ""
+            raise RequestError(reason + wanted, where, code="context_length_exceeded")
+        tree, params = self._tree(request.taps), _sampling(request)
+        return Generation(
+            tuple(prompt),
+            params,
+            max_tokens or room,
+            request.stop_strings,
+            tree.strategy,
+            self._choose(tree.strategy, request.taps.drafters, drafters_up),
+            Ask(tree.num_nodes, tree.depth, tree.top_k, params if tree.coupled else None),
+        )
+
+    def _tree(self, options: openai.TapsOptions) -> TreeArgs:
+        chosen = options.model_dump(exclude={"drafters"}, exclude_none=True)
+        try:
+            return TreeArgs(**self._args.tree.model_dump() | chosen)
+        except ValueError as error:
+            raise RequestError(f"taps: {error}", "taps") from error
+
+    def _choose(self, strategy: str, names: list[str] | None, up: Collection[str]) -> tuple[str, ...]:
+        """The drafters to ask: those named, or the configured ones that are up."""
+        unknown = [name for name in names or [] if name not in up]
+        if unknown:
+            there = ", ".join(up) or "none"
+            raise RequestError(f"no drafter {unknown[0]!r} is up; there are: {there}", "taps.drafters")
+        wanted = names if names is not None else self._args.drafters or list(up)
+        chosen = tuple(name for name in dict.fromkeys(wanted) if name in up)
+        if strategy == "off":
+            return ()
+        return chosen[:1] if strategy == "single" else chosen
+
+
+def _end_tokens(path: str, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer: the generation config's, and the tokenizer's own."""
+    try:
+        configured = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        configured = None
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def _sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
+    return SamplingParams(
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        top_k=max(request.top_k or 0, 0),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        seed=secrets.randbits(64) if request.seed is None else request.seed & _SEED_MASK,
+    )
