@@ -23,7 +23,6 @@ class SpeculationCounts:
     max_depth: int = 0  # the deepest draft that was checked, tokens
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # accepted tokens -> passes
     accepted_by_drafter: Counter[int] = field(default_factory=Counter)  # drafter -> accepted tokens it proposed
-    drafted_by_drafter: Counter[int] = field(default_factory=Counter)
 
     def observe(self, verdict: Verdict, delivered: int) -> None:
         """Count one verify pass; tokens beyond the first `delivered` were cut and do not count."""
@@ -36,6 +35,18 @@ class SpeculationCounts:
         self.accepted_lengths[accepted] += 1
         for owners in verdict.owners[:accepted]:
             self.accepted_by_drafter.update(drafters_in(owners))
+
+    def __add__(self, other: SpeculationCounts) -> SpeculationCounts:
+        """Counts of both: ratios are taken at the edge."""
+        return SpeculationCounts(
+            self.num_passes + other.num_passes,
+            self.num_tokens + other.num_tokens,
+            self.num_draft_tokens + other.num_draft_tokens,
+            self.num_accepted + other.num_accepted,
+            max(self.max_depth, other.max_depth),
+            self.accepted_lengths + other.accepted_lengths,
+            self.accepted_by_drafter + other.accepted_by_drafter,
+        )
 
     @property
     def acceptance_length(self) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import scipy.stats
@@ -59,11 +61,11 @@ def test_greedy_ignores_seed_top_p_and_top_k() -> None:
 @pytest.mark.parametrize(
     ("seed", "choice", "position", "noise"),
     [
-        (0, 0, 0, PINNED_0),
-        (7, 0, 0, PINNED_1),
-        (7, 1, 0, PINNED_2),
-        (7, 0, 1, PINNED_3),
-        (2**64 - 1, 3, 2047, PINNED_4),
+        (0, 0, 0, [1.177349074076, 1.348148908673, -0.086926925257, -0.610696192359]),
+        (7, 0, 0, [-0.759336919580, 1.703393655837, 1.198311597036, -0.646439750413]),
+        (7, 1, 0, [0.364080281639, -0.674325229899, 0.359249833158, 1.921654142730]),
+        (7, 0, 1, [0.518514038526, -0.414158948746, -0.492426362317, -0.498314762809]),
+        (2**64 - 1, 3, 2047, [1.045487030884, -0.031436211550, 1.332229407331, 1.136233869201]),
     ],
 )
 def test_the_noise_never_changes(seed: int, choice: int, position: int, noise: list[float]) -> None:
@@ -94,7 +96,6 @@ def test_the_noise_is_standard_gumbel() -> None:
     assert scipy.stats.kstest(noise.numpy(), "gumbel_r").pvalue > 0.01
 
 
-@pytest.mark.parametrize("varied", ["seed", "position", "choice"])
 @pytest.mark.parametrize(
     ("params", "counts"),
     [
@@ -107,22 +108,24 @@ def test_the_noise_is_standard_gumbel() -> None:
     ],
     ids=["plain", "cool", "top-p", "top-k", "penalties", "everything"],
 )
-def test_samples_follow_the_exact_distribution(
-    params: SamplingParams, counts: Mapping[int, int], varied: str
-) -> None:
+def test_samples_follow_the_exact_distribution(params: SamplingParams, counts: Mapping[int, int]) -> None:
     observed = [0] * len(LOGITS)
     for i in range(NUM_DRAWS):
-        drawn = SamplingParams(**{**vars(params), varied: i}) if varied != "position" else params
-        observed[sample(LOGITS, drawn, i if varied == "position" else 11, counts)] += 1
+        observed[sample(LOGITS, replace(params, seed=i // 50, choice=i % 5), i % 50 // 5, counts)] += 1
     assert chi_square_p(observed, exact(LOGITS, params, counts)) > 1e-3
 
 
-def test_neighbouring_positions_draw_independently() -> None:
-    drawn = [sample(LOGITS[:4], SamplingParams(seed=5), position, {}) for position in range(NUM_DRAWS + 1)]
-    table = torch.zeros(4, 4)
-    for first, second in zip(drawn, drawn[1:], strict=False):
-        table[first, second] += 1
-    assert scipy.stats.chi2_contingency(table.numpy()).pvalue > 1e-3
+@pytest.mark.parametrize("neighbour", ["position", "choice", "seed"])
+def test_neighbouring_positions_choices_and_seeds_draw_independently(neighbour: str) -> None:
+    def draw(i: int) -> int:
+        params = SamplingParams(seed=i if neighbour == "seed" else 5, choice=i if neighbour == "choice" else 0)
+        return sample(LOGITS[:4], params, i if neighbour == "position" else 9, {})
+
+    drawn = [draw(i) for i in range(NUM_DRAWS + 1)]
+    pairs = torch.zeros(4, 4)
+    for first, second in pairwise(drawn):
+        pairs[first, second] += 1
+    assert scipy.stats.chi2_contingency(pairs.numpy()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("spread", [1.0, 12.0])
@@ -131,16 +134,18 @@ def test_leaving_out_hopeless_tokens_changes_no_draw(spread: float) -> None:
     for position in range(200):
         logits = random_logits(400, spread, seed=position)
         noise = gumbel_noise(3, 0, position, torch.arange(400))
-        assert sample(logits, params, position, {}) == first_argmax(shape_logits(logits, params, {}) + noise)
+        assert sample(logits, params, position, {}) == first_argmax(
+            shape_logits(logits, params, {}).double() + noise
+        )
 
 
-def test_even_the_luckiest_token_cannot_bridge_more_than_the_candidate_cut() -> None:
-    """The bound behind the cut: noise from u = 2**-33 to u = 1 - 2**-33."""
-    spread = -math.log(-math.log1p(-(2.0**-33))) + math.log(-math.log(2.0**-33))
-    logits = torch.tensor([0.0, -spread + 1e-3, -spread - 1e-3]).double()
-    noise = gumbel_noise(1, 0, 1, torch.arange(100_000))
-    assert noise.max() - noise.min() < spread
-    assert sample(logits, SamplingParams(seed=1), 1, {}) == 0
+def test_the_luckiest_token_still_beats_the_unluckiest_best_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise lies between those of u = 2**-33 and u = 1 - 2**-33: no token within that reach is left out."""
+    lowest, highest = -math.log(-math.log(2.0**-33)), -math.log(-math.log1p(-(2.0**-33)))
+    extremes = torch.tensor([lowest, highest], dtype=torch.float64)
+    monkeypatch.setattr("taps.sampling.gumbel_noise", lambda *args: extremes[args[-1]])
+    within = torch.tensor([0.0, lowest - highest + 1e-3])
+    assert sample(within, SamplingParams(), 0, {}) == 1
 
 
 def test_penalties_follow_the_formula_and_count_tokens_once_per_kind() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, empty
+import torch
 
 from taps.composing import Compose
 from taps.context import ContextDelta
@@ -20,7 +20,7 @@ from taps.metrics import SpeculationCounts
 from taps.target import Verdict
 from taps.training.dataset import Recording
 from taps.tree import ProposalTree
-from taps.verification import accept
+from taps.verification import Acceptance, accept
 
 
 @dataclass(frozen=True)
@@ -33,65 +33,61 @@ class Strategy:
     num_nodes: int
 
 
-class _Trees:
-    """One drafter's trees over one recording, grown at the positions that are asked for, in any order."""
+TreesByEnd = dict[int, ProposalTree]  # number of tokens decided, the root included -> the tree grown there
 
-    def __init__(self, drafter: Drafter, recording: Recording, ask: Ask, index: int) -> None:
-        self._drafter = drafter
-        self._tokens: list[int] = recording.tokens.tolist()
-        self._features: Tensor = recording.features
-        self._ask = ask
-        self._index = index
-        self._made: dict[int, ProposalTree] = {}
 
-    def grow(self, ends: Sequence[int]) -> None:
-        """Grow the trees whose roots are the tokens at `ends` - 1, in increasing order."""
-        session = self._drafter.open()
-        try:
-            known = 0
-            for end in ends:
-                start = max(known - 1, 0)
-                delta = ContextDelta(
-                    known, tuple(self._tokens[known:end]), start, self._features[start : end - 1]
-                )
-                outcome = self._drafter.step([DraftJob(session, delta, self._ask)])[0]
-                assert isinstance(outcome, ProposalTree)
-                self._made[end] = outcome.owned_by(self._index)
-                known = end
-        finally:
-            self._drafter.close(session)
+def grow_trees(drafter: Drafter, recordings: Sequence[Recording], ask: Ask, index: int) -> list[TreesByEnd]:
+    """The drafter's tree at every position of every recording, as its drafter number `index`.
 
-    def at(self, end: int) -> ProposalTree:
-        return self._made[end]
+    All recordings advance in step, one session each: the drafter grows their trees together.
+    """
+    sessions = [drafter.open() for _ in recordings]
+    grown: list[TreesByEnd] = [{} for _ in recordings]
+    try:
+        for step in range(max(len(r.tokens) - r.answer_start for r in recordings)):
+            at = [(i, r.answer_start + 1 + step) for i, r in enumerate(recordings)]
+            active = [(i, end) for i, end in at if end < len(recordings[i].tokens)]
+            if not active:
+                break
+            jobs = [DraftJob(sessions[i], _delta(recordings[i], end, step), ask) for i, end in active]
+            for (i, end), tree in zip(active, drafter.step(jobs), strict=True):
+                assert isinstance(tree, ProposalTree)
+                grown[i][end] = tree.owned_by(index)
+    finally:
+        for session in sessions:
+            drafter.close(session)
+    return grown
+
+
+def _delta(recording: Recording, end: int, step: int) -> ContextDelta:
+    """What a session learns when `end` tokens are decided: everything at first, then one more token."""
+    known = end - 1 if step else 0
+    start = max(known - 1, 0)
+    tokens: list[int] = recording.tokens[known:end].tolist()
+    return ContextDelta(known, tuple(tokens), start, recording.features[start : end - 1])
 
 
 def replay(
-    recording: Recording, drafters: Sequence[Drafter], strategies: Sequence[Strategy], ask: Ask,
-    progress: Callable[[], None] = lambda: None,
-) -> list[SpeculationCounts]:  # fmt: skip
-    """Counts of every strategy over one recording, as if each had been decoded live with these drafters.
+    recording: Recording, trees: Sequence[TreesByEnd], strategies: Sequence[Strategy]
+) -> list[SpeculationCounts]:
+    """Counts of every strategy over one recording, as if each had been decoded live up to its length.
 
-    Like a live run of greedy decoding whose limit is the recording's length.
+    Args: trees: one drafter's trees over this recording, for each drafter.
     """
-    tokens: list[int] = recording.tokens.tolist()
-    first = recording.answer_start + 1  # tokens decided after the prefill
-    trees = [_Trees(drafter, recording, ask, i) for i, drafter in enumerate(drafters)]
-    for grown in trees:
-        grown.grow(range(first, len(tokens)))
-        progress()
-    return [_walk(tokens, first, trees, strategy) for strategy in strategies]
+    return [_walk(recording, trees, strategy) for strategy in strategies]
 
 
-def _walk(tokens: Sequence[int], first: int, trees: Sequence[_Trees], strategy: Strategy) -> SpeculationCounts:
+def _walk(recording: Recording, trees: Sequence[TreesByEnd], strategy: Strategy) -> SpeculationCounts:
     """Decode along the recording: where the target goes next is known."""
     counts = SpeculationCounts()
-    end = first
+    tokens: list[int] = recording.tokens.tolist()
+    end = recording.answer_start + 1  # the prefill decides one token
     while end < len(tokens):
-        proposals = [trees[i].at(end) for i in strategy.drafters]
+        proposals = [trees[i][end] for i in strategy.drafters]
         tree = strategy.compose(proposals, tokens[end - 1], strategy.num_nodes)
         acceptance = accept(tree, _decided(tokens, end))
         delivered = min(len(acceptance.tokens), len(tokens) - end)
-        counts.observe(_verdict(tree, acceptance.tokens, acceptance.owners), delivered)
+        counts.observe(_verdict(tree, acceptance), delivered)
         end += delivered
     return counts
 
@@ -106,5 +102,7 @@ def _decided(tokens: Sequence[int], end: int) -> Callable[[int, Sequence[int]], 
     return decide
 
 
-def _verdict(tree: ProposalTree, tokens: tuple[int, ...], owners: tuple[int, ...]) -> Verdict:
-    return Verdict(tokens, owners, empty(0, 0), len(tree) - 1, max(tree.depths), 1, 0.0, 0.0)
+def _verdict(tree: ProposalTree, acceptance: Acceptance) -> Verdict:
+    """A verdict without features or times."""
+    depth, nothing = max(tree.depths), torch.empty(0, 0)
+    return Verdict(acceptance.tokens, acceptance.owners, nothing, len(tree) - 1, depth, 1, 0.0, 0.0)

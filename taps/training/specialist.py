@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from taps.models.draft_head import DraftHead, draft_config
 from taps.models.embedded import target_path
 from taps.scheduling import StepBudget
 from taps.target import Target
-from taps.training.dataset import AnswerRecipe, AnswerRecorder, load_prompts, shard_header, shards
+from taps.training.dataset import AnswerRecipe, AnswerRecorder, Prompt, load_prompts, shard_header, shards
 from taps.training.trainer import Trainer, TrainRecipe, draft_vocabulary
 
 
@@ -31,7 +32,7 @@ def train_specialist(
     Answers are kept in `work` and not generated again. Raises `InvalidData`, `UnservableTarget`.
     """
     path = target_path(target)
-    record_answers(path, data, work, answers)
+    answer_prompts(path, load_prompts(data, answers.seed), work, answers)
     embeddings, lm_head = load_target_ends(path)
     torch.manual_seed(training.seed)
     vocabulary = draft_vocabulary(work, draft_vocab_size, embeddings.shape[0])
@@ -46,9 +47,8 @@ def train_specialist(
     print(f"saved {out}; add it to serve_config.yaml as an application with head: {out}", flush=True)
 
 
-def record_answers(target: str, data: Path, work: Path, recipe: AnswerRecipe) -> None:
-    """Generate the target's answers into `work`, up to `recipe.answer_tokens` in all."""
-    prompts = load_prompts(data, recipe.seed)
+def answer_prompts(target: str, prompts: Sequence[Prompt], work: Path, recipe: AnswerRecipe) -> None:
+    """Record the target's answers into `work`, up to `recipe.answer_tokens` in all."""
     model = CausalLM.load(target, torch.float32)
     longest = recipe.max_prompt_tokens + recipe.max_new_tokens + 1
     budget = StepBudget(prefill_tokens=512, tree_nodes=0)

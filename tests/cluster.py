@@ -1,0 +1,98 @@
+"""A real Ray Serve cluster for tests: started from the shipped config, changed the way users change it."""
+
+from __future__ import annotations
+
+import copy
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import ray
+import yaml
+from ray import serve
+
+PROJECT = Path(__file__).resolve().parent.parent
+MODEL = "SmolLM2-135M-Instruct"
+START_DEADLINE_S = 400.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Cluster:
+    """One running cluster: its config, its HTTP address, and its replicas' processes."""
+
+    def __init__(self, directory: Path, dashboard: str) -> None:
+        self._directory = directory
+        self._dashboard = dashboard
+        self.config: dict[str, Any] = yaml.safe_load((PROJECT / "serve_config.yaml").read_text())
+        self.config["http_options"]["port"] = free_port()
+        self.config["applications"][0]["args"]["target"]["dtype"] = "float32"
+        self.url = f"http://127.0.0.1:{self.config['http_options']['port']}"
+
+    @classmethod
+    @contextmanager
+    def start(cls, directory: Path) -> Iterator[Cluster]:
+        """The shipped config, with the target in float32 so that texts can be compared exactly."""
+        port = free_port()
+        ray.init(num_cpus=2, include_dashboard=True, dashboard_port=port, log_to_driver=False)
+        try:
+            cluster = cls(directory, f"http://127.0.0.1:{port}")
+            cluster.apply(cluster.config)
+            cluster.wait_for_drafters({"math", "chat"})
+            yield cluster
+        finally:
+            serve.shutdown()
+            ray.shutdown()
+
+    def apply(self, config: dict[str, Any]) -> None:
+        """What a user does: write the file, `serve deploy` it."""
+        path = self._directory / "serve_config.yaml"
+        path.write_text(yaml.safe_dump(config))
+        command = [str(Path(sys.executable).parent / "serve"), "deploy", "-a", self._dashboard, str(path)]
+        subprocess.run(command, check=True, timeout=120, capture_output=True)
+        self.config = config
+
+    def changed(self) -> dict[str, Any]:
+        """A copy of the config to change and apply."""
+        return copy.deepcopy(self.config)
+
+    def wait_for_drafters(self, names: set[str]) -> None:
+        """Until /health is 200 and lists exactly these drafters."""
+        deadline = time.monotonic() + START_DEADLINE_S
+        seen: object = None
+        while time.monotonic() < deadline:
+            try:
+                answer = httpx.get(f"{self.url}/health", timeout=10)
+                seen = answer.text
+                if answer.status_code == 200 and set(answer.json()["drafters"]) == names:
+                    return
+            except httpx.HTTPError as error:
+                seen = error
+            time.sleep(0.5)  # polling another process, bounded by the deadline
+        raise TimeoutError(f"drafters {names} are not up: {seen}; {serve.status()}")
+
+    def processes(self) -> dict[str, int]:
+        """Application and deployment -> process id of its one replica."""
+        from ray.serve._private.api import _get_global_client
+
+        details = _get_global_client().get_serve_details()
+        return {
+            f"{app}.{name}": deployment["replicas"][0]["pid"]
+            for app, info in details["applications"].items()
+            for name, deployment in info["deployments"].items()
+        }
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=300, max_retries=0)

@@ -1,0 +1,69 @@
+"""The real parts that tests share: the embedded target in float32, the shipped heads, a Serve cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from taps.drafting.eagle import EagleDrafter
+from taps.drafting.ngram import NgramDrafter
+from taps.local import LocalDrafter, LocalVerifier
+from taps.models.causal_lm import CausalLM
+from taps.models.checkpoints import load_head
+from taps.models.embedded import embedded_target
+from taps.target import Target
+
+if TYPE_CHECKING:
+    from tests.cluster import Cluster
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def target_directory() -> Path:
+    return embedded_target()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(target_directory: Path) -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(target_directory)
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def verifier(target_directory: Path) -> Iterator[LocalVerifier]:
+    """The real target in float32, where exactness is exact."""
+    model = CausalLM.load(target_directory, torch.float32)
+    verifier = LocalVerifier(Target(model, max_sessions=8, max_len=1024))
+    yield verifier
+    verifier.close()
+
+
+@pytest.fixture(scope="session")
+def drafters(target_directory: Path) -> Iterator[list[LocalDrafter]]:
+    """math, chat and n-gram: three drafters of two kinds."""
+    heads = [
+        LocalDrafter(
+            name,
+            EagleDrafter(load_head(PROJECT / "specialists" / name, target_directory, torch.bfloat16), 8, 1024),
+        )
+        for name in ("math", "chat")
+    ]
+    panel = [*heads, LocalDrafter("ngram", NgramDrafter())]
+    yield panel
+    for drafter in panel:
+        drafter.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(target_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The shipped serve_config.yaml on a real Ray cluster, with a float32 target."""
+    from tests.cluster import Cluster  # imports Ray, which other tests need not wait for
+
+    with Cluster.start(tmp_path_factory.mktemp("cluster")) as running:
+        yield running

@@ -1,0 +1,146 @@
+"""Continuous batching: every caller gets its own job's result, whatever befalls the others."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from taps.batching import Batcher
+from tests.fakes import turns
+
+Outcome = str | Exception | None
+
+
+@contextmanager
+def batching(step: Callable[[Sequence[int]], Sequence[Outcome]]) -> Iterator[Batcher[int, str]]:
+    batcher: Batcher[int, str] = Batcher(step, "test")
+    try:
+        yield batcher
+    finally:
+        batcher.close()
+
+
+class GatedStep:
+    """A step that the test holds in the worker thread until it is let go."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[int]] = []
+        self._started: asyncio.Queue[None] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._go = threading.Semaphore(0)
+
+    def __call__(self, jobs: Sequence[int]) -> list[Outcome]:
+        self.seen.append(list(jobs))
+        self._loop.call_soon_threadsafe(self._started.put_nowait, None)
+        assert self._go.acquire(timeout=10)
+        return [str(job) for job in jobs]
+
+    async def started(self) -> None:
+        await self._started.get()
+
+    def let_go(self) -> None:
+        self._go.release()
+
+
+async def test_every_caller_gets_its_own_result() -> None:
+    with batching(lambda jobs: [str(job) for job in jobs]) as batcher:
+        assert await asyncio.gather(*map(batcher.submit, range(20))) == [str(job) for job in range(20)]
+
+
+async def test_jobs_that_come_during_a_step_share_the_next_one() -> None:
+    step = GatedStep()
+    with batching(step) as batcher:
+        first = asyncio.create_task(batcher.submit(1))
+        await step.started()
+        others = [asyncio.create_task(batcher.submit(job)) for job in (2, 3)]
+        await turns(1)
+        step.let_go()
+        step.let_go()
+        assert await asyncio.gather(first, *others) == ["1", "2", "3"]
+    assert step.seen == [[1], [2, 3]]
+
+
+async def test_none_keeps_a_job_waiting_while_others_come_and_go() -> None:
+    needed = {1: 3, 2: 1}
+
+    def step(jobs: Sequence[int]) -> list[Outcome]:
+        for job in jobs:
+            needed[job] -= 1
+        return [None if needed[job] else f"{job} done" for job in jobs]
+
+    with batching(step) as batcher:
+        assert await asyncio.gather(batcher.submit(1), batcher.submit(2)) == ["1 done", "2 done"]
+    assert needed == {1: 0, 2: 0}, "a job that is done is not stepped again"
+
+
+async def test_an_exception_fails_its_own_job_alone() -> None:
+    def step(jobs: Sequence[int]) -> list[Outcome]:
+        return [ValueError("too long") if job == 2 else str(job) for job in jobs]
+
+    with batching(step) as batcher:
+        results = await asyncio.gather(*map(batcher.submit, (1, 2, 3)), return_exceptions=True)
+    assert results[::2] == ["1", "3"]
+    assert isinstance(results[1], ValueError)
+
+
+async def test_a_step_that_raises_fails_its_jobs_but_not_those_after() -> None:
+    def step(jobs: Sequence[int]) -> list[Outcome]:
+        if 13 in jobs:
+            raise RuntimeError("the model broke")
+        return [str(job) for job in jobs]
+
+    with batching(step) as batcher:
+        results = await asyncio.gather(*map(batcher.submit, (12, 13)), return_exceptions=True)
+        assert [str(result) for result in results] == ["the model broke"] * 2
+        assert await batcher.submit(14) == "14"
+
+
+async def test_a_cancelled_job_is_never_stepped() -> None:
+    step = GatedStep()
+    with batching(step) as batcher:
+        first = asyncio.create_task(batcher.submit(1))
+        await step.started()
+        cancelled, kept = (asyncio.create_task(batcher.submit(job)) for job in (2, 3))
+        await turns(1)
+        cancelled.cancel()
+        step.let_go()
+        step.let_go()
+        assert await asyncio.gather(first, kept) == ["1", "3"]
+        assert cancelled.cancelled()
+    assert step.seen == [[1], [3]]
+
+
+async def test_cancelling_a_job_during_its_step_does_not_disturb_the_others() -> None:
+    step = GatedStep()
+    with batching(step) as batcher:
+        both = [asyncio.create_task(batcher.submit(job)) for job in (1, 2)]
+        await step.started()
+        both[0].cancel()
+        step.let_go()
+        assert await both[1] == "2"
+    assert step.seen == [[1, 2]]
+
+
+async def test_actions_run_in_the_worker_thread_between_steps() -> None:
+    order: list[str] = []
+    step = GatedStep()
+    with batching(step) as batcher:
+        job = asyncio.create_task(batcher.submit(1))
+        await step.started()
+        action = asyncio.create_task(batcher.between_steps(lambda: order.append(threading.current_thread().name)))
+        await turns(2)
+        assert order == [], "the step still holds the thread"
+        step.let_go()
+        await asyncio.gather(job, action)
+    assert order[0].startswith("test")
+
+
+async def test_jobs_of_a_closed_batcher_fail_instead_of_hanging() -> None:
+    with batching(lambda jobs: [str(job) for job in jobs]) as batcher:
+        pass
+    with pytest.raises(RuntimeError):
+        await batcher.submit(1)

@@ -1,0 +1,62 @@
+"""Growth: the best nodes of the newest level are extended, and the best of all are kept."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from taps.drafting.drafter import Ask
+from taps.drafting.growth import Growth
+from taps.tree import ROOT, ProposalTree
+
+
+def grown() -> Growth:
+    """Two levels below root 9, worked by hand: node numbers are 1, 2 and then 3, 4 | 5, 6."""
+    growth = Growth(9, Ask(num_nodes=5, depth=1, top_k=2))
+    growth.extend([[5, 6]], [[-0.1, -1.0]], [0.4])
+    growth.extend([[7, 8], [3, 4]], [[-0.5, -2.0], [-0.05, -0.3]], [0.2, 0.6])
+    return growth
+
+
+def test_growth_begins_at_the_root() -> None:
+    growth = Growth(9, Ask())
+    assert growth.frontier == [ROOT]
+    assert growth.token(ROOT) == 9
+    assert growth.tree() == ProposalTree.root_only(9)
+
+
+def test_the_frontier_is_the_best_of_the_newest_level_only() -> None:
+    growth = grown()
+    assert growth.frontier == [3, 5]
+    assert [growth.token(node) for node in growth.frontier] == [7, 3]
+    assert [growth.parent(node) for node in growth.frontier] == [1, 2]
+
+
+def test_the_tree_is_the_best_nodes_by_path_probability_with_the_mean_entropy() -> None:
+    tree = grown().tree()
+    assert tree.tokens == (9, 5, 7, 6, 3)
+    assert tree.parents == (-1, 0, 1, 0, 3)
+    assert tree.scores == pytest.approx((0.0, -0.1, -0.6, -1.0, -1.05))
+    assert tree.entropy == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_an_ask_bounds_nodes_depth_and_children(seed: int) -> None:
+    rng = random.Random(seed)
+    ask = Ask(num_nodes=rng.randrange(1, 20), depth=rng.randrange(0, 4), top_k=rng.randrange(1, 5))
+    growth = Growth(0, ask)
+    for _ in range(ask.depth + 1):
+        rows = [[-rng.random() for _ in range(ask.top_k)] for _ in growth.frontier]
+        growth.extend([list(range(ask.top_k)) for _ in rows], rows, [1.0] * len(rows))
+        assert len(growth.frontier) <= ask.top_k
+    tree = growth.tree().check()
+    assert len(tree) <= ask.num_nodes
+    assert max(tree.depths) <= ask.depth + 1
+    assert max(map(len, tree.children)) <= ask.top_k
+
+
+def test_every_frontier_node_needs_its_candidates() -> None:
+    growth = Growth(9, Ask())
+    with pytest.raises(ValueError, match="shorter"):
+        growth.extend([], [[-0.1]], [0.0])

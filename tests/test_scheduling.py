@@ -1,0 +1,83 @@
+"""Scheduling: what of the waiting trees and prompts goes into one step, and what a row costs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from taps.scheduling import CostModel, share_nodes, share_prefill
+from tests.fakes import chain, random_tree
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_budget_goes_to_the_best_nodes_of_all_trees(seed: int) -> None:
+    rng = random.Random(seed)
+    trees = [random_tree(rng, num_nodes=rng.randrange(1, 12)) for _ in range(5)]
+    total = sum(len(tree) - 1 for tree in trees)
+    for budget in range(total + 2):
+        kept = share_nodes(trees, budget)
+        assert sum(len(tree) - 1 for tree in kept) == min(budget, total)
+        assert kept == [tree.prefix(len(share)) for tree, share in zip(trees, kept, strict=True)]
+        worst_kept = min((score for share in kept for score in share.scores[1:]), default=0.0)
+        dropped = [s for tree, share in zip(trees, kept, strict=True) for s in tree.scores[len(share) :]]
+        assert all(score <= worst_kept for score in dropped)
+
+
+def test_without_budget_every_session_still_gets_its_root() -> None:
+    trees = [chain(5, 6), chain(7)]
+    assert [len(tree) for tree in share_nodes(trees, 0)] == [1, 1]
+    assert [len(tree) for tree in share_nodes(trees, -3)] == [1, 1]
+    assert share_nodes([], 8) == []
+
+
+def test_equal_scores_are_shared_level_by_level_not_session_by_session() -> None:
+    trees = [chain(5, 6, 7), chain(5, 6, 7), chain(5, 6, 7)]
+    assert [len(tree) for tree in share_nodes(trees, 6)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("remaining", "budget", "taken"),
+    [
+        ([5, 5], 20, [5, 5]),
+        ([5, 5], 8, [5, 3]),
+        ([9, 5, 1], 8, [8, 0, 0]),
+        ([0, 5], 3, [0, 3]),
+        ([4], 0, [0]),
+        ([], 8, []),
+    ],
+)
+def test_prompts_are_prefilled_first_come_first_served(
+    remaining: list[int], budget: int, taken: list[int]
+) -> None:
+    assert share_prefill(remaining, budget) == taken
+
+
+def test_the_cost_of_a_node_is_the_slope_of_the_observed_line() -> None:
+    cost = CostModel()
+    for rows in [1, 8, 3, 16, 5, 1]:
+        cost.observe(rows, 15.0 + 0.5 * rows)
+    assert cost.node_ms == pytest.approx(0.5)
+
+
+def test_a_slope_needs_two_different_row_counts() -> None:
+    cost = CostModel()
+    assert cost.node_ms == 0.0
+    for ms in [10.0, 20.0, 30.0]:
+        cost.observe(8, ms)
+    assert cost.node_ms == 0.0
+
+
+def test_a_node_never_costs_less_than_nothing() -> None:
+    cost = CostModel()
+    cost.observe(1, 50.0)
+    cost.observe(20, 10.0)
+    assert cost.node_ms == 0.0
+
+
+def test_old_costs_are_forgotten() -> None:
+    cost = CostModel(memory=0.9)
+    for slope in [5.0, 0.5]:
+        for i in range(200):
+            cost.observe(1 + i % 7, 20.0 + slope * (1 + i % 7))
+    assert cost.node_ms == pytest.approx(0.5, rel=1e-3)

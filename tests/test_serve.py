@@ -1,0 +1,166 @@
+"""The running system: the shipped config on a real Ray cluster, used with the stock openai client."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.cluster import MODEL, Cluster
+
+pytestmark = pytest.mark.serve
+
+QUESTION = "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total?"
+USER = [{"role": "user", "content": QUESTION}]
+
+
+def ask(cluster: Cluster, **options: Any) -> Any:
+    settings: dict[str, Any] = {"messages": USER, "max_tokens": 32, "temperature": 0, **options}
+    return cluster.client.chat.completions.create(model=MODEL, **settings)
+
+
+def text_of(cluster: Cluster, **options: Any) -> str:
+    content: str = ask(cluster, **options).choices[0].message.content
+    return content
+
+
+def streamed_text(chunks: Any) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def test_chat_streamed_equals_chat_whole(cluster: Cluster) -> None:
+    whole = ask(cluster)
+    assert whole.usage.completion_tokens == 32
+    assert whole.choices[0].finish_reason == "length"
+    chunks = list(ask(cluster, stream=True, stream_options={"include_usage": True}))
+    assert streamed_text(chunks) == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert len(chunks) > 4
+
+
+def test_completions_streamed_equal_whole(cluster: Cluster) -> None:
+    options: dict[str, Any] = {"model": MODEL, "prompt": "The capital of France is", "temperature": 0}
+    whole = cluster.client.completions.create(**options)
+    chunks = list(cluster.client.completions.create(**options, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 16
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 7, "top_p": 0.95}])
+def test_every_strategy_gives_the_text_of_plain_decoding(cluster: Cluster, sampling: dict[str, Any]) -> None:
+    plain = text_of(cluster, **sampling, extra_body={"taps": {"strategy": "off"}})
+    for strategy in ("single", "confidence", "entropy", "merged"):
+        assert text_of(cluster, **sampling, extra_body={"taps": {"strategy": strategy}}) == plain
+
+
+def test_metrics_count_what_was_drafted_and_accepted(cluster: Cluster) -> None:
+    answer = ask(cluster, extra_body={"taps": {"strategy": "merged", "num_nodes": 8}})
+    counts = answer.metrics["speculative_decoding"]
+    histogram = counts["acceptance_histogram"]
+    assert len(histogram) == counts["num_spec_tokens"] + 1
+    assert sum(histogram) == counts["num_spec_steps"]
+    assert sum(n * passes for n, passes in enumerate(histogram)) == counts["num_accepted_draft_tokens"]
+    assert counts["num_accepted_draft_tokens"] > 0
+    assert pytest.approx(counts["mean_acceptance_length"] * counts["num_spec_steps"]) == 31
+    assert max(counts["accepted_by_drafter"].values()) <= counts["num_accepted_draft_tokens"]
+
+
+def test_stop_string_ends_the_answer_before_it(cluster: Cluster) -> None:
+    plain = text_of(cluster)
+    word = plain.split()[6]
+    answer = ask(cluster, stop=[word])
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].message.content == plain[: plain.index(word)]
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"messages": []}, "messages"),
+        ({"model": "gpt-4"}, "gpt-4"),
+        ({"taps": {"drafters": ["nobody"]}}, "nobody"),
+        ({"taps": {"strategy": "magic"}}, "magic"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"logprobs": True}, "logprobs"),
+        ({"n": 2}, "n"),
+        ({"max_tokens": 100_000}, "context length"),
+        ({"messages": [{"role": "user", "content": "word " * 5000}]}, "context length"),
+    ],
+)
+def test_bad_requests_are_refused_with_a_sentence(cluster: Cluster, body: dict[str, Any], says: str) -> None:
+    request = {"model": MODEL, "messages": USER, "max_tokens": 4, **body}
+    answer = httpx.post(f"{cluster.url}/v1/chat/completions", json=request, timeout=60)
+    assert answer.status_code == 400
+    assert says in answer.json()["error"]["message"]
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_broken_json_is_a_400(cluster: Cluster) -> None:
+    answer = httpx.post(f"{cluster.url}/v1/chat/completions", content=b'{"model": ', timeout=60)
+    assert answer.status_code == 400
+    assert "not JSON" in answer.json()["error"]["message"]
+
+
+def test_the_openai_client_raises_its_own_error(cluster: Cluster) -> None:
+    with pytest.raises(openai.BadRequestError, match="does not exist"):
+        cluster.client.chat.completions.create(model="other", messages=USER)  # type: ignore[arg-type]
+
+
+def test_models_lists_the_target(cluster: Cluster) -> None:
+    assert [model.id for model in cluster.client.models.list()] == [MODEL]
+
+
+def test_concurrent_requests_are_correct_and_share_passes(cluster: Cluster) -> None:
+    lengths = [8, 12, 16, 20, 24, 28, 32, 32]
+    alone = text_of(cluster)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: text_of(cluster, max_tokens=n), lengths))
+    assert answers[-1] == alone
+    assert all(alone.startswith(answer.rstrip("\N{REPLACEMENT CHARACTER}")) for answer in answers)
+
+
+def test_an_abandoned_stream_frees_its_sessions(cluster: Cluster) -> None:
+    """Many more abandoned streams than the verifier has sessions: later requests still get one."""
+    for _ in range(20):
+        stream = ask(cluster, stream=True, max_tokens=400)
+        next(iter(stream))
+        stream.close()
+    assert len(text_of(cluster)) > 0
+
+
+def test_killing_a_specialist_leaves_the_stream_alive_and_its_text_unchanged(cluster: Cluster) -> None:
+    plain = text_of(cluster, max_tokens=64)
+    victim = cluster.processes()["math.Drafter"]
+    stream = iter(ask(cluster, stream=True, max_tokens=64))
+    text = streamed_text([next(stream) for _ in range(3)])
+    os.kill(victim, signal.SIGKILL)
+    assert text + streamed_text(stream) == plain
+    cluster.wait_for_drafters({"math", "chat"})
+
+
+def test_a_specialist_joins_the_running_cluster(cluster: Cluster) -> None:
+    before = cluster.processes()
+    plain = text_of(cluster, max_tokens=64)
+    in_flight: list[str] = []
+    stream = ask(cluster, stream=True, max_tokens=64)
+    reader = threading.Thread(target=lambda: in_flight.append(streamed_text(stream)))
+    reader.start()
+    config = cluster.changed()
+    third = cluster.changed()["applications"][-1]
+    third.update(name="ngram", args={"name": "ngram", "kind": "ngram"})
+    config["applications"].append(third)
+    cluster.apply(config)
+    cluster.wait_for_drafters({"math", "chat", "ngram"})
+    reader.join(timeout=300)
+    assert in_flight == [plain]
+    after = cluster.processes()
+    assert {name: after[name] for name in before} == before
+    used = ask(cluster, extra_body={"taps": {"drafters": ["ngram"], "strategy": "single"}})
+    assert list(used.metrics["speculative_decoding"]["accepted_by_drafter"]) == ["ngram"]
