@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import openai
 import ray
 import yaml
 from ray import serve
+from ray.serve._private.api import _get_global_client
 
 PROJECT = Path(__file__).resolve().parent.parent
 MODEL = "SmolLM2-135M-Instruct"
@@ -83,15 +85,25 @@ class Cluster:
         raise TimeoutError(f"drafters {names} are not up: {seen}; {serve.status()}")
 
     def processes(self) -> dict[str, int]:
-        """Application and deployment -> process id of its one replica."""
-        from ray.serve._private.api import _get_global_client
+        """Application and deployment -> process id of its one replica, once all of them run."""
+        deadline = time.monotonic() + START_DEADLINE_S
+        while time.monotonic() < deadline:
+            details = _get_global_client().get_serve_details()
+            replicas = {
+                f"{app}.{name}": deployment["replicas"]
+                for app, info in details["applications"].items()
+                for name, deployment in info["deployments"].items()
+            }
+            if all(len(r) == 1 and r[0]["state"] == "RUNNING" for r in replicas.values()):
+                return {name: r[0]["pid"] for name, r in replicas.items()}
+            time.sleep(0.5)  # polling another process, bounded by the deadline
+        raise TimeoutError(f"not every deployment has one running replica: {replicas}")
 
-        details = _get_global_client().get_serve_details()
-        return {
-            f"{app}.{name}": deployment["replicas"][0]["pid"]
-            for app, info in details["applications"].items()
-            for name, deployment in info["deployments"].items()
-        }
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels, as Ray exports it for Prometheus."""
+        port = ray.nodes()[0]["MetricsExportPort"]
+        lines = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if re.match(rf"ray_{name}[ {{]", line))
 
     @property
     def client(self) -> openai.OpenAI:

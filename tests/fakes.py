@@ -29,7 +29,9 @@ VOCAB = 6
 
 def random_tree(rng: random.Random, num_nodes: int = 8, root: int = 0, vocab_size: int = 4) -> ProposalTree:
     """A tree of any shape; siblings may carry the same token."""
-    nodes = [(rng.randrange(vocab_size), rng.randrange(i + 1), -rng.uniform(0, 4), 1) for i in range(num_nodes - 1)]
+    nodes = [
+        (rng.randrange(vocab_size), rng.randrange(i + 1), -rng.uniform(0, 4), 1) for i in range(num_nodes - 1)
+    ]
     return ProposalTree.ordered(root, nodes, num_nodes, entropy=rng.random())
 
 
@@ -248,7 +250,9 @@ async def run_steps(
     """Decode after `PROMPT` until at least `num_tokens` tokens are there."""
     context = context or Context(PROMPT, feature_window=8)
     steps = []
-    async with aclosing(decode(context, pool.open, panel, compose, ask or Ask(num_nodes=8, depth=2))) as decoding:
+    async with aclosing(
+        decode(context, pool.open, panel, compose, ask or Ask(num_nodes=8, depth=2))
+    ) as decoding:
         async for step in decoding:
             steps.append(step)
             if context.num_generated >= num_tokens:

@@ -73,7 +73,7 @@ async def test_none_keeps_a_job_waiting_while_others_come_and_go() -> None:
         return [None if needed[job] else f"{job} done" for job in jobs]
 
     with batching(step) as batcher:
-        assert await asyncio.gather(batcher.submit(1), batcher.submit(2)) == ["1 done", "2 done"]
+        assert await asyncio.gather(*map(batcher.submit, (1, 2))) == ["1 done", "2 done"]
     assert needed == {1: 0, 2: 0}, "a job that is done is not stepped again"
 
 
@@ -109,7 +109,7 @@ async def test_a_cancelled_job_is_never_stepped() -> None:
         cancelled.cancel()
         step.let_go()
         step.let_go()
-        assert await asyncio.gather(first, kept) == ["1", "3"]
+        assert [await first, await kept] == ["1", "3"]
         assert cancelled.cancelled()
     assert step.seen == [[1], [3]]
 
@@ -131,7 +131,9 @@ async def test_actions_run_in_the_worker_thread_between_steps() -> None:
     with batching(step) as batcher:
         job = asyncio.create_task(batcher.submit(1))
         await step.started()
-        action = asyncio.create_task(batcher.between_steps(lambda: order.append(threading.current_thread().name)))
+        action = asyncio.create_task(
+            batcher.between_steps(lambda: order.append(threading.current_thread().name))
+        )
         await turns(2)
         assert order == [], "the step still holds the thread"
         step.let_go()

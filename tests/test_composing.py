@@ -96,7 +96,9 @@ def test_a_drafter_with_nothing_to_say_is_not_routed_to() -> None:
 
 
 def test_entropy_takes_the_lowest_and_the_first_of_equals() -> None:
-    trees = [ProposalTree.ordered(0, [(t, 0, -0.1, 1)], 2, entropy=e) for t, e in [(5, 2.0), (6, 0.5), (7, 0.5)]]
+    trees = [
+        ProposalTree.ordered(0, [(t, 0, -0.1, 1)], 2, entropy=e) for t, e in [(5, 2.0), (6, 0.5), (7, 0.5)]
+    ]
     assert entropy(trees, 0, 8) == trees[1]
 
 

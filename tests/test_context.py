@@ -42,7 +42,9 @@ def test_a_drafter_that_knows_the_past_hears_new_tokens_and_the_features_that_co
 
 @pytest.mark.parametrize("window", [1, 3, 8, 100])
 @pytest.mark.parametrize("seed", range(5))
-def test_features_end_before_the_root_and_reach_back_as_far_as_known_or_the_window(seed: int, window: int) -> None:
+def test_features_end_before_the_root_and_reach_back_as_far_as_known_or_the_window(
+    seed: int, window: int
+) -> None:
     rng = random.Random(seed)
     context = prefilled(rng.randrange(1, 12), window)
     for _ in range(8):

@@ -95,7 +95,9 @@ async def test_the_text_is_the_same_however_few_nodes_the_verifier_keeps(
 @pytest.mark.parametrize("strategy", ["single", "confidence", "entropy", "merged"])
 async def test_a_perfect_drafter_saves_passes_and_gets_the_credit(strategy: str) -> None:
     ask = Ask(num_nodes=8, depth=2)
-    steps = await run_steps(VerifierPool(TARGET, SAMPLED), panel_of(KINDS["good"](1, SAMPLED)), STRATEGIES[strategy], 13, ask)
+    steps = await run_steps(
+        VerifierPool(TARGET, SAMPLED), panel_of(KINDS["good"](1, SAMPLED)), STRATEGIES[strategy], 13, ask
+    )
     assert [len(step.verdict.tokens) for step in steps] == [1, 4, 4, 4]
     assert {owner for step in steps for owner in step.verdict.owners} == {0b10}
 

@@ -61,7 +61,12 @@ def test_text_is_delivered_as_it_is_decided() -> None:
 
 def test_a_character_split_over_tokens_is_delivered_when_it_is_whole() -> None:
     smile = "\N{GRINNING FACE}".encode()
-    assert texts(deliver([b"a", smile[:1], smile[1:3], smile[3:] + b"!"])) == ["a", "", "", "\N{GRINNING FACE}!"]
+    assert texts(deliver([b"a", smile[:1], smile[1:3], smile[3:] + b"!"])) == [
+        "a",
+        "",
+        "",
+        "\N{GRINNING FACE}!",
+    ]
 
 
 def test_a_character_that_never_becomes_whole_is_flushed_as_the_replacement() -> None:
@@ -138,7 +143,11 @@ def test_tokens_after_the_end_are_neither_delivered_nor_counted() -> None:
 
 
 def test_the_limit_counts_tokens_over_all_pushes() -> None:
-    assert [piece.finish_reason for piece in deliver([b"a", b"b", b"c"], max_tokens=3)] == [None, None, "length"]
+    assert [piece.finish_reason for piece in deliver([b"a", b"b", b"c"], max_tokens=3)] == [
+        None,
+        None,
+        "length",
+    ]
 
 
 def test_an_end_token_at_the_limit_is_a_stop() -> None:

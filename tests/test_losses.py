@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
+from taps.models.draft_head import DraftHead, draft_config
 from taps.training.dataset import (
     InvalidData,
     Recording,
@@ -21,7 +23,7 @@ from taps.training.dataset import (
     shards,
 )
 from taps.training.losses import eagle_loss
-from taps.training.trainer import batches, collate, draft_vocabulary
+from taps.training.trainer import Trainer, TrainRecipe, batches, collate, draft_vocabulary
 
 USER = {"role": "user", "content": "hi"}
 
@@ -39,7 +41,7 @@ def written(path: Path, *lines: str) -> Path:
 
 
 def test_the_loss_of_a_case_worked_by_hand() -> None:
-    """p = (3/4, 1/4), q = (1/2, 1/2), so the cross-entropy is ln 2; the features differ by ln 3 > 1 and by 0."""
+    """p = (3/4, 1/4), q = (1/2, 1/2), so the cross-entropy is ln 2; features differ by ln 3 > 1 and by 0."""
     loss = eagle_loss(torch.zeros(1, 2), torch.tensor([[math.log(3), 0.0]]), torch.eye(2), 2.0, 0.5)
     feature = (math.log(3) - 0.5) / 2
     assert float(loss.feature) == pytest.approx(feature)
@@ -53,12 +55,13 @@ def test_small_feature_errors_cost_half_their_square() -> None:
 
 
 def test_the_perfect_prediction_costs_the_targets_entropy_and_has_no_gradient() -> None:
-    features, lm_head = torch.randn(5, 3), torch.randn(7, 3)
+    draw = torch.Generator().manual_seed(0)
+    features, lm_head = torch.randn(5, 3, generator=draw), torch.randn(7, 3, generator=draw)
     predicted = features.clone().requires_grad_()
     loss = eagle_loss(predicted, features, lm_head, 1.0, 0.1)
     p = (features @ lm_head.T).softmax(-1)
-    assert float(loss.feature) == 0.0
-    assert float(loss.token) == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-5)
+    assert float(loss.feature.detach()) == 0.0
+    assert float(loss.token.detach()) == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-5)
     (gradient,) = torch.autograd.grad(loss.total, predicted)
     assert gradient.abs().max() < 1e-6
 
@@ -149,3 +152,31 @@ def test_the_draft_vocabulary_is_what_answers_use_most_then_the_lowest_ids(tmp_p
     assert vocabulary is not None
     assert vocabulary.tolist() == [0, 1, 4, 7, 9]
     assert draft_vocabulary(tmp_path, 10, vocab_size=10) is None
+
+
+def test_training_lowers_the_loss_and_leaves_the_targets_ends_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ends = torch.randn(12, 2)
+    config = LlamaConfig(
+        vocab_size=12,
+        hidden_size=2,
+        intermediate_size=4,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=2,
+    )
+    head = DraftHead(draft_config(config), ends.clone(), ends.clone())
+    rows = [recording([1, 2, 3, 4, 5], answer_start=1 + i % 2) for i in range(8)]
+    save_shard(tmp_path / "shard-00000.safetensors", rows)
+    batch = collate(rows)
+
+    def loss() -> float:
+        with torch.no_grad():
+            predicted = head(batch.tokens, batch.features, torch.arange(3)[None])
+        return float(eagle_loss(predicted[batch.counts], batch.labels[batch.counts], ends, 1.0, 0.1).total)
+
+    before = loss()
+    Trainer(head, tmp_path, TrainRecipe(epochs=20, batch_size=4, learning_rate=0.02, warmup_steps=1)).run()
+    assert loss() < 0.8 * before
+    assert torch.equal(head.lm_head.weight, ends)
+    assert torch.equal(head.embeddings, ends)

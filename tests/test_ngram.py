@@ -13,7 +13,9 @@ from taps.drafting.ngram import NgramDrafter
 from taps.tree import ProposalTree
 
 
-def draft(drafter: NgramDrafter, session: list[int], tokens: list[int], start: int = 0, **ask: int) -> ProposalTree:
+def draft(
+    drafter: NgramDrafter, session: list[int], tokens: list[int], start: int = 0, **ask: int
+) -> ProposalTree:
     delta = ContextDelta(start, tuple(tokens), 0, torch.empty(0, 0))
     (tree,) = drafter.step([DraftJob(session, delta, Ask(**ask))])  # type: ignore[arg-type]
     assert isinstance(tree, ProposalTree)
@@ -82,7 +84,11 @@ def test_jobs_of_one_step_keep_their_order() -> None:
         DraftJob(drafter.open(), ContextDelta(0, (1, 2, token, 1, 2), 0, torch.empty(0, 0)), Ask(depth=0))
         for token in (5, 6, 7)
     ]
-    assert [tree.tokens for tree in drafter.step(jobs) if isinstance(tree, ProposalTree)] == [(2, 5), (2, 6), (2, 7)]
+    assert [tree.tokens for tree in drafter.step(jobs) if isinstance(tree, ProposalTree)] == [
+        (2, 5),
+        (2, 6),
+        (2, 7),
+    ]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -82,7 +82,9 @@ def test_the_noise_of_a_token_does_not_depend_on_which_others_are_asked_for() ->
     assert ids.tolist() == [999, 5, 5, 321], "the caller's ids are left alone"
 
 
-@pytest.mark.parametrize("other", [(4, 1, 40), (3 + 2**63, 1, 40), (3, 2, 40), (3, 1, 41), (1, 3, 40), (3, 40, 1)])
+@pytest.mark.parametrize(
+    "other", [(4, 1, 40), (3 + 2**63, 1, 40), (3, 2, 40), (3, 1, 41), (1, 3, 40), (3, 40, 1)]
+)
 def test_seed_choice_and_position_each_change_all_the_noise(other: tuple[int, int, int]) -> None:
     ids = torch.arange(200)
     here, there = gumbel_noise(3, 1, 40, ids), gumbel_noise(*other, ids)
@@ -163,11 +165,14 @@ def test_penalties_come_before_the_temperature() -> None:
 
 
 def test_without_penalties_the_history_changes_nothing() -> None:
-    assert torch.equal(shape_logits(LOGITS, SamplingParams(), COUNTS), shape_logits(LOGITS, SamplingParams(), {}))
+    assert torch.equal(
+        shape_logits(LOGITS, SamplingParams(), COUNTS), shape_logits(LOGITS, SamplingParams(), {})
+    )
 
 
 @pytest.mark.parametrize(
-    ("top_p", "nucleus"), [(1e-9, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [1, 2, 3]), (1.0, None)]
+    ("top_p", "nucleus"),
+    [(1e-9, [1]), (0.49, [1]), (0.51, [1, 3]), (0.79, [1, 3]), (0.81, [1, 2, 3]), (1.0, None)],
 )
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, nucleus: Sequence[int] | None) -> None:
     logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -124,6 +125,11 @@ def test_concurrent_requests_are_correct_and_share_passes(cluster: Cluster) -> N
         answers = list(pool.map(lambda n: text_of(cluster, max_tokens=n), lengths))
     assert answers[-1] == alone
     assert all(alone.startswith(answer.rstrip("\N{REPLACEMENT CHARACTER}")) for answer in answers)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not cluster.metric("taps_verify_batch_size_count"):
+        time.sleep(1)  # Ray exports metrics every few seconds
+    passes = cluster.metric("taps_verify_batch_size_count")
+    assert cluster.metric("taps_verify_batch_size_sum") > passes
 
 
 def test_an_abandoned_stream_frees_its_sessions(cluster: Cluster) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -18,7 +19,9 @@ RANDOM_TREES = [random_tree(random.Random(seed), num_nodes=12) for seed in range
 #   1  2  4      (5, 6 and 7 are the tokens below the root, 8 and 9 those at depth two)
 #   |  |
 #   3  5
-TREE = ProposalTree((1, 5, 6, 8, 7, 9), (-1, 0, 0, 1, 0, 2), (0.0, -0.1, -0.2, -0.4, -0.5, -0.9), (0, 1, 2, 1, 3, 2))
+TREE = ProposalTree(
+    (1, 5, 6, 8, 7, 9), (-1, 0, 0, 1, 0, 2), (0.0, -0.1, -0.2, -0.4, -0.5, -0.9), (0, 1, 2, 1, 3, 2)
+)
 
 
 def test_ordered_puts_the_best_scores_first_and_keeps_parents() -> None:
@@ -87,7 +90,7 @@ def test_depths_paths_ancestry_and_children_agree(tree: ProposalTree) -> None:
         assert path[0] == ROOT
         assert path[-1] == node
         assert len(path) == tree.depths[node] + 1
-        assert all(child in tree.children[parent] for parent, child in zip(path, path[1:], strict=False))
+        assert all(child in tree.children[parent] for parent, child in pairwise(path))
         assert tree.ancestry[node].nonzero().flatten().tolist() == sorted(path)
     assert sum(map(len, tree.children)) == len(tree) - 1
 

@@ -20,7 +20,14 @@ def says(*tokens: int) -> Callable[[int, Sequence[int]], int]:
 
 def branching() -> ProposalTree:
     """5 -> (7, 8 -> 9), 6 -> 7, all below root 0."""
-    nodes = [(5, 0, -0.1, 1), (6, 0, -0.2, 2), (7, 1, -0.3, 1), (8, 1, -0.4, 3), (7, 2, -0.5, 2), (9, 4, -0.6, 1)]
+    nodes = [
+        (5, 0, -0.1, 1),
+        (6, 0, -0.2, 2),
+        (7, 1, -0.3, 1),
+        (8, 1, -0.4, 3),
+        (7, 2, -0.5, 2),
+        (9, 4, -0.6, 1),
+    ]
     return ProposalTree.ordered(0, nodes, 7)
 
 

@@ -1,0 +1,120 @@
+"""Drafting with a head: batched growth with a cache equals the plain recomputation of every path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taps.context import ContextDelta
+from taps.drafting.drafter import Ask, DraftJob
+from taps.drafting.eagle import EagleDrafter
+from taps.models.draft_head import DraftHead
+from taps.sampling import SamplingParams, gumbel_noise
+from taps.tree import ROOT, ProposalTree
+from tests.tiny import HIDDEN, VOCAB, tiny_head
+
+ASK = Ask(num_nodes=24, depth=3, top_k=4)
+TOKENS = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(1))
+FEATURES = torch.randn(39, HIDDEN, generator=torch.Generator().manual_seed(2))
+
+
+def delta(known: int, end: int, feature_start: int | None = None) -> ContextDelta:
+    start = max(known - 1, 0) if feature_start is None else feature_start
+    return ContextDelta(known, tuple(TOKENS[known:end].tolist()), start, FEATURES[start : end - 1])
+
+
+def propose(drafter: EagleDrafter, session: object, news: ContextDelta, ask: Ask = ASK) -> ProposalTree:
+    outcome = drafter.step([DraftJob(session, news, ask)])[0]
+    assert isinstance(outcome, ProposalTree)
+    return outcome
+
+
+def path_logprob(head: DraftHead, end: int, path: tuple[int, ...], noise: SamplingParams | None = None) -> float:
+    """Cumulative log q of a drafted path, one uncached forward per token."""
+    tokens, features, total = TOKENS[1:end].tolist(), FEATURES[: end - 1], 0.0
+    with torch.inference_mode():
+        for depth, token in enumerate(path):
+            ids = torch.tensor([tokens])
+            hidden = head(ids, features[None], torch.arange(len(tokens))[None])[0, -1]
+            logits = head.lm_head(hidden)
+            if noise is not None:
+                ids = head.draft_vocab.long()
+                logits = logits / noise.temperature + gumbel_noise(noise.seed, 0, end + depth, ids).float()
+            total += float(logits.log_softmax(-1)[token])
+            tokens, features = [*tokens, token], torch.cat([features, hidden[None]])
+    return total
+
+
+@pytest.mark.parametrize("noise", [None, SamplingParams(temperature=0.8, seed=5)])
+def test_scores_are_the_heads_own_log_probabilities(noise: SamplingParams | None) -> None:
+    head = tiny_head()
+    drafter = EagleDrafter(tiny_head())
+    ask = Ask(ASK.num_nodes, ASK.depth, ASK.top_k, noise)
+    tree = propose(drafter, drafter.open(), delta(0, 12), ask).check()
+    assert max(tree.depths) > 1
+    for node in range(1, len(tree)):
+        expected = path_logprob(head, 12, tree.token_path(node), noise)
+        assert tree.scores[node] == pytest.approx(expected, abs=2e-4)
+
+
+def test_the_roots_children_are_the_likeliest_tokens() -> None:
+    drafter = EagleDrafter(tiny_head())
+    tree = propose(drafter, drafter.open(), delta(0, 12), Ask(num_nodes=5, depth=1, top_k=4))
+    every = sorted(range(VOCAB), key=lambda t: -path_logprob(tiny_head(), 12, (t,)))
+    firsts = [tree.tokens[i] for i in tree.children[ROOT]]
+    assert firsts == every[: len(firsts)]
+
+
+def test_a_session_that_grows_drafts_like_a_fresh_one() -> None:
+    drafter = EagleDrafter(tiny_head())
+    session = drafter.open()
+    for known, end in ((0, 8), (8, 11), (11, 12), (12, 20)):
+        grown = propose(drafter, session, delta(known, end))
+    fresh = propose(drafter, drafter.open(), delta(0, 20))
+    assert grown.tokens == fresh.tokens
+    assert grown.scores == pytest.approx(fresh.scores, abs=1e-4)
+
+
+def test_sessions_drafted_together_get_what_they_get_alone() -> None:
+    drafter = EagleDrafter(tiny_head())
+    asks = (ASK, Ask(num_nodes=6, depth=1, top_k=2), Ask(num_nodes=12, depth=4, top_k=3))
+    ends = (9, 15, 30)
+    alone = [propose(drafter, drafter.open(), delta(0, e), a) for e, a in zip(ends, asks, strict=True)]
+    jobs = [DraftJob(drafter.open(), delta(0, e), a) for e, a in zip(ends, asks, strict=True)]
+    for one, other in zip(alone, drafter.step(jobs), strict=True):
+        assert isinstance(other, ProposalTree)
+        assert one.tokens == other.tokens
+
+
+def test_a_late_joiner_starts_from_a_window_of_features() -> None:
+    """RoPE is relative: a window drafts like a sequence that began there."""
+    drafter = EagleDrafter(tiny_head())
+    session = drafter.open()
+    late = propose(drafter, session, delta(0, 30, feature_start=20))
+    shifted = ContextDelta(0, tuple(TOKENS[20:30].tolist()), 0, FEATURES[20:29])
+    assert late.tokens == propose(drafter, drafter.open(), shifted).tokens
+    assert len(propose(drafter, session, delta(30, 33))) == ASK.num_nodes
+
+
+def test_news_that_do_not_join_start_the_session_anew() -> None:
+    drafter = EagleDrafter(tiny_head())
+    session = drafter.open()
+    propose(drafter, session, delta(0, 8))
+    gap = propose(drafter, session, delta(8, 30, feature_start=20))
+    shifted = ContextDelta(0, tuple(TOKENS[20:30].tolist()), 0, FEATURES[20:29])
+    assert gap.tokens == propose(drafter, drafter.open(), shifted).tokens
+
+
+def test_a_sequence_beyond_the_cache_goes_on_from_its_newest_part() -> None:
+    drafter = EagleDrafter(tiny_head(), max_sessions=1, max_len=192 + 16)
+    session = drafter.open()
+    for end in range(8, 40, 4):
+        tree = propose(drafter, session, delta(end - 4 if end > 8 else 0, end))
+        assert len(tree) == ASK.num_nodes
+
+
+def test_only_the_draft_vocabulary_is_proposed() -> None:
+    vocabulary = torch.tensor([2, 3, 5, 7, 11, 13])
+    drafter = EagleDrafter(tiny_head(draft_vocab=vocabulary))
+    tree = propose(drafter, drafter.open(), delta(0, 12))
+    assert set(tree.tokens[1:]) <= set(vocabulary.tolist())

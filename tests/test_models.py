@@ -1,0 +1,182 @@
+"""Tree attention on several model families, and the refusal of those it cannot serve exactly."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from taps.models.attention import PackedStep, Segment
+from taps.models.cache import CacheFull, SlotCache
+from taps.models.causal_lm import CausalLM, UnservableTarget
+from taps.sampling import SamplingParams
+from taps.scheduling import StepBudget
+from taps.target import PrefillJob, PromptTooLong, Target, Verdict, VerifyJob
+from taps.tree import ProposalTree
+from tests.fakes import random_tree
+
+VOCAB = 97
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "mistral with a sliding window": MistralConfig(**SIZES, sliding_window=12),
+    "gemma2 with soft-capping": Gemma2Config(**SIZES, sliding_window=12, query_pre_attn_scalar=8),
+    "gpt-oss with sinks": GptOssConfig(**SIZES, sliding_window=12, num_local_experts=4, num_experts_per_tok=2),
+}
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def build(config: PreTrainedConfig) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+
+
+def tokens(n: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(1, VOCAB) for _ in range(n)]
+
+
+def greedy(target: Target, prompt: list[int], new_tokens: int, seed: int) -> list[int]:
+    """Decode with random trees, which propose rightly now and then."""
+    rng = random.Random(seed)
+    session = target.open(GREEDY)
+    verdict = run(target, PrefillJob(session, prompt))
+    decided = list(verdict.tokens)
+    while len(decided) < new_tokens:
+        tree = random_tree(rng, num_nodes=12, root=decided[-1], vocab_size=VOCAB)
+        decided += run(target, VerifyJob(session, tree)).tokens
+    target.close(session)
+    return decided[:new_tokens]
+
+
+def run(target: Target, job: PrefillJob | VerifyJob) -> Verdict:
+    while True:
+        outcome = target.step([job])[0]
+        if isinstance(outcome, Verdict):
+            return outcome
+        assert outcome is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_decoding_through_trees_equals_generate(family: str) -> None:
+    model = build(FAMILIES[family])
+    prompt = tokens(30)
+    ids = torch.tensor([prompt])
+    theirs = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20, eos_token_id=None
+    )
+    target = Target(CausalLM(model), max_sessions=2, max_len=128, budget=StepBudget(7, 32))
+    assert greedy(target, prompt, 20, seed=1) == theirs[0, 30:].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_gives_the_logits_of_each_of_its_paths(family: str) -> None:
+    model = CausalLM(build(FAMILIES[family]))
+    prompt, tree = tokens(20), random_tree(random.Random(5), 10, root=3, vocab_size=VOCAB)
+    cache = SlotCache(1, 128)
+    slot = cache.acquire()
+    forward(model, cache, slot, ProposalTree(tuple(prompt), tuple(range(-1, 19)), (0.0,) * 20, (0,) * 20))
+    cache.commit(slot, range(20))
+    together = forward(model, cache, slot, tree)
+    for node in range(len(tree)):
+        alone = SlotCache(1, 128)
+        path = [*prompt, 3, *tree.token_path(node)]
+        chain = ProposalTree(tuple(path), tuple(range(-1, len(path) - 1)), (0.0,) * len(path), (0,) * len(path))
+        assert torch.allclose(together[node], forward(model, alone, alone.acquire(), chain)[-1], atol=5e-5)
+
+
+def forward(model: CausalLM, cache: SlotCache, slot: int, tree: ProposalTree) -> torch.Tensor:
+    visible = None if tree.is_chain else tree.ancestry
+    segment = Segment(slot, 0, torch.tensor(tree.depths), visible)
+    step = PackedStep(cache, [segment], model.dtype, model.device)
+    return model.extend(tree.tokens, step, range(len(tree)))[1]
+
+
+def test_sessions_in_one_pass_get_what_they_get_alone() -> None:
+    model = CausalLM(build(FAMILIES["llama"]))
+    prompts = [tokens(n, seed=n) for n in (5, 17, 40)]
+    alone = []
+    for prompt in prompts:
+        target = Target(model, 1, 128)
+        alone.append(run(target, PrefillJob(target.open(GREEDY), prompt)))
+    target = Target(model, 3, 128, StepBudget(prefill_tokens=16, tree_nodes=8))
+    jobs = [PrefillJob(target.open(GREEDY), prompt) for prompt in prompts]
+    done: dict[int, Verdict] = {}
+    while len(done) < 3:
+        waiting = [i for i in range(3) if i not in done]
+        for i, outcome in zip(waiting, target.step([jobs[i] for i in waiting]), strict=True):
+            if isinstance(outcome, Verdict):
+                done[i] = outcome
+    for i, verdict in enumerate(alone):
+        assert done[i].tokens == verdict.tokens
+        assert torch.allclose(done[i].features, verdict.features, atol=5e-5)
+
+
+def test_prefill_returns_only_the_newest_features() -> None:
+    model = CausalLM(build(FAMILIES["llama"]))
+    target = Target(model, 2, 128, StepBudget(prefill_tokens=7))
+    every = run(target, PrefillJob(target.open(GREEDY), tokens(30)))
+    newest = run(target, PrefillJob(target.open(GREEDY), tokens(30), feature_window=10))
+    assert len(every.features) == 30
+    assert torch.allclose(newest.features, every.features[-10:], atol=5e-5)
+
+
+def test_too_long_a_prompt_fails_alone() -> None:
+    target = Target(CausalLM(build(FAMILIES["llama"])), 2, 64, StepBudget(tree_nodes=8))
+    long, short = PrefillJob(target.open(GREEDY), tokens(60)), PrefillJob(target.open(GREEDY), tokens(6))
+    failed, answered = target.step([long, short])
+    assert isinstance(failed, PromptTooLong)
+    assert isinstance(answered, Verdict)
+
+
+def test_slots_are_bounded_and_come_back() -> None:
+    target = Target(CausalLM(build(FAMILIES["llama"])), 1, 64)
+    session = target.open(GREEDY)
+    with pytest.raises(CacheFull):
+        target.open(GREEDY)
+    target.close(session)
+    assert target.open(GREEDY).slot == session.slot
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4),
+        MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2),
+    ],
+    ids=["bloom", "mamba"],
+)
+@pytest.mark.filterwarnings("ignore")  # these families warn about kernels they would like
+def test_a_target_that_cannot_be_served_is_refused_with_a_reason(config: PreTrainedConfig) -> None:
+    with pytest.raises(UnservableTarget, match=r"Bloom|Mamba"):
+        CausalLM(build(config))
+
+
+def test_a_missing_target_is_refused_with_a_reason(tmp_path: Any) -> None:
+    with pytest.raises(UnservableTarget, match="cannot load the target"):
+        CausalLM.load(tmp_path, torch.float32)

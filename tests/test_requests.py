@@ -1,0 +1,146 @@
+"""Requests in the engine's terms: defaults, limits and choices. The fake tokenizer has one id per character."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.config import RouterArgs, TreeArgs
+from deployments.openai import Json, RequestError, parse_chat, parse_completion
+from deployments.requests import Generation, RequestReader
+from taps.sampling import SamplingParams
+
+MODEL = "SmolLM2-135M-Instruct"
+TARGET = {"vocab_size": 1000, "max_tokens": 100}
+UP = ["chat", "math"]
+
+
+class CharacterTokenizer:
+    eos_token_id = 2
+
+    @classmethod
+    def from_pretrained(cls, path: str) -> CharacterTokenizer:
+        return cls()
+
+    def __call__(self, text: str) -> Json:
+        return {"input_ids": [ord(c) for c in text]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> Json:
+        if messages[0]["role"] == "assistant":
+            raise ValueError("an answer cannot come first")
+        return self("".join(message["content"] for message in messages))
+
+
+@pytest.fixture
+def reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RequestReader:
+    monkeypatch.setattr("deployments.requests.AutoTokenizer", CharacterTokenizer)
+    return RequestReader(str(tmp_path), TARGET, RouterArgs(tree=TreeArgs(num_nodes=8, depth=4, top_k=4)))
+
+
+def read_chat(reader: RequestReader, **fields: Any) -> Generation:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]} | fields
+    return reader.read_chat(parse_chat(json.dumps(body).encode()), UP)
+
+
+def read_completion(reader: RequestReader, prompt: object, **fields: Any) -> Generation:
+    body = {"model": MODEL, "prompt": prompt} | fields
+    return reader.read_completion(parse_completion(json.dumps(body).encode()), UP)
+
+
+def test_where_a_request_is_silent_openais_defaults_hold(reader: RequestReader) -> None:
+    job = read_chat(reader, seed=5)
+    assert job.prompt == tuple(map(ord, "hello"))
+    assert job.params == SamplingParams(1.0, 1.0, 0, 0.0, 0.0, seed=5)
+    assert job.max_tokens == 95, "all the room there is"
+    assert read_completion(reader, "hello").max_tokens == 16
+    assert job.stop == ()
+
+
+def test_sampling_parameters_arrive(reader: RequestReader) -> None:
+    fields = {
+        "temperature": 0,
+        "top_p": 0.5,
+        "top_k": 7,
+        "presence_penalty": 1,
+        "frequency_penalty": -1,
+        "seed": -1,
+    }
+    assert read_chat(reader, **fields).params == SamplingParams(0.0, 0.5, 7, 1.0, -1.0, seed=2**64 - 1)
+    assert read_chat(reader, top_k=-1).params.top_k == 0
+
+
+def test_unseeded_requests_draw_differently(reader: RequestReader) -> None:
+    assert read_chat(reader).params.seed != read_chat(reader).params.seed
+
+
+def test_max_completion_tokens_goes_before_max_tokens(reader: RequestReader) -> None:
+    assert read_chat(reader, max_tokens=7).max_tokens == 7
+    assert read_chat(reader, max_tokens=7, max_completion_tokens=9).max_tokens == 9
+
+
+def test_a_request_that_just_fits_is_taken_and_one_token_more_is_refused(reader: RequestReader) -> None:
+    assert read_completion(reader, "x" * 60, max_tokens=40).max_tokens == 40
+    for prompt, max_tokens in [("x" * 60, 41), ("x" * 100, 1)]:
+        with pytest.raises(RequestError, match="maximum context length is 100") as caught:
+            read_completion(reader, prompt, max_tokens=max_tokens)
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+
+
+@pytest.mark.parametrize("prompt", [[0], [999]])
+def test_token_ids_are_taken_as_they_are(reader: RequestReader, prompt: list[int]) -> None:
+    assert read_completion(reader, prompt).prompt == tuple(prompt)
+
+
+@pytest.mark.parametrize("prompt", [[1000], [-1]])
+def test_token_ids_outside_the_vocabulary_are_refused(reader: RequestReader, prompt: list[int]) -> None:
+    with pytest.raises(RequestError, match="between 0 and 999"):
+        read_completion(reader, prompt)
+
+
+def test_a_prompt_of_no_tokens_is_refused(reader: RequestReader) -> None:
+    """The target would have nothing to decide a token from."""
+    with pytest.raises(RequestError):
+        read_chat(reader, messages=[{"role": "user", "content": ""}])
+
+
+def test_another_model_is_refused_by_name(reader: RequestReader) -> None:
+    with pytest.raises(RequestError, match=MODEL) as caught:
+        read_chat(reader, model="gpt-5")
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+def test_messages_the_template_refuses_are_the_users_error(reader: RequestReader) -> None:
+    with pytest.raises(RequestError, match="cannot come first") as caught:
+        read_chat(reader, messages=[{"role": "assistant", "content": "hi"}])
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+def test_options_go_before_the_configuration(reader: RequestReader) -> None:
+    job = read_chat(reader, taps={"strategy": "confidence", "num_nodes": 3, "depth": 2})
+    assert (job.strategy, job.ask.num_nodes, job.ask.depth, job.ask.top_k) == ("confidence", 3, 2, 4)
+    assert read_chat(reader).strategy == "merged"
+
+
+@pytest.mark.parametrize(
+    ("options", "drafters"),
+    [
+        ({}, ("chat", "math")),
+        ({"drafters": ["math"]}, ("math",)),
+        ({"drafters": ["math", "chat", "math"]}, ("math", "chat")),
+        ({"drafters": []}, ()),
+        ({"strategy": "single", "drafters": ["math", "chat"]}, ("math",)),
+        ({"strategy": "off"}, ()),
+    ],
+)
+def test_drafters_are_those_named_or_all(
+    reader: RequestReader, options: Json, drafters: tuple[str, ...]
+) -> None:
+    assert read_chat(reader, taps=options).drafters == drafters
+
+
+def test_a_drafter_that_is_not_up_is_refused_with_those_that_are(reader: RequestReader) -> None:
+    with pytest.raises(RequestError, match=r"'code'.*chat, math"):
+        read_chat(reader, taps={"drafters": ["code"]})
