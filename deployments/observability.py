@@ -30,6 +30,8 @@ class Observer:
         self._accepted = Counter("taps_accepted_tokens", "Drafted tokens accepted.", ("drafter",))
         self._first = Histogram("taps_time_to_first_token_ms", "From the request to its first token.", _MS)
         self._between = Histogram("taps_inter_token_ms", "Between tokens, mean of a step.", _MS)
+        self._draft = Histogram("taps_draft_ms", "Waiting for drafters, per step.", _MS)
+        self._verify = Histogram("taps_verify_ms", "Waiting for the verifier, per step.", _MS)
         self._batch = Histogram("taps_verify_batch_size", "Sessions that share a verify pass.", _SIZES)
 
     def observe_step(self, step: Step, delivered: Delivered, record: RequestRecord) -> None:
@@ -41,6 +43,8 @@ class Observer:
         else:
             self._passes.inc()
             self._batch.observe(verdict.batch_size)
+            self._draft.observe(step.draft_ms)
+            self._verify.observe(step.verify_ms)
             self._between.observe(since_last_ms / max(delivered.num_tokens, 1))
             if verdict.num_nodes:
                 self._drafted.inc(verdict.num_nodes)
@@ -65,6 +69,7 @@ class RequestRecord:
         self.drafters = job.drafters
         self.counts = SpeculationCounts()
         self.batch_sizes = 0
+        self.draft_ms = self.verify_ms = 0.0
         self._id = request_id
         self._started = self._last = time.perf_counter()
         self._first_ms = 0.0
@@ -79,18 +84,21 @@ class RequestRecord:
         else:
             self.counts.observe(step.verdict, delivered)
             self.batch_sizes += step.verdict.batch_size
+            self.draft_ms += step.draft_ms
+            self.verify_ms += step.verify_ms
         return since_last_ms
 
     def line(self, outcome: str) -> str:
         seconds = time.perf_counter() - self._started
         counts = self.counts
         accepted = ", ".join(f"{name} {counts.accepted_by_drafter[i]}" for i, name in enumerate(self.drafters))
-        batch = self.batch_sizes / counts.num_passes if counts.num_passes else 0.0
+        passes = max(counts.num_passes, 1)
         return (
             f"{self._id} {outcome}: {self.prompt_tokens} prompt + {self.new_tokens} new tokens in "
             f"{seconds:.2f} s ({self.new_tokens / seconds:.1f}/s), first after {self._first_ms:.0f} ms; "
             f"{self.strategy}: {counts.num_passes} passes, {counts.acceptance_length:.2f} tokens/pass, "
-            f"batch {batch:.1f}" + (f"; accepted: {accepted}" if accepted else "")
+            f"batch {self.batch_sizes / passes:.1f}, draft {self.draft_ms / passes:.1f} ms, "
+            f"verify {self.verify_ms / passes:.1f} ms" + (f"; accepted: {accepted}" if accepted else "")
         )
 
     def summary(self) -> tuple[openai.Json, openai.Json]:

@@ -44,6 +44,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+def _is_neutral(name: str, value: Any) -> bool:
+    """Whether the value asks for nothing; 0 is not False here."""
+    return any(value == neutral and type(value) is type(neutral) for neutral in _NEUTRAL.get(name, ()))
+
+
 class RequestError(Exception):
     """A request that cannot be served; becomes an OpenAI error body."""
 
@@ -106,7 +111,7 @@ class _Request(BaseModel):
     @model_validator(mode="after")
     def _refuse_what_is_not_supported(self) -> _Request:
         for name, value in (self.model_extra or {}).items():
-            if name in _WITHOUT_EFFECT or any(value == neutral for neutral in _NEUTRAL.get(name, ())):
+            if name in _WITHOUT_EFFECT or _is_neutral(name, value):
                 continue
             raise ValueError(
                 f"{name!r} = {json.dumps(value)[:80]} is not supported by this server; leave it out"
@@ -162,18 +167,19 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """POST /v1/completions. One prompt: a string, or token ids."""
 
-    prompt: str | list[str] | list[int]
+    prompt: str | list[int]
 
-    @field_validator("prompt")
+    @field_validator("prompt", mode="before")
     @classmethod
-    def _one_prompt(cls, prompt: str | list[str] | list[int]) -> str | list[int]:
-        if isinstance(prompt, list) and prompt and all(isinstance(p, str) for p in prompt):
+    def _one_prompt(cls, prompt: Any) -> Any:
+        """Without the list around a single text."""
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             if len(prompt) > 1:
                 raise ValueError("one prompt per request; send several requests, they are batched")
-            return str(prompt[0])
+            prompt = prompt[0]
         if not prompt:
             raise ValueError("the prompt is empty")
-        return prompt  # type: ignore[return-value]  # pydantic has checked that the list holds ints
+        return prompt
 
 
 def parse_chat(body: bytes) -> ChatRequest:
@@ -187,13 +193,18 @@ def parse_completion(body: bytes) -> CompletionRequest:
 def _validated(model: type[R], body: bytes) -> R:
     try:
         return model.model_validate(json.loads(body))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the request body is not JSON: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.islower())
+        where = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
         reason = first["msg"].removeprefix("Value error, ")
         raise RequestError(f"{where}: {reason}" if where else reason, param=where or None) from error
+
+
+def _is_union_tag(part: int | str) -> bool:
+    """Whether pydantic put this part of a location there to name a member of a union."""
+    return isinstance(part, str) and (part in ("str", "int") or "[" in part or not part.islower())
 
 
 def new_id(prefix: str) -> str:

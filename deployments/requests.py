@@ -68,9 +68,9 @@ class RequestReader:
             ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
             return ids
         limit = self._target["vocab_size"]
-        if not all(isinstance(token, int) and 0 <= token < limit for token in request.prompt):
+        if not all(0 <= token < limit for token in request.prompt):
             raise RequestError(f"token ids must lie between 0 and {limit - 1}", "prompt")
-        return [int(token) for token in request.prompt]
+        return request.prompt
 
     def _generation(
         self,
@@ -82,10 +82,12 @@ class RequestReader:
         if request.model != self._args.model_name:
             reason = f"the model {request.model!r} does not exist; this server has {self._args.model_name!r}"
             raise RequestError(reason, "model", code="model_not_found")
+        where = "messages" if isinstance(request, ChatRequest) else "prompt"
+        if not prompt:
+            raise RequestError("the prompt is empty", where)
         limit = self._target["max_tokens"]
         room = limit - len(prompt)
         if room < 1 or (max_tokens or 1) > room:
-            where = "messages" if isinstance(request, ChatRequest) else "prompt"
             reason = f"the maximum context length is {limit} tokens; the prompt has {len(prompt)}"
             wanted = f" and {max_tokens} more were requested" if max_tokens else ""
             raise RequestError(reason + wanted, where, code="context_length_exceeded")

@@ -33,6 +33,13 @@ _HEALTH_TIMEOUT_S = 5.0
 api = FastAPI(title="TAPS Cluster")
 
 
+@api.exception_handler(Exception)
+async def internal_error(_: Request, error: Exception) -> Response:
+    """Our own bugs, in the form clients expect; Serve logs the traceback."""
+    failure = RequestError(f"internal error: {type(error).__name__}", status=500)
+    return JSONResponse(failure.body(), failure.status)
+
+
 @serve.deployment
 @serve.ingress(api)
 class Router:

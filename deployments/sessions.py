@@ -10,14 +10,17 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 
 from deployments.channel import ChannelPool, PeerGone, Stream
-from deployments.messages import RemoteError, from_propose, from_tree, to_tree, to_verdict
+from deployments.messages import RemoteError, VersionMismatch, from_propose, from_tree, to_tree, to_verdict
 from taps.context import ContextDelta
 from taps.decoding import DrafterGone, VerifierGone
 from taps.drafting.drafter import Ask
 from taps.models.cache import CacheFull
 from taps.sampling import SamplingParams
-from taps.target import Verdict
+from taps.target import PromptTooLong, Verdict
 from taps.tree import InvalidTree, ProposalTree
+
+# A drafter that fails in any of these ways is left out; it never fails a request.
+_DRAFTER_FAILURES = (PeerGone, RemoteError, VersionMismatch, CacheFull, PromptTooLong, InvalidTree)
 
 
 class RemoteVerifierSession:
@@ -53,7 +56,7 @@ class RemoteDrafterSession:
     async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
         try:
             return to_tree(await self._stream.ask(from_propose(delta, ask), self._timeout_s))
-        except (PeerGone, RemoteError, InvalidTree) as error:
+        except _DRAFTER_FAILURES as error:
             raise DrafterGone(str(error)) from error
 
 
@@ -79,5 +82,5 @@ async def drafter_session(
     try:
         async with pool.session(handle, {}, lease_timeout_s) as stream:
             yield RemoteDrafterSession(stream, name, index, step_timeout_s)
-    except (TimeoutError, PeerGone, CacheFull, RemoteError) as error:
+    except _DRAFTER_FAILURES as error:
         raise DrafterGone(str(error)) from error

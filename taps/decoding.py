@@ -139,15 +139,17 @@ class Panel:
 
     async def propose(self, context: Context, ask: Ask) -> list[ProposalTree]:
         """The trees of the drafters that answered in time, each owned by its drafter."""
-        asked = [drafter for drafter in self._known if self._idle(drafter)]
+        asked = [drafter for drafter in list(self._known) if self._idle(drafter)]
         tasks = {drafter: self._ask(drafter, context, ask) for drafter in asked}
+        self._pending |= tasks
         if tasks:
             await asyncio.wait(tasks.values(), timeout=self._deadline_s)
         trees = []
         for drafter, task in tasks.items():
             if not task.done():
-                self._pending[drafter] = task
-            elif (tree := self._tree_of(drafter, task)) is not None and tree.tokens[0] == context.root:
+                continue
+            del self._pending[drafter]
+            if (tree := self._tree_of(drafter, task)) is not None and tree.tokens[0] == context.root:
                 trees.append((drafter.index, tree.owned_by(drafter.index)))
         return [tree for _, tree in sorted(trees, key=lambda pair: pair[0])]
 

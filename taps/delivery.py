@@ -54,7 +54,7 @@ class Delivery:
                     return Delivered(text + self._held[:cut], count, "stop")
                 text += self._release()
             if ended or self._left <= 0:
-                return Delivered(text + self._flush(), count, "stop" if ended else "length")
+                return self._end(text, count, "stop" if ended else "length")
         return Delivered(text, len(tokens), None)
 
     def _new_text(self) -> str:
@@ -80,8 +80,11 @@ class Delivery:
         released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return released
 
-    def _flush(self) -> str:
-        """Everything decided, also an incomplete character."""
+    def _end(self, text: str, count: int, reason: FinishReason) -> Delivered:
+        """Everything decided, also an incomplete character, up to a stop string."""
         before = self._decode(self._window_start, self._window_end)
-        rest = self._decode(self._window_start, len(self._tokens))[len(before) :]
-        return self._held + rest
+        self._held += self._decode(self._window_start, len(self._tokens))[len(before) :]
+        cut = self._find_stop()
+        if cut is None:
+            return Delivered(text + self._held, count, reason)
+        return Delivered(text + self._held[:cut], count, "stop")

@@ -19,7 +19,7 @@ from taps.models.cache import SlotCache
 from taps.models.causal_lm import CausalLM
 from taps.sampling import SamplingParams, sample
 from taps.scheduling import CostModel, StepBudget, share_nodes, share_prefill
-from taps.tree import ProposalTree
+from taps.tree import InvalidTree, ProposalTree
 from taps.verification import accept
 
 
@@ -128,8 +128,12 @@ class Target:
                     results[piece.job] = self._verdict(piece, *outcome, len(pieces), ms)
         return [results[job] for job in jobs]
 
-    def _misfit(self, job: Job) -> PromptTooLong | None:
+    def _misfit(self, job: Job) -> ValueError | None:
         length = self.cache.length[job.session.slot]
+        if isinstance(job, PrefillJob) and not job.tokens:
+            return ValueError("a prompt needs at least one token")
+        if isinstance(job, VerifyJob) and not all(0 <= t < self.model.vocab_size for t in job.tree.tokens):
+            return InvalidTree("a tree holds token ids outside the vocabulary")
         if isinstance(job, VerifyJob):
             fits = length < self.max_tokens
         else:

@@ -11,14 +11,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import openai
 import ray
 import yaml
 from ray import serve
-from ray.serve._private.api import _get_global_client
+from ray.serve._private import api as serve_api
 
 PROJECT = Path(__file__).resolve().parent.parent
 MODEL = "SmolLM2-135M-Instruct"
@@ -54,7 +54,7 @@ class Cluster:
             cluster.wait_for_drafters({"math", "chat"})
             yield cluster
         finally:
-            serve.shutdown()
+            cast(Any, serve).shutdown()
             ray.shutdown()
 
     def apply(self, config: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class Cluster:
         """Application and deployment -> process id of its one replica, once all of them run."""
         deadline = time.monotonic() + START_DEADLINE_S
         while time.monotonic() < deadline:
-            details = _get_global_client().get_serve_details()
+            details = cast(Any, serve_api)._get_global_client().get_serve_details()
             replicas = {
                 f"{app}.{name}": deployment["replicas"]
                 for app, info in details["applications"].items()
@@ -101,7 +101,7 @@ class Cluster:
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels, as Ray exports it for Prometheus."""
-        port = ray.nodes()[0]["MetricsExportPort"]
+        port = cast(Any, ray).nodes()[0]["MetricsExportPort"]
         lines = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if re.match(rf"ray_{name}[ {{]", line))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from taps.drafting.eagle import EagleDrafter
 from taps.drafting.ngram import NgramDrafter
@@ -30,9 +30,8 @@ def target_directory() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(target_directory: Path) -> PreTrainedTokenizerBase:
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(target_directory)
-    return loaded
+def tokenizer(target_directory: Path) -> Any:
+    return AutoTokenizer.from_pretrained(target_directory)
 
 
 @pytest.fixture(scope="session")

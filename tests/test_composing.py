@@ -82,11 +82,13 @@ def test_confidence_takes_the_most_confident_and_the_first_of_equals() -> None:
     assert confidence([as_sure, unsure, sure], 0, 8) == as_sure
 
 
-def test_confidence_compares_trees_cut_to_the_budget() -> None:
+def test_confidence_compares_trees_at_equal_size() -> None:
     long = ProposalTree.ordered(0, [(5, 0, -0.1, 1), (6, 1, -5.0, 1), (7, 2, -6.0, 1)], 4)
     short = chain(8, score=-0.5)
-    assert confidence([long, short], 0, 4) == short
-    assert confidence([long, short], 0, 2) == long.prefix(2)
+    assert confidence([long, short], 0, 4) == long, "a tree is not worse for having more nodes"
+    steady = ProposalTree.ordered(0, [(8, 0, -0.5, 1), (6, 1, -0.6, 1), (7, 2, -0.7, 1)], 4)
+    assert confidence([long, steady], 0, 4) == steady
+    assert confidence([long, steady], 0, 2) == long.prefix(2)
 
 
 def test_a_drafter_with_nothing_to_say_is_not_routed_to() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 
 import pytest
 
@@ -89,6 +90,18 @@ def test_generated_tokens_are_those_after_the_prompt() -> None:
     grow(context, 2, 3)
     assert context.num_generated == 3
     assert context.root == 3
+
+
+def test_features_older_than_the_window_are_freed() -> None:
+    context = Context([7], feature_window=4)
+    verdict = make_verdict([1], [0])
+    oldest = weakref.ref(verdict.features)
+    context.restart(verdict)
+    del verdict
+    assert oldest() is not None
+    for _ in range(4):
+        grow(context, 2)
+    assert oldest() is None
 
 
 def test_the_callers_prompt_is_not_changed() -> None:

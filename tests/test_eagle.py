@@ -29,7 +29,9 @@ def propose(drafter: EagleDrafter, session: object, news: ContextDelta, ask: Ask
     return outcome
 
 
-def path_logprob(head: DraftHead, end: int, path: tuple[int, ...], noise: SamplingParams | None = None) -> float:
+def path_logprob(
+    head: DraftHead, end: int, path: tuple[int, ...], noise: SamplingParams | None = None
+) -> float:
     """Cumulative log q of a drafted path, one uncached forward per token."""
     tokens, features, total = TOKENS[1:end].tolist(), FEATURES[: end - 1], 0.0
     with torch.inference_mode():

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from taps.composing import STRATEGIES, Compose, concatenated, off
 from taps.context import Context
@@ -18,13 +19,9 @@ from taps.decoding import Panel, decode
 from taps.drafting.drafter import Ask
 from taps.local import LocalDrafter, LocalVerifier
 from taps.sampling import SamplingParams
+from tests.prompts import PROMPTS as ALL_PROMPTS
 
-PROMPTS = (
-    "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total?",
-    "Write a short story about a lighthouse keeper.",
-    "Write a Python function that reverses a string.",
-    "What causes the seasons on Earth?",
-)
+PROMPTS = ALL_PROMPTS[:4]
 NEW_TOKENS = 32
 GREEDY = SamplingParams(temperature=0.0)
 SAMPLED = (
@@ -36,7 +33,7 @@ SAMPLED = (
 COMPOSITIONS = list(product(("single", "confidence", "entropy", "merged"), (1, 2, 3)))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode(tokenizer: Any, prompt: str) -> list[int]:
     templated = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
     ids: list[int] = templated["input_ids"]
     return ids
@@ -63,37 +60,37 @@ async def generate(
 
 
 def generate_all(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     verifier: LocalVerifier,
     drafters: Sequence[LocalDrafter],
     compose: Compose,
     params: SamplingParams,
+    prompts: Sequence[str] = PROMPTS,
+    new_tokens: int = NEW_TOKENS,
 ) -> list[tuple[int, ...]]:
     """All prompts at once: their passes are shared."""
 
     async def run() -> list[tuple[int, ...]]:
-        prompts = [encode(tokenizer, prompt) for prompt in PROMPTS]
+        encoded = [encode(tokenizer, prompt) for prompt in prompts]
         return await asyncio.gather(
-            *(generate(prompt, verifier, drafters, compose, params) for prompt in prompts)
+            *(generate(ids, verifier, drafters, compose, params, new_tokens) for ids in encoded)
         )
 
     return asyncio.run(run())
 
 
 @pytest.fixture(scope="module")
-def plain(
-    tokenizer: PreTrainedTokenizerBase, verifier: LocalVerifier
-) -> dict[SamplingParams, list[tuple[int, ...]]]:
+def plain(tokenizer: Any, verifier: LocalVerifier) -> dict[SamplingParams, list[tuple[int, ...]]]:
     """Our plain decoding, per sampling."""
     return {params: generate_all(tokenizer, verifier, [], off, params) for params in (GREEDY, *SAMPLED)}
 
 
 def test_plain_greedy_decoding_equals_transformers_generate(
     target_directory: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     plain: dict[SamplingParams, list[tuple[int, ...]]],
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(target_directory, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(target_directory, dtype=torch.float32)
     for prompt, ours in zip(PROMPTS, plain[GREEDY], strict=True):
         ids = torch.tensor([encode(tokenizer, prompt)])
         # Decoding goes on after an end token here: where to stop is the router's business.
@@ -108,7 +105,7 @@ def test_plain_greedy_decoding_equals_transformers_generate(
 def test_greedy_text_is_the_targets_own(
     strategy: str,
     num_drafters: int,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     verifier: LocalVerifier,
     drafters: list[LocalDrafter],
     plain: dict[SamplingParams, list[tuple[int, ...]]],
@@ -125,7 +122,7 @@ def test_sampled_text_equals_plain_sampling_with_the_same_seed(
     strategy: str,
     num_drafters: int,
     params: SamplingParams,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     verifier: LocalVerifier,
     drafters: list[LocalDrafter],
     plain: dict[SamplingParams, list[tuple[int, ...]]],
@@ -135,7 +132,7 @@ def test_sampled_text_equals_plain_sampling_with_the_same_seed(
 
 
 def test_duplicate_proposals_and_the_concatenated_merge_change_no_text(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     verifier: LocalVerifier,
     drafters: list[LocalDrafter],
     plain: dict[SamplingParams, list[tuple[int, ...]]],

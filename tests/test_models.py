@@ -53,7 +53,8 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def build(config: PreTrainedConfig) -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
+    auto: Any = AutoModelForCausalLM
+    return auto.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
 
 
 def tokens(n: int, seed: int = 0) -> list[int]:

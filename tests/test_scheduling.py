@@ -32,7 +32,7 @@ def test_without_budget_every_session_still_gets_its_root() -> None:
 
 
 def test_equal_scores_are_shared_level_by_level_not_session_by_session() -> None:
-    trees = [chain(5, 6, 7), chain(5, 6, 7), chain(5, 6, 7)]
+    trees = [chain(5, 6, 7, score=0.0) for _ in range(3)]
     assert [len(tree) for tree in share_nodes(trees, 6)] == [3, 3, 3]
 
 

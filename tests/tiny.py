@@ -30,7 +30,8 @@ def tiny_config() -> LlamaConfig:
 
 def tiny_target() -> Any:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config(), dtype=torch.float32).eval()
+    auto: Any = AutoModelForCausalLM
+    return auto.from_config(tiny_config(), dtype=torch.float32).eval()
 
 
 def saved_target(directory: Path) -> Path:

@@ -23,9 +23,14 @@ def confidence_score(tree: ProposalTree) -> float:
 
 
 def confidence(trees: Sequence[ProposalTree], root: int, num_nodes: int) -> ProposalTree:
-    """The tree with the highest mean path probability; trees are cut to equal size first."""
-    cut = [tree.prefix(num_nodes) for tree in trees]
-    return max(cut, key=confidence_score, default=ProposalTree.root_only(root))
+    """The tree with the highest mean path probability, compared at the size of the smallest that drafted."""
+    drafted = [tree.prefix(num_nodes) for tree in trees if len(tree) > 1]
+    size = min(map(len, drafted), default=1)
+    return max(
+        drafted,
+        key=lambda tree: confidence_score(tree.prefix(size)),
+        default=ProposalTree.root_only(root),
+    )
 
 
 def entropy(trees: Sequence[ProposalTree], root: int, num_nodes: int) -> ProposalTree:

@@ -138,7 +138,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), self._recipe.max_grad_norm)
         self._optimizer.step()
         self._step += 1
-        return float(loss.feature), float(loss.token)
+        return float(loss.feature.detach()), float(loss.token.detach())
 
     def _schedule(self) -> float:
         """Linear warm-up, then a cosine to a twentieth."""
