@@ -34,7 +34,7 @@ class TargetArgs(Args):
 
 
 class VerifierArgs(Args):
-    max_sessions: PositiveInt = 16  # cache slots; keep max_ongoing_requests of the deployment above it
+    max_sessions: PositiveInt = 16  # cache slots; the deployment's max_ongoing_requests must not exceed it
     max_len: PositiveInt = 2048  # cache positions per session
     prefill_tokens: PositiveInt = 256  # prompt tokens per step, over all sessions
     tree_nodes: Annotated[int, Field(ge=0)] = 32  # drafted nodes per step, over all sessions

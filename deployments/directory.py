@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 _DEPLOYMENT = "Drafter"
+_VERIFIER = "Verifier"
+_STALE_S = 15.0
 _DESCRIBE_TIMEOUT_S = 10.0
 logger = logging.getLogger("ray.serve")
 
@@ -27,12 +30,15 @@ class Specialist:
     handle: DeploymentHandle[Any]
 
 
-class DrafterDirectory:
-    """The specialists that may be asked, by name, refreshed every few seconds."""
+class Directory:
+    """The specialists that may be asked, and whether a verifier is up; refreshed every few seconds."""
 
-    def __init__(self, target: dict[str, Any], interval_s: float) -> None:
+    def __init__(self, target: dict[str, Any], core: str, interval_s: float) -> None:
+        """Args: target: the verifier's description; core: the application the verifier is part of."""
         self._target = target
+        self._core = core
         self._interval_s = interval_s
+        self._verifier_seen = float("-inf")
         self._known: dict[str, tuple[float, Specialist | None]] = {}  # application -> (deployed at, fitting)
         self._task: asyncio.Task[None] | None = None
 
@@ -40,6 +46,11 @@ class DrafterDirectory:
     def specialists(self) -> dict[str, Specialist]:
         fitting = [specialist for _, specialist in self._known.values() if specialist is not None]
         return {specialist.name: specialist for specialist in sorted(fitting, key=lambda s: s.name)}
+
+    @property
+    def verifier_is_up(self) -> bool:
+        """Whether a verifier replica ran when last looked, not long ago. Serve's view: true under full load."""
+        return time.monotonic() - self._verifier_seen < _STALE_S
 
     def start(self) -> None:
         """Keep the directory fresh until the process ends."""
@@ -56,12 +67,12 @@ class DrafterDirectory:
     async def refresh(self) -> None:
         """Look for applications that run a drafter; ask each new one what it is."""
         applications = (await asyncio.to_thread(serve.status)).applications
+        if _is_running(applications.get(self._core), _VERIFIER):
+            self._verifier_seen = time.monotonic()
         drafters = {n: app for n, app in applications.items() if _DEPLOYMENT in app.deployments}
         self._known = {name: entry for name, entry in self._known.items() if name in drafters}
         running = {
-            name: app.last_deployed_time_s
-            for name, app in drafters.items()
-            if any(state == "RUNNING" for state in app.deployments[_DEPLOYMENT].replica_states)
+            name: app.last_deployed_time_s for name, app in drafters.items() if _is_running(app, _DEPLOYMENT)
         }
         for name, deployed_at in running.items():
             if self._known.get(name, (None, None))[0] != deployed_at:
@@ -80,3 +91,10 @@ class DrafterDirectory:
             return None
         logger.info("specialist %s (%s) joins", description["name"], application)
         return Specialist(description["name"], application, handle)
+
+
+def _is_running(application: Any, deployment: str) -> bool:
+    """Whether Serve's status shows a running replica."""
+    if application is None or deployment not in application.deployments:
+        return False
+    return any(state == "RUNNING" for state in application.deployments[deployment].replica_states)

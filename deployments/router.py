@@ -3,7 +3,6 @@
 FastAPI reads the argument types at run time, so annotations are not postponed here.
 """
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -12,13 +11,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from deployments import openai
 from deployments.config import RouterArgs, TargetArgs, locate
-from deployments.directory import DrafterDirectory
+from deployments.directory import Directory
 from deployments.generation import Generator
 from deployments.observability import Observer, RequestRecord
 from deployments.openai import ChatRequest, CompletionRequest, RequestError, Writer
@@ -27,8 +25,6 @@ from taps.decoding import VerifierGone
 from taps.delivery import Delivered
 from taps.models.cache import CacheFull
 from taps.models.embedded import target_path
-
-_HEALTH_TIMEOUT_S = 5.0
 
 api = FastAPI(title="TAPS Cluster")
 
@@ -55,17 +51,17 @@ class Router:
         self._reader = RequestReader(target_path(locate(target.path)), self._target, args)
         self._generator = Generator(verifier, args)
         self._observer = Observer()
-        self._directory = DrafterDirectory(self._target, args.discovery_interval_s)
+        core = serve.get_replica_context().app_name
+        self._directory = Directory(self._target, core, args.discovery_interval_s)
         self._directory.start()
 
     @api.get("/health")
     async def health(self) -> Response:
-        """200 when router and verifier answer."""
-        try:
-            await asyncio.wait_for(self._verifier.describe.remote(), _HEALTH_TIMEOUT_S)
-        except (TimeoutError, RayError, RayServeException) as error:
-            return JSONResponse({"status": "verifier not ready", "reason": type(error).__name__}, 503)
-        return JSONResponse({"status": "ok", "drafters": list(self._directory.specialists)})
+        """200 when router and verifier are ready."""
+        drafters = list(self._directory.specialists)
+        if not self._directory.verifier_is_up:
+            return JSONResponse({"status": "no verifier is up", "drafters": drafters}, 503)
+        return JSONResponse({"status": "ok", "drafters": drafters})
 
     @api.get("/v1/models")
     async def models(self) -> Response:

@@ -20,8 +20,12 @@ BUILDERS: dict[str, type[Args]] = {
 }
 
 
-def shipped() -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load((PROJECT / "serve_config.yaml").read_text(encoding="utf-8"))
+CONFIGS = ["serve_config.yaml", "cluster/serve_config.llama3-8b.yaml"]
+
+
+@pytest.fixture(params=CONFIGS)
+def shipped(request: pytest.FixtureRequest) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((PROJECT / request.param).read_text(encoding="utf-8"))
     return config
 
 
@@ -75,26 +79,26 @@ def test_a_directory_of_the_project_is_found_from_anywhere(
     assert locate("some-org/some-model") == "some-org/some-model"
 
 
-def test_the_shipped_config_is_one_that_serve_takes() -> None:
-    parsed = ServeDeploySchema.model_validate(shipped())
+def test_the_shipped_config_is_one_that_serve_takes(shipped: dict[str, Any]) -> None:
+    parsed = ServeDeploySchema.model_validate(shipped)
     assert {app.import_path for app in parsed.applications} == set(BUILDERS)
     assert len({app.name for app in parsed.applications}) == len(parsed.applications)
     assert [app.route_prefix for app in parsed.applications].count("/") == 1
 
 
-def test_the_arguments_of_the_shipped_config_are_ours() -> None:
-    for app in shipped()["applications"]:
+def test_the_arguments_of_the_shipped_config_are_ours(shipped: dict[str, Any]) -> None:
+    for app in shipped["applications"]:
         BUILDERS[app["import_path"]].model_validate(app.get("args", {}))
 
 
-def test_the_drafters_of_the_shipped_config_are_its_specialists() -> None:
-    core, *specialists = shipped()["applications"]
+def test_the_drafters_of_the_shipped_config_are_its_specialists(shipped: dict[str, Any]) -> None:
+    core, *specialists = shipped["applications"]
     assert set(core["args"]["router"]["drafters"]) == {app["args"]["name"] for app in specialists}
 
 
-def test_every_lease_of_the_shipped_config_has_a_slot() -> None:
+def test_every_lease_of_the_shipped_config_has_a_slot(shipped: dict[str, Any]) -> None:
     """More leases than slots would be refused by the cache after Serve had granted them."""
-    for app in shipped()["applications"]:
+    for app in shipped["applications"]:
         for deployment in app["deployments"]:
             if deployment["name"] != "Router":
                 args = app["args"].get("verifier", {}) if deployment["name"] == "Verifier" else app["args"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,9 @@ def train_specialist(
         flush=True,
     )
     Trainer(head, work, training).run()
-    save_head(head, out, _provenance(domain, data, work, target, answers, training), torch.bfloat16)
+    provenance = _provenance(domain, data, work, target, answers, training)
+    save_head(head, out, provenance, torch.bfloat16)
+    (out / "README.md").write_text(card(provenance))
     print(f"saved {out}; add it to serve_config.yaml as an application with head: {out}", flush=True)
 
 
@@ -73,3 +75,23 @@ def _provenance(
         "training": {"recipe": "eagle-2", **asdict(training)},
         "made_with": {"taps": __version__, "torch": torch.__version__, "machine": platform.machine()},
     }
+
+
+def card(provenance: Mapping[str, Any]) -> str:
+    """A specialist's card: what it was trained on and how, in Markdown."""
+    answers, training = provenance["answers"], provenance["training"]
+    temperatures = ", ".join(f"{t:g}" for t in answers["temperatures"])
+    return f"""# Specialist: {provenance["domain"]}
+
+A draft head in the EAGLE layout for the target `{provenance["target"]}`. It proposes; the target decides the text.
+
+| | |
+|---|---|
+| prompts | `{provenance["data"]}`, {provenance["conversations"]:,} of them |
+| answers | the target's own, {provenance["answer_tokens"]:,} tokens; temperatures {temperatures} in turn |
+| recipe | {training["recipe"]}: {training["epochs"]} epochs, learning rate {training["learning_rate"]:g}, batch \
+{training["batch_size"]}, feature loss x {training["feature_weight"]:g} + token loss x {training["token_weight"]:g} |
+| made with | taps {provenance["made_with"]["taps"]}, torch {provenance["made_with"]["torch"]} |
+
+Its figures are in `docs/results/`.
+"""
