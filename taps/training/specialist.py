@@ -81,17 +81,15 @@ def card(provenance: Mapping[str, Any]) -> str:
     """A specialist's card: what it was trained on and how, in Markdown."""
     answers, training = provenance["answers"], provenance["training"]
     temperatures = ", ".join(f"{t:g}" for t in answers["temperatures"])
-    return f"""# Specialist: {provenance["domain"]}
-
-A draft head in the EAGLE layout for the target `{provenance["target"]}`. It proposes; the target decides the text.
-
-| | |
-|---|---|
-| prompts | `{provenance["data"]}`, {provenance["conversations"]:,} of them |
-| answers | the target's own, {provenance["answer_tokens"]:,} tokens; temperatures {temperatures} in turn |
-| recipe | {training["recipe"]}: {training["epochs"]} epochs, learning rate {training["learning_rate"]:g}, batch \
-{training["batch_size"]}, feature loss x {training["feature_weight"]:g} + token loss x {training["token_weight"]:g} |
-| made with | taps {provenance["made_with"]["taps"]}, torch {provenance["made_with"]["torch"]} |
-
-Its figures are in `docs/results/`.
-"""
+    weights = f"feature loss x {training['feature_weight']:g} + token loss x {training['token_weight']:g}"
+    rows = {
+        "target": f"`{provenance['target']}`",
+        "prompts": f"`{provenance['data']}`, {provenance['conversations']:,} conversations",
+        "answers": f"the target's own, {provenance['answer_tokens']:,} tokens, temperature {temperatures}",
+        "recipe": f"{training['recipe']}, {training['epochs']} epochs, {weights}",
+        "optimizer": f"AdamW, learning rate {training['learning_rate']:g}, batch {training['batch_size']}",
+        "made with": f"taps {provenance['made_with']['taps']}, torch {provenance['made_with']['torch']}",
+    }
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    title = f"# Specialist: {provenance['domain']}"
+    return f"{title}\n\nA draft head in the EAGLE layout.\n\n| | |\n|---|---|\n{table}"
