@@ -12,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ import grpc
 import grpc.aio
 import ray.util
 from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.messages import Message, decode, encode, error_message
@@ -95,16 +97,24 @@ class SessionServer:
         try:
             yield {"endpoint": self._endpoint, "secret": secret}
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(lease.connected.wait(), _CONNECT_DEADLINE_S)
+                async with asyncio.timeout(_CONNECT_DEADLINE_S):
+                    await lease.connected.wait()
                 await lease.ended.wait()
         finally:
             del self._leases[secret]
             if lease.stream is not None:
                 lease.stream.cancel()
+                await self._until_freed(lease)
+
+    async def _until_freed(self, lease: _Lease) -> None:
+        """The session's state goes before Serve may give its place to another lease."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_DEADLINE_S):
+                await lease.ended.wait()
 
     async def _serve_stream(
         self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> AsyncIterator[bytes]:
+    ) -> None:
         metadata = dict(context.invocation_metadata() or ())
         lease = self._leases.get(str(metadata.get(_SECRET, "")))
         if lease is None or lease.connected.is_set():
@@ -113,12 +123,15 @@ class SessionServer:
         lease.stream = asyncio.current_task()
         lease.connected.set()
         try:
-            async for reply in self._replies(requests):
-                yield reply
+            async with aclosing(self._replies(requests)) as replies:
+                async for reply in replies:
+                    await context.write(reply)
+        except asyncio.CancelledError:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the lease ended")
         finally:
             lease.ended.set()
 
-    async def _replies(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _replies(self, requests: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
         """An answer to every message. An error is an answer too: the session's owner decides what it means."""
         messages = aiter(requests)
         try:
@@ -165,27 +178,37 @@ class Stream:
 
     async def close(self) -> None:
         """Say goodbye, which frees the far side's state and ends the lease."""
+        if self._call.done():
+            return
         try:
             async with asyncio.timeout(_CLOSE_DEADLINE_S):
                 await self._call.done_writing()
                 while await self._call.read() is not grpc.aio.EOF:
                     pass
-        except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+            # Callers shield this, so a cancellation seen here is the call's own.
             self._call.cancel()
 
 
 class ChannelPool:
-    """One gRPC channel per endpoint, shared by all its sessions."""
+    """One gRPC channel per endpoint, shared by its sessions and closed after the last of them."""
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._sessions: Counter[str] = Counter()
 
-    def open_call(self, endpoint: str, secret: str) -> grpc.aio.StreamStreamCall[bytes, bytes]:
+    @asynccontextmanager
+    async def _channel(self, endpoint: str) -> AsyncIterator[grpc.aio.Channel]:
         if endpoint not in self._channels:
             self._channels[endpoint] = grpc.aio.insecure_channel(endpoint, options=_OPTIONS)
-        stub = self._channels[endpoint].stream_stream(_METHOD)
-        call: grpc.aio.StreamStreamCall[bytes, bytes] = stub(metadata=((_SECRET, secret),))
-        return call
+        self._sessions[endpoint] += 1
+        try:
+            yield self._channels[endpoint]
+        finally:
+            self._sessions[endpoint] -= 1
+            if not self._sessions[endpoint]:
+                del self._sessions[endpoint]
+                await self._channels.pop(endpoint).close()
 
     @asynccontextmanager
     async def session(
@@ -199,25 +222,28 @@ class ChannelPool:
         lease: Any = handle.options(stream=True).lease.remote()
         try:
             granted = await self._grant(lease, timeout_s)
-            stream = Stream(self.open_call(granted["endpoint"], granted["secret"]))
-            try:
-                await stream.ask(hello, timeout_s)
-                yield stream
-            finally:
-                await asyncio.shield(stream.close())
+            async with self._channel(granted["endpoint"]) as channel:
+                metadata = ((_SECRET, granted["secret"]),)
+                stream = Stream(channel.stream_stream(_METHOD)(metadata=metadata))
+                try:
+                    await stream.ask(hello, timeout_s)
+                    yield stream
+                finally:
+                    await asyncio.shield(stream.close())
         finally:
-            lease.cancel()
+            # Raises the lease's own error when it was never granted; the body has reported that already.
+            with contextlib.suppress(RayError, RayServeException):
+                lease.cancel()
 
     async def _grant(self, lease: Any, timeout_s: float) -> Message:
         try:
-            granted: Message = await asyncio.wait_for(anext(lease), timeout_s)
+            # Not `wait_for`: in Python 3.11 it loses a cancellation that coincides with the result.
+            async with asyncio.timeout(timeout_s):
+                granted: Message = await anext(lease)
         except TimeoutError as error:
             raise PeerGone(f"no replica was free within {timeout_s:g} s") from error
-        except (RayError, StopAsyncIteration) as error:
+        except BackPressureError:
+            raise
+        except (RayError, RayServeException, StopAsyncIteration) as error:
             raise PeerGone(f"no replica can be leased: {type(error).__name__}") from error
         return granted
-
-    async def close(self) -> None:
-        for channel in self._channels.values():
-            await channel.close()
-        self._channels.clear()

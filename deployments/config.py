@@ -40,6 +40,12 @@ class VerifierArgs(Args):
     tree_nodes: Annotated[int, Field(ge=0)] = 32  # drafted nodes per step, over all sessions
     torch_threads: PositiveInt = 2
 
+    @model_validator(mode="after")
+    def _holds_a_prompt(self) -> VerifierArgs:
+        if self.max_len <= self.tree_nodes + 1:
+            raise ValueError(f"max_len {self.max_len} leaves no room beside tree_nodes {self.tree_nodes}")
+        return self
+
 
 class TreeArgs(Args):
     """The trees the router asks for where a request does not say."""
@@ -67,7 +73,7 @@ class TreeArgs(Args):
 class RouterArgs(Args):
     model_name: str = "SmolLM2-135M-Instruct"  # what /v1/models and requests call the target
     tree: TreeArgs = TreeArgs()
-    drafters: list[str] | None = None  # default order and choice; None is all, by name
+    drafters: list[str] | None = None  # these first, then all others by name; `single` takes the first
     feature_window: PositiveInt = 512  # newest features a drafter starts from, positions
     propose_deadline_s: PositiveSeconds = 0.5
     verify_deadline_s: PositiveSeconds = 60.0
@@ -94,7 +100,7 @@ class SpecialistArgs(Args):
     dtype: DTypeName = "bfloat16"
     device: str = "cpu"
     max_sessions: PositiveInt = 16
-    max_len: PositiveInt = 2048
+    max_len: Annotated[int, Field(gt=2 * RESERVED_ROWS)] = 4096  # more than the verifier's max_len
     torch_threads: PositiveInt = 1
 
     @model_validator(mode="after")

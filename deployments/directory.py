@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 _DEPLOYMENT = "Drafter"
 _VERIFIER = "Verifier"
-_STALE_S = 15.0
+_STALE_S = 30.0
 _DESCRIBE_TIMEOUT_S = 10.0
 logger = logging.getLogger("ray.serve")
 
@@ -60,8 +60,8 @@ class Directory:
         while True:
             try:
                 await self.refresh()
-            except (RayError, RayServeException, TimeoutError) as error:
-                logger.warning("the drafter directory could not be refreshed: %s", error)
+            except Exception as error:  # whatever Serve answers, the next look may succeed
+                logger.warning("the directory could not be refreshed: %r", error)
             await asyncio.sleep(self._interval_s)
 
     async def refresh(self) -> None:
@@ -71,12 +71,19 @@ class Directory:
             self._verifier_seen = time.monotonic()
         drafters = {n: app for n, app in applications.items() if _DEPLOYMENT in app.deployments}
         self._known = {name: entry for name, entry in self._known.items() if name in drafters}
-        running = {
-            name: app.last_deployed_time_s for name, app in drafters.items() if _is_running(app, _DEPLOYMENT)
+        new = {
+            name: app.last_deployed_time_s
+            for name, app in drafters.items()
+            if app.status == "RUNNING" and self._known.get(name, (None, None))[0] != app.last_deployed_time_s
         }
-        for name, deployed_at in running.items():
-            if self._known.get(name, (None, None))[0] != deployed_at:
-                self._known[name] = (deployed_at, await self._look_at(name))
+        await asyncio.gather(*(self._meet(name, deployed_at) for name, deployed_at in new.items()))
+
+    async def _meet(self, application: str, deployed_at: float) -> None:
+        """Remember the application's specialist; one that does not answer is asked again next time."""
+        try:
+            self._known[application] = (deployed_at, await self._look_at(application))
+        except (RayError, RayServeException, TimeoutError) as error:
+            logger.warning("application %s does not say what it drafts: %r", application, error)
 
     async def _look_at(self, application: str) -> Specialist | None:
         """The application's specialist, or None when it does not fit this target."""

@@ -6,6 +6,7 @@ Knows handles and leases; nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
@@ -24,6 +25,7 @@ from taps.context import Context
 from taps.decoding import DrafterGone, Panel, Step, decode
 
 _REJOIN_DELAY_S = 0.5
+logger = logging.getLogger("ray.serve")
 
 
 class Generator:
@@ -68,5 +70,6 @@ class Generator:
                     self._pool, specialist.handle, specialist.name, index, *waits
                 ) as session:
                     await panel.member(session)
-            except (DrafterGone, RayError, RayServeException):
+            except (DrafterGone, RayError, RayServeException) as error:
+                logger.info("specialist %s is left out for now: %s", specialist.name, error)
                 await asyncio.sleep(_REJOIN_DELAY_S)

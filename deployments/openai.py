@@ -20,7 +20,7 @@ R = TypeVar("R", bound="_Request")
 # Parameters that never change the text of an answer.
 _WITHOUT_EFFECT = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction",
-    "parallel_tool_calls",
+    "parallel_tool_calls", "moderation", "prompt_cache_retention", "prompt_cache_options",
 }  # fmt: skip
 # Parameters that would change the answer unless they have one of these values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -29,7 +29,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "echo": (False, None),
     "suffix": ("", None),
     "logprobs": (False, None),
-    "top_logprobs": (None,),
+    "top_logprobs": (0, None),
     "logit_bias": ({}, None),
     "response_format": ({"type": "text"}, None),
     "tools": ([], None),
@@ -106,7 +106,7 @@ class _Request(BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    taps: TapsOptions = TapsOptions()
+    taps: TapsOptions | None = None
 
     @model_validator(mode="after")
     def _refuse_what_is_not_supported(self) -> _Request:
@@ -132,6 +132,10 @@ class _Request(BaseModel):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def options(self) -> TapsOptions:
+        return self.taps or TapsOptions()
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -144,11 +148,19 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    """Clients send our own answers back with fields such as `refusal: null`: empty ones are fine."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_supported(self) -> ChatMessage:
+        for name, value in (self.model_extra or {}).items():
+            if value not in (None, [], {}):
+                raise ValueError(f"{name!r} in a message is not supported by this server; leave it out")
+        return self
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it."""
@@ -192,9 +204,11 @@ def parse_completion(body: bytes) -> CompletionRequest:
 
 def _validated(model: type[R], body: bytes) -> R:
     try:
-        return model.model_validate(json.loads(body))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        parsed = json.loads(body)
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"the request body is not JSON: {error}") from error
+    try:
+        return model.model_validate(parsed)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))

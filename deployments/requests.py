@@ -65,7 +65,10 @@ class RequestReader:
 
     def _tokenize(self, request: CompletionRequest) -> list[int]:
         if isinstance(request.prompt, str):
-            ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
+            try:
+                ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
+            except (TypeError, ValueError) as error:
+                raise RequestError(f"the prompt cannot be tokenized: {error}", "prompt") from error
             return ids
         limit = self._target["vocab_size"]
         if not all(0 <= token < limit for token in request.prompt):
@@ -91,14 +94,14 @@ class RequestReader:
             reason = f"the maximum context length is {limit} tokens; the prompt has {len(prompt)}"
             wanted = f" and {max_tokens} more were requested" if max_tokens else ""
             raise RequestError(reason + wanted, where, code="context_length_exceeded")
-        tree, params = self._tree(request.taps), _sampling(request)
+        tree, params = self._tree(request.options), _sampling(request)
         return Generation(
             tuple(prompt),
             params,
             max_tokens or room,
             request.stop_strings,
             tree.strategy,
-            self._choose(tree.strategy, request.taps.drafters, drafters_up),
+            self._choose(tree.strategy, request.options.drafters, drafters_up),
             Ask(tree.num_nodes, tree.depth, tree.top_k, params if tree.coupled else None),
         )
 
@@ -115,7 +118,7 @@ class RequestReader:
         if unknown:
             there = ", ".join(up) or "none"
             raise RequestError(f"no drafter {unknown[0]!r} is up; there are: {there}", "taps.drafters")
-        wanted = names if names is not None else self._args.drafters or list(up)
+        wanted = names if names is not None else [*(self._args.drafters or ()), *up]
         chosen = tuple(name for name in dict.fromkeys(wanted) if name in up)
         if strategy == "off":
             return ()

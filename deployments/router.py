@@ -3,6 +3,7 @@
 FastAPI reads the argument types at run time, so annotations are not postponed here.
 """
 
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -25,7 +26,9 @@ from taps.decoding import VerifierGone
 from taps.delivery import Delivered
 from taps.models.cache import CacheFull
 from taps.models.embedded import target_path
+from taps.target import PromptTooLong
 
+logger = logging.getLogger("ray.serve")
 api = FastAPI(title="TAPS Cluster")
 
 
@@ -143,8 +146,15 @@ class Router:
             outcome = "overloaded"
             reason = "the server is at capacity; try again"
             raise RequestError(reason, status=503, code="overloaded") from error
+        except PromptTooLong as error:
+            outcome = "refused"
+            raise RequestError(str(error), code="context_length_exceeded") from error
         except (VerifierGone, TimeoutError) as error:
             outcome = "failed"
             raise RequestError(f"the target could not answer: {error}", status=503) from error
+        except Exception as error:  # our own bugs, too, end a started stream with an error event
+            outcome = "failed"
+            logger.exception("request %s failed", record.id)
+            raise RequestError(f"internal error: {type(error).__name__}", status=500) from error
         finally:
             self._observer.observe_end(record, outcome)

@@ -19,6 +19,8 @@ from taps.sampling import SamplingParams
 from taps.target import PromptTooLong, Verdict
 from taps.tree import InvalidTree, ProposalTree
 
+# After these another replica may still answer.
+_VERIFIER_FAILURES = (PeerGone, RemoteError, VersionMismatch)
 # A drafter that fails in any of these ways is left out; it never fails a request.
 _DRAFTER_FAILURES = (PeerGone, RemoteError, VersionMismatch, CacheFull, PromptTooLong, InvalidTree)
 
@@ -40,7 +42,7 @@ class RemoteVerifierSession:
     async def _ask(self, message: dict[str, Any]) -> Verdict:
         try:
             return to_verdict(await self._stream.ask(message, self._timeout_s))
-        except PeerGone as error:
+        except _VERIFIER_FAILURES as error:
             raise VerifierGone(str(error)) from error
 
 
@@ -69,7 +71,7 @@ async def verifier_session(
     try:
         async with pool.session(handle, {"sampling": asdict(params)}, lease_timeout_s) as stream:
             yield RemoteVerifierSession(stream, step_timeout_s)
-    except PeerGone as error:
+    except _VERIFIER_FAILURES as error:
         raise VerifierGone(str(error)) from error
 
 

@@ -6,8 +6,9 @@ Knows futures and threads; nothing of what a job is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Generic, TypeVar
 
 Job = TypeVar("Job")
@@ -40,6 +41,24 @@ class Batcher(Generic[Job, Result]):
     async def between_steps(self, action: Callable[[], T]) -> T:
         """Run `action` in the worker thread, never during a step: for opening and freeing sessions."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, action)
+
+    @asynccontextmanager
+    async def holding(self, acquire: Callable[[], T], release: Callable[[T], None]) -> AsyncIterator[T]:
+        """What `acquire` gives, released when the block ends, also when the caller is cancelled meanwhile."""
+        opening = asyncio.ensure_future(self.between_steps(acquire))
+        try:
+            held = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(lambda done: self._release_late(done, release))
+            raise
+        try:
+            yield held
+        finally:
+            await asyncio.shield(self.between_steps(lambda: release(held)))
+
+    def _release_late(self, done: asyncio.Future[T], release: Callable[[T], None]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._thread.submit(release, done.result())
 
     async def _run(self) -> None:
         while jobs := self._take():

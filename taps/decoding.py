@@ -18,6 +18,8 @@ from taps.drafting.drafter import Ask
 from taps.target import Verdict
 from taps.tree import ProposalTree
 
+_FAILOVER_DELAY_S = 0.1
+
 Compose = Callable[[Sequence[ProposalTree], int, int], ProposalTree]
 
 
@@ -63,6 +65,7 @@ class Step:
     is_prefill: bool
     draft_ms: float  # waiting for drafters
     verify_ms: float  # waiting for the verifier
+    drafted: tuple[int, ...] = ()  # owner bits of the drafted nodes that were checked
 
 
 async def decode(
@@ -85,11 +88,13 @@ async def decode(
             async with open_verifier() as verifier:
                 async for step in _decode_on(verifier, context, panel, compose, ask):
                     yield step
-                    failures = 0
+                    if not step.is_prefill:
+                        failures = 0
         except VerifierGone:
             failures += 1
             if failures > max_failovers:
                 raise
+            await asyncio.sleep(_FAILOVER_DELAY_S * failures)
 
 
 async def _decode_on(
@@ -107,7 +112,9 @@ async def _decode_on(
         drafted = time.perf_counter()
         verdict = await verifier.verify(tree)
         context.extend(verdict)
-        yield Step(verdict, False, (drafted - started) * 1e3, (time.perf_counter() - drafted) * 1e3)
+        verified = time.perf_counter()
+        checked = tree.owners[1 : 1 + verdict.num_nodes]
+        yield Step(verdict, False, (drafted - started) * 1e3, (verified - drafted) * 1e3, checked)
 
 
 class Panel:

@@ -5,7 +5,6 @@ Training, evaluation and tests decode through these; the deployments serve the v
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -28,11 +27,8 @@ class LocalVerifier:
     @asynccontextmanager
     async def session(self, params: SamplingParams) -> AsyncIterator[LocalVerifierSession]:
         """A session that owns a cache slot until the block ends. Raises `CacheFull`."""
-        state = await self._batcher.between_steps(lambda: self.target.open(params))
-        try:
+        async with self._batcher.holding(lambda: self.target.open(params), self.target.close) as state:
             yield LocalVerifierSession(self._batcher, state)
-        finally:
-            await asyncio.shield(self._batcher.between_steps(lambda: self.target.close(state)))
 
     def close(self) -> None:
         self._batcher.close()
@@ -66,11 +62,8 @@ class LocalDrafter:
     @asynccontextmanager
     async def session(self, index: int = 0) -> AsyncIterator[LocalDrafterSession]:
         """A session whose nodes are marked with bit `index`. Raises `CacheFull`."""
-        state = await self._batcher.between_steps(self._drafter.open)
-        try:
+        async with self._batcher.holding(self._drafter.open, self._drafter.close) as state:
             yield LocalDrafterSession(self._batcher, state, self.name, index)
-        finally:
-            await asyncio.shield(self._batcher.between_steps(lambda: self._drafter.close(state)))
 
     def close(self) -> None:
         self._batcher.close()

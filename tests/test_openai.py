@@ -44,7 +44,7 @@ def test_a_silent_request_leaves_everything_to_the_server() -> None:
     assert not request.stream
     assert request.stop_strings == ()
     assert not request.include_usage
-    assert request.taps == openai.TapsOptions()
+    assert request.options == openai.TapsOptions()
 
 
 def test_null_means_unset() -> None:
@@ -204,7 +204,8 @@ def test_a_body_that_is_no_request_is_refused(body: bytes) -> None:
         {"role": "user"},
         {"role": "user", "content": None},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
-        {"role": "assistant", "content": "x", "tool_calls": []},
+        {"role": "assistant", "content": "x", "tool_calls": [{"id": "c"}]},
+        {"role": "user", "content": "x", "name": "Ann"},
     ],
 )
 def test_a_message_that_cannot_be_shown_to_the_target_is_refused(message: Json) -> None:
@@ -214,7 +215,7 @@ def test_a_message_that_cannot_be_shown_to_the_target_is_refused(message: Json) 
 def test_messages_are_made_plain_for_the_chat_template() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = chat(
-        messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts, "name": "x"}]
+        messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
     )
     assert [message.plain() for message in request.messages] == [
         {"role": "system", "content": "be brief"},
@@ -238,7 +239,7 @@ def test_a_completion_refuses_no_prompt_and_several(prompt: object) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_can_be_asked_for(strategy: str) -> None:
-    options = chat(taps={"strategy": strategy, "drafters": ["math"], "num_nodes": 4, "depth": 2}).taps
+    options = chat(taps={"strategy": strategy, "drafters": ["math"], "num_nodes": 4, "depth": 2}).options
     assert (options.strategy, options.drafters, options.num_nodes, options.depth) == (strategy, ["math"], 4, 2)
 
 

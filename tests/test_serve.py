@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from tests.cluster import MODEL, Cluster
+from tests.prompts import PROMPTS
 
 pytestmark = pytest.mark.serve
 
@@ -73,6 +74,12 @@ def test_metrics_count_what_was_drafted_and_accepted(cluster: Cluster) -> None:
     assert max(counts["accepted_by_drafter"].values()) <= counts["num_accepted_draft_tokens"]
 
 
+def test_a_conversation_goes_on_with_the_clients_own_message_object(cluster: Cluster) -> None:
+    said = ask(cluster, max_tokens=8).choices[0].message
+    more = ask(cluster, messages=[*USER, said, {"role": "user", "content": "And then?"}], max_tokens=8)
+    assert more.usage.completion_tokens > 0
+
+
 def test_stop_string_ends_the_answer_before_it(cluster: Cluster) -> None:
     plain = text_of(cluster)
     word = plain.split()[6]
@@ -119,12 +126,15 @@ def test_models_lists_the_target(cluster: Cluster) -> None:
 
 
 def test_concurrent_requests_are_correct_and_share_passes(cluster: Cluster) -> None:
-    lengths = [8, 12, 16, 20, 24, 28, 32, 32]
-    alone = text_of(cluster)
+    asked = [(prompt, 8 + 3 * i) for i, prompt in enumerate(PROMPTS[:8])]
+
+    def answer(prompt: str, max_tokens: int) -> str:
+        return text_of(cluster, messages=[{"role": "user", "content": prompt}], max_tokens=max_tokens)
+
+    alone = [answer(*question) for question in asked]
     with ThreadPoolExecutor(8) as pool:
-        answers = list(pool.map(lambda n: text_of(cluster, max_tokens=n), lengths))
-    assert answers[-1] == alone
-    assert all(alone.startswith(answer.rstrip("\N{REPLACEMENT CHARACTER}")) for answer in answers)
+        together = list(pool.map(lambda question: answer(*question), asked))
+    assert together == alone
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not cluster.metric("taps_verify_batch_size_count"):
         time.sleep(1)  # Ray exports metrics every few seconds
@@ -168,5 +178,5 @@ def test_a_specialist_joins_the_running_cluster(cluster: Cluster) -> None:
     assert in_flight == [plain]
     after = cluster.processes()
     assert {name: after[name] for name in before} == before
-    used = ask(cluster, extra_body={"taps": {"drafters": ["ngram"], "strategy": "single"}})
-    assert list(used.metrics["speculative_decoding"]["accepted_by_drafter"]) == ["ngram"]
+    used = ask(cluster).metrics["speculative_decoding"]
+    assert list(used["accepted_by_drafter"]) == ["math", "chat", "ngram"]
