@@ -86,6 +86,11 @@ class SessionServer:
         self._endpoint = f"{host}:{self._server.add_insecure_port(f'{host}:0')}"
         await self._server.start()
 
+    async def stop(self) -> None:
+        """Stop listening; sessions that are open are ended."""
+        if self._server is not None:
+            await self._server.stop(grace=None)
+
     @property
     def num_sessions(self) -> int:
         return len(self._leases)

@@ -214,9 +214,7 @@ def test_a_message_that_cannot_be_shown_to_the_target_is_refused(message: Json) 
 
 def test_messages_are_made_plain_for_the_chat_template() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    request = chat(
-        messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}]
-    )
+    request = chat(messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}])
     assert [message.plain() for message in request.messages] == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "ab"},

@@ -1,0 +1,208 @@
+"""Lease and stream end together, whoever goes first, and everything a session held is freed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from deployments import channel
+from deployments.channel import ChannelPool, Handler, PeerGone, SessionServer
+from deployments.messages import Message
+from taps.models.cache import CacheFull
+
+PATIENCE_S = 5.0
+
+
+class FakeLease:
+    """What a streaming Serve call gives, around a server's generator."""
+
+    def __init__(self, server: SessionServer) -> None:
+        self._generator = server.lease()
+        self.ended: asyncio.Task[None] | None = None
+
+    async def __anext__(self) -> Message:
+        return await anext(self._generator)
+
+    async def finish(self) -> None:
+        """As Serve does: run the generator to its end."""
+        async for _ in self._generator:
+            pass
+
+    def cancel(self) -> None:
+        self.ended = asyncio.create_task(self._generator.aclose())  # type: ignore[attr-defined]
+
+
+class FakeHandle:
+    """A deployment handle with one replica."""
+
+    def __init__(self, server: SessionServer) -> None:
+        self._server = server
+        self.leases: list[FakeLease] = []
+        self.lease = self
+
+    def options(self, stream: bool) -> FakeHandle:
+        assert stream
+        return self
+
+    def remote(self) -> FakeLease:
+        self.leases.append(FakeLease(self._server))
+        return self.leases[-1]
+
+
+class Replica:
+    """A session server whose sessions answer with what `answer` says, and which counts them."""
+
+    def __init__(self, answer: Callable[[Message], Awaitable[Message]]) -> None:
+        self._answer = answer
+        self.open = 0
+        self.server = SessionServer(self._open_session)
+        self.handle: Any = FakeHandle(self.server)
+
+    @asynccontextmanager
+    async def _open_session(self, hello: Message) -> AsyncIterator[Handler]:
+        if hello.get("refuse"):
+            raise CacheFull("no slot")
+        self.open += 1
+        try:
+            yield self._answer
+        finally:
+            self.open -= 1
+
+    async def until_free(self) -> None:
+        await until(lambda: not self.open and not self.server.num_sessions)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Poll the other side of a socket, with a bound."""
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("did not come true")
+
+
+async def echo(message: Message) -> Message:
+    if message.get("fail"):
+        raise CacheFull("as asked")
+    return {"echo": message["text"]}
+
+
+async def silence(_: Message) -> Message:
+    await asyncio.Event().wait()
+    raise AssertionError("never reached")
+
+
+@asynccontextmanager
+async def running(answer: Callable[[Message], Awaitable[Message]]) -> AsyncIterator[Replica]:
+    replica = Replica(answer)
+    await replica.server.start("127.0.0.1")
+    try:
+        yield replica
+    finally:
+        await replica.server.stop()
+
+
+async def test_a_session_answers_and_its_end_frees_the_far_side() -> None:
+    async with running(echo) as replica:
+        pool = ChannelPool()
+        async with pool.session(replica.handle, {}, PATIENCE_S) as stream:
+            assert (await stream.ask({"text": "one"}, PATIENCE_S))["echo"] == "one"
+            assert (await stream.ask({"text": "two"}, PATIENCE_S))["echo"] == "two"
+            assert replica.open == 1
+        await replica.until_free()
+        assert not pool._channels, "the channel goes with its last session"
+
+
+async def test_an_error_travels_by_type_and_the_session_goes_on() -> None:
+    async with running(echo) as replica, ChannelPool().session(replica.handle, {}, PATIENCE_S) as stream:
+        with pytest.raises(CacheFull, match="as asked"):
+            await stream.ask({"fail": True}, PATIENCE_S)
+        assert (await stream.ask({"text": "still here"}, PATIENCE_S))["echo"] == "still here"
+
+
+async def test_a_session_that_cannot_be_opened_says_why() -> None:
+    async with running(echo) as replica:
+        with pytest.raises(CacheFull, match="no slot"):
+            async with ChannelPool().session(replica.handle, {"refuse": True}, PATIENCE_S):
+                pytest.fail("must not open")
+        await replica.until_free()
+
+
+async def test_a_peer_that_does_not_answer_is_gone_and_forgets_the_session() -> None:
+    async with running(silence) as replica:
+        with pytest.raises(PeerGone, match=r"no answer within 0\.2 s"):
+            async with ChannelPool().session(replica.handle, {}, PATIENCE_S) as stream:
+                await stream.ask({"text": "hello?"}, 0.2)
+        await replica.until_free()
+
+
+async def test_the_end_of_the_lease_ends_the_stream_at_once() -> None:
+    """As when Serve stops a replica: the caller must not wait for its own deadline."""
+    async with running(silence) as replica:
+
+        async def caller() -> None:
+            async with ChannelPool().session(replica.handle, {}, PATIENCE_S) as stream:
+                await stream.ask({"text": "hello?"}, 60.0)
+
+        task = asyncio.create_task(caller())
+        await until(lambda: replica.open == 1)
+        replica.handle.leases[0].cancel()
+        with pytest.raises(PeerGone):
+            await asyncio.wait_for(task, PATIENCE_S)
+        await replica.until_free()
+
+
+async def test_a_cancelled_caller_leaves_nothing_behind() -> None:
+    async with running(silence) as replica:
+
+        async def caller() -> None:
+            async with ChannelPool().session(replica.handle, {}, PATIENCE_S) as stream:
+                await stream.ask({"text": "hello?"}, 60.0)
+
+        task = asyncio.create_task(caller())
+        await until(lambda: replica.open == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await replica.until_free()
+
+
+async def test_a_lease_nobody_connects_to_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "_CONNECT_DEADLINE_S", 0.05)
+    async with running(echo) as replica:
+        lease = replica.handle.remote()
+        await anext(lease)
+        async with asyncio.timeout(PATIENCE_S):
+            await lease.finish()
+        assert replica.server.num_sessions == 0
+
+
+async def test_a_stream_without_a_lease_is_refused() -> None:
+    async with running(echo) as replica:
+
+        class Stranger:
+            def options(self, stream: bool) -> Any:
+                return self
+
+            @property
+            def lease(self) -> Any:
+                return self
+
+            def remote(self) -> Any:
+                return self
+
+            async def __anext__(self) -> Message:
+                return {"endpoint": replica.server._endpoint, "secret": "guessed"}
+
+            def cancel(self) -> None:
+                pass
+
+        stranger: Any = Stranger()
+        with pytest.raises(PeerGone):
+            async with ChannelPool().session(stranger, {}, PATIENCE_S):
+                pytest.fail("must not open")
+        assert replica.open == 0
