@@ -33,6 +33,7 @@ class Observer:
         self._between = metrics.Histogram("taps_inter_token_ms", "Between tokens, mean of a step.", _MS)
         self._draft = metrics.Histogram("taps_draft_ms", "Waiting for drafters, per step.", _MS)
         self._verify = metrics.Histogram("taps_verify_ms", "Waiting for the verifier, per step.", _MS)
+        self._shared = metrics.Counter("taps_verify_sessions", "Batch sizes summed over verify passes.")
         self._batch = metrics.Histogram("taps_verify_batch_size", "Sessions that share a verify pass.", _SIZES)
 
     def observe_step(self, step: Step, delivered: Delivered, record: RequestRecord) -> None:
@@ -45,6 +46,7 @@ class Observer:
         else:
             self._passes.inc()
             self._batch.observe(verdict.batch_size)
+            self._shared.inc(verdict.batch_size)
             self._draft.observe(step.draft_ms)
             self._verify.observe(step.verify_ms)
             self._between.observe(since_last_ms / max(delivered.num_tokens, 1))
