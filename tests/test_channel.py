@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -33,7 +33,7 @@ class FakeLease:
             pass
 
     def cancel(self) -> None:
-        self.ended = asyncio.create_task(self._generator.aclose())  # type: ignore[attr-defined]
+        self.ended = asyncio.create_task(cast(Any, self._generator).aclose())
 
 
 class FakeHandle:
@@ -106,6 +106,11 @@ async def running(answer: Callable[[Message], Awaitable[Message]]) -> AsyncItera
         await replica.server.stop()
 
 
+async def ask_in_vain(replica: Replica) -> None:
+    async with ChannelPool().session(replica.handle, {}, PATIENCE_S) as stream:
+        await stream.ask({"text": "hello?"}, 60.0)
+
+
 async def test_a_session_answers_and_its_end_frees_the_far_side() -> None:
     async with running(echo) as replica:
         pool = ChannelPool()
@@ -143,12 +148,7 @@ async def test_a_peer_that_does_not_answer_is_gone_and_forgets_the_session() -> 
 async def test_the_end_of_the_lease_ends_the_stream_at_once() -> None:
     """As when Serve stops a replica: the caller must not wait for its own deadline."""
     async with running(silence) as replica:
-
-        async def caller() -> None:
-            async with ChannelPool().session(replica.handle, {}, PATIENCE_S) as stream:
-                await stream.ask({"text": "hello?"}, 60.0)
-
-        task = asyncio.create_task(caller())
+        task = asyncio.create_task(ask_in_vain(replica))
         await until(lambda: replica.open == 1)
         replica.handle.leases[0].cancel()
         with pytest.raises(PeerGone):
@@ -158,12 +158,7 @@ async def test_the_end_of_the_lease_ends_the_stream_at_once() -> None:
 
 async def test_a_cancelled_caller_leaves_nothing_behind() -> None:
     async with running(silence) as replica:
-
-        async def caller() -> None:
-            async with ChannelPool().session(replica.handle, {}, PATIENCE_S) as stream:
-                await stream.ask({"text": "hello?"}, 60.0)
-
-        task = asyncio.create_task(caller())
+        task = asyncio.create_task(ask_in_vain(replica))
         await until(lambda: replica.open == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -17,7 +17,7 @@ def draft(
     drafter: NgramDrafter, session: list[int], tokens: list[int], start: int = 0, **ask: int
 ) -> ProposalTree:
     delta = ContextDelta(start, tuple(tokens), 0, torch.empty(0, 0))
-    (tree,) = drafter.step([DraftJob(session, delta, Ask(**ask))])  # type: ignore[arg-type]
+    (tree,) = drafter.step([DraftJob(session, delta, Ask(**ask))])  # type: ignore[arg-type]  # ask holds ints only
     assert isinstance(tree, ProposalTree)
     return tree
 

@@ -134,7 +134,7 @@ class Trainer:
             self._recipe.feature_weight, self._recipe.token_weight,
         )  # fmt: skip
         self._optimizer.zero_grad()
-        loss.total.backward()  # type: ignore[no-untyped-call]
+        loss.total.backward()  # type: ignore[no-untyped-call]  # torch's own lack of types
         torch.nn.utils.clip_grad_norm_(self.head.parameters(), self._recipe.max_grad_norm)
         self._optimizer.step()
         self._step += 1
