@@ -75,7 +75,8 @@ class RouterArgs(Args):
     tree: TreeArgs = TreeArgs()
     drafters: list[str] | None = None  # these first, then all others by name; `single` takes the first
     feature_window: PositiveInt = 512  # newest features a drafter starts from, positions
-    propose_deadline_s: PositiveSeconds = 0.5
+    propose_deadline_s: PositiveSeconds = 0.5  # waiting for drafters, per step
+    propose_patience: Annotated[float, Field(gt=0)] = 2.0  # the same, in durations of the last verify pass
     verify_deadline_s: PositiveSeconds = 60.0
     lease_deadline_s: PositiveSeconds = 20.0  # waiting for a free verifier session
     request_deadline_s: PositiveSeconds = 600.0

@@ -96,6 +96,13 @@ class Directory:
                 description["name"], made_for, self._target["fingerprint"],
             )  # fmt: skip
             return None
+        taken = self.specialists.get(description["name"])
+        if taken is not None and taken.application != application:
+            logger.error(
+                "application %s has a specialist named %s, as %s has: it is not used; rename one of them",
+                application, description["name"], taken.application,
+            )  # fmt: skip
+            return None
         logger.info("specialist %s (%s) joins", description["name"], application)
         return Specialist(description["name"], application, handle)
 

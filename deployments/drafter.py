@@ -16,8 +16,7 @@ from taps.drafting.drafter import Drafter as DrafterKind
 from taps.drafting.eagle import EagleDrafter
 from taps.drafting.ngram import NgramDrafter
 from taps.local import LocalDrafter
-from taps.models.causal_lm import fingerprint
-from taps.models.checkpoints import load_head, load_target_ends
+from taps.models.checkpoints import load_head, target_fingerprint
 from taps.models.embedded import target_path
 
 
@@ -39,7 +38,7 @@ class Drafter:
             return NgramDrafter()
         target = target_path(locate(args.target))
         head = load_head(locate(args.head), target, torch_dtype(args.dtype))
-        self._description["fingerprint"] = fingerprint(load_target_ends(target)[0])
+        self._description["fingerprint"] = target_fingerprint(target)
         return EagleDrafter(head.to(args.device), args.max_sessions, args.max_len)
 
     def describe(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Generator:
     async def steps(self, job: Generation, specialists: dict[str, Specialist]) -> AsyncGenerator[Step, None]:
         """The steps of one answer, until closed. Drafters join when their leases are there."""
         context = Context(job.prompt, self._args.feature_window)
-        panel = Panel((), self._args.propose_deadline_s)
+        panel = Panel((), self._args.propose_deadline_s, self._args.propose_patience)
         keepers = [
             asyncio.create_task(self._keep_on(panel, specialists[name], index))
             for index, name in enumerate(job.drafters)

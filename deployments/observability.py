@@ -52,6 +52,11 @@ class Observer:
             self._between.observe(since_last_ms / max(delivered.num_tokens, 1))
         self._tokens.inc(delivered.num_tokens)
 
+    def observe_refusal(self, reason: str) -> None:
+        """Count a request that was refused before it began."""
+        self._requests.inc(tags={"outcome": "refused"})
+        logger.info("request refused: %s", reason)
+
     def observe_end(self, record: RequestRecord, outcome: str) -> None:
         self._requests.inc(tags={"outcome": outcome})
         self._prompt_tokens.inc(record.prompt_tokens)

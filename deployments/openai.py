@@ -15,6 +15,7 @@ from taps.delivery import FinishReason
 from taps.metrics import SpeculationCounts
 
 Json = dict[str, Any]
+Kind = Literal["chat", "completion"]
 R = TypeVar("R", bound="_Request")
 
 # Parameters that never change the text of an answer.
@@ -253,8 +254,9 @@ def speculation(counts: SpeculationCounts, drafters: Sequence[str]) -> Json:
 class Writer:
     """Writes one answer in the form of one endpoint, whole or in chunks."""
 
-    def __init__(self, kind: Literal["chat", "completion"], model: str) -> None:
+    def __init__(self, kind: Kind, model: str, include_usage: bool = False) -> None:
         self._chat = kind == "chat"
+        self.include_usage = include_usage  # in a stream: null on every chunk but the last
         self.id = new_id("chatcmpl" if self._chat else "cmpl")
         self._model = model
         self._created = int(time.time())
@@ -285,7 +287,8 @@ class Writer:
         return _event({**self._chunk_head(), "choices": [], "usage": used, "metrics": metrics})
 
     def _chunk_head(self) -> Json:
-        return self._head("chat.completion.chunk" if self._chat else "text_completion")
+        head = self._head("chat.completion.chunk" if self._chat else "text_completion")
+        return {**head, "usage": None} if self.include_usage else head
 
 
 def error_event(error: RequestError) -> str:
@@ -300,12 +303,15 @@ def _event(payload: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(payload, ensure_ascii=False)}\n\n"
 
 
-def model_list(name: str, created: int, max_model_len: int) -> Json:
-    card = {
+def model_card(name: str, created: int, max_model_len: int) -> Json:
+    return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "taps",
         "max_model_len": max_model_len,
     }
-    return {"object": "list", "data": [card]}
+
+
+def model_list(cards: Sequence[Json]) -> Json:
+    return {"object": "list", "data": list(cards)}

@@ -5,38 +5,47 @@ FastAPI reads the argument types at run time, so annotations are not postponed h
 
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from ray import serve
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
 
 from deployments import openai
 from deployments.config import RouterArgs, TargetArgs, locate
 from deployments.directory import Directory
 from deployments.generation import Generator
 from deployments.observability import Observer, RequestRecord
-from deployments.openai import ChatRequest, CompletionRequest, RequestError, Writer
+from deployments.openai import ChatRequest, CompletionRequest, Kind, RequestError, Writer
 from deployments.requests import Generation, RequestReader
-from taps.decoding import VerifierGone
+from taps.decoding import VerifierBusy, VerifierGone
 from taps.delivery import Delivered
-from taps.models.cache import CacheFull
 from taps.models.embedded import target_path
 from taps.target import PromptTooLong
 
 logger = logging.getLogger("ray.serve")
 api = FastAPI(title="TAPS Cluster")
+AnyRequest = TypeVar("AnyRequest", ChatRequest, CompletionRequest)
+
+
+def _refusal(error: RequestError) -> Response:
+    return JSONResponse(error.body(), error.status)
+
+
+@api.exception_handler(HTTPException)
+async def no_such_route(_: Request, error: HTTPException) -> Response:
+    """Unknown paths and methods, in the form clients expect."""
+    return _refusal(RequestError(f"{error.detail}; see /docs for what there is", status=error.status_code))
 
 
 @api.exception_handler(Exception)
 async def internal_error(_: Request, error: Exception) -> Response:
     """Our own bugs, in the form clients expect; Serve logs the traceback."""
-    failure = RequestError(f"internal error: {type(error).__name__}", status=500)
-    return JSONResponse(failure.body(), failure.status)
+    return _refusal(RequestError(f"internal error: {type(error).__name__}", status=500))
 
 
 @serve.deployment
@@ -50,7 +59,7 @@ class Router:
         self._args = args
         self._verifier = verifier
         self._target: dict[str, Any] = await verifier.describe.remote()
-        self._created = int(time.time())
+        self._model_card = openai.model_card(args.model_name, int(time.time()), self._target["max_tokens"])
         self._reader = RequestReader(target_path(locate(target.path)), self._target, args)
         self._generator = Generator(verifier, args)
         self._observer = Observer()
@@ -68,36 +77,49 @@ class Router:
 
     @api.get("/v1/models")
     async def models(self) -> Response:
-        name, limit = self._args.model_name, self._target["max_tokens"]
-        return JSONResponse(openai.model_list(name, self._created, limit))
+        return JSONResponse(openai.model_list([self._model_card]))
+
+    @api.get("/v1/models/{name:path}")
+    async def model(self, name: str) -> Response:
+        if name != self._args.model_name:
+            return _refusal(RequestError(f"the model {name!r} does not exist", "model", 404, "model_not_found"))
+        return JSONResponse(self._model_card)
 
     @api.post("/v1/chat/completions")
     async def chat(self, http: Request) -> Response:
-        try:
-            request = openai.parse_chat(await http.body())
-            job = self._reader.read_chat(request, self._directory.specialists)
-            return await self._answer(job, request, Writer("chat", request.model))
-        except RequestError as error:
-            return JSONResponse(error.body(), error.status)
+        return await self._serve(http, openai.parse_chat, self._reader.read_chat, "chat")
 
     @api.post("/v1/completions")
     async def completions(self, http: Request) -> Response:
-        try:
-            request = openai.parse_completion(await http.body())
-            job = self._reader.read_completion(request, self._directory.specialists)
-            return await self._answer(job, request, Writer("completion", request.model))
-        except RequestError as error:
-            return JSONResponse(error.body(), error.status)
+        return await self._serve(http, openai.parse_completion, self._reader.read_completion, "completion")
 
-    async def _answer(
-        self, job: Generation, request: ChatRequest | CompletionRequest, writer: Writer
+    async def _serve(
+        self,
+        http: Request,
+        parse: Callable[[bytes], AnyRequest],
+        read: Callable[[AnyRequest, Collection[str]], Generation],
+        kind: Kind,
     ) -> Response:
+        """One request of either endpoint."""
+        try:
+            request = parse(await http.body())
+            job = read(request, self._directory.specialists)
+        except RequestError as error:
+            self._observer.observe_refusal(error.message)
+            return _refusal(error)
+        try:
+            return await self._answer(
+                job, request.stream or False, Writer(kind, request.model, request.include_usage)
+            )
+        except RequestError as error:
+            return _refusal(error)
+
+    async def _answer(self, job: Generation, stream: bool, writer: Writer) -> Response:
         """The whole answer, or its stream once the first token is there: errors before it have a status."""
         record = RequestRecord(writer.id, job)
         pieces = self._pieces(job, record)
-        if request.stream:
-            first = await anext(pieces)
-            events = self._events(first, pieces, record, request.include_usage, writer)
+        if stream:
+            events = self._events(await anext(pieces), pieces, record, writer)
             return StreamingResponse(events, media_type="text/event-stream")
         async with aclosing(pieces):
             answer = [piece async for piece in pieces]
@@ -109,7 +131,6 @@ class Router:
         first: Delivered,
         pieces: AsyncGenerator[Delivered, None],
         record: RequestRecord,
-        include_usage: bool,
         writer: Writer,
     ) -> AsyncIterator[str]:
         """Server-sent events. A client that goes away closes this generator, which frees the session."""
@@ -122,7 +143,7 @@ class Router:
             except RequestError as error:
                 yield openai.error_event(error)
                 return
-        if include_usage:
+        if writer.include_usage:
             yield writer.usage_chunk(*record.summary())
         yield openai.DONE
 
@@ -142,7 +163,7 @@ class Router:
                         return
                     if time.monotonic() > deadline:
                         raise TimeoutError(f"not finished within {self._args.request_deadline_s:g} s")
-        except (BackPressureError, CacheFull) as error:
+        except VerifierBusy as error:
             outcome = "overloaded"
             reason = "the server is at capacity; try again"
             raise RequestError(reason, status=503, code="overloaded") from error

@@ -7,12 +7,13 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
+from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from deployments.channel import ChannelPool, PeerGone, Stream
 from deployments.messages import RemoteError, VersionMismatch, from_propose, from_tree, to_tree, to_verdict
 from taps.context import ContextDelta
-from taps.decoding import DrafterGone, VerifierGone
+from taps.decoding import DrafterGone, VerifierBusy, VerifierGone
 from taps.drafting.drafter import Ask
 from taps.models.cache import CacheFull
 from taps.sampling import SamplingParams
@@ -21,8 +22,9 @@ from taps.tree import InvalidTree, ProposalTree
 
 # After these another replica may still answer.
 _VERIFIER_FAILURES = (PeerGone, RemoteError, VersionMismatch)
+_NO_ROOM = (BackPressureError, CacheFull)
 # A drafter that fails in any of these ways is left out; it never fails a request.
-_DRAFTER_FAILURES = (PeerGone, RemoteError, VersionMismatch, CacheFull, PromptTooLong, InvalidTree)
+_DRAFTER_FAILURES = (*_VERIFIER_FAILURES, *_NO_ROOM, PromptTooLong, InvalidTree)
 
 
 class RemoteVerifierSession:
@@ -67,10 +69,12 @@ async def verifier_session(
     pool: ChannelPool, handle: DeploymentHandle[Any], params: SamplingParams,
     lease_timeout_s: float, step_timeout_s: float,
 ) -> AsyncIterator[RemoteVerifierSession]:  # fmt: skip
-    """A session on a leased verifier replica. Raises `VerifierGone`, `CacheFull`, `BackPressureError`."""
+    """A session on a leased verifier replica. Raises `VerifierBusy` when none has room, or `VerifierGone`."""
     try:
         async with pool.session(handle, {"sampling": asdict(params)}, lease_timeout_s) as stream:
             yield RemoteVerifierSession(stream, step_timeout_s)
+    except _NO_ROOM as error:
+        raise VerifierBusy(str(error)) from error
     except _VERIFIER_FAILURES as error:
         raise VerifierGone(str(error)) from error
 

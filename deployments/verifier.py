@@ -13,7 +13,8 @@ from deployments.channel import Handler, SessionServer, node_address
 from deployments.config import TargetArgs, VerifierArgs, locate, torch_dtype
 from deployments.messages import Message, from_verdict, to_tree
 from taps.local import LocalVerifier
-from taps.models.causal_lm import CausalLM
+from taps.models.causal_lm import CausalLM, fingerprint
+from taps.models.checkpoints import InvalidCheckpoint, target_fingerprint
 from taps.models.embedded import target_path
 from taps.sampling import SamplingParams
 from taps.scheduling import StepBudget
@@ -28,11 +29,19 @@ class Verifier:
         self, target: TargetArgs, args: VerifierArgs
     ) -> None:
         torch.set_num_threads(args.torch_threads)
-        model = CausalLM.load(target_path(locate(target.path)), torch_dtype(target.dtype), target.device_map)
+        path = target_path(locate(target.path))
+        model = CausalLM.load(path, torch_dtype(target.dtype), target.device_map)
+        self._fingerprint = self._fingerprint_of(path, model)
         budget = StepBudget(args.prefill_tokens, args.tree_nodes)
         self._verifier = LocalVerifier(Target(model, args.max_sessions, args.max_len, budget))
         self._server = SessionServer(self._open_session)
         await self._server.start(node_address())
+
+    def _fingerprint_of(self, path: str, model: CausalLM) -> str:
+        try:
+            return target_fingerprint(path)
+        except InvalidCheckpoint:  # no safetensors: no head fits it, but it can be served
+            return fingerprint(model.embeddings)
 
     def describe(self) -> dict[str, Any]:
         """What the router and its drafters must know of the target."""
@@ -40,7 +49,7 @@ class Verifier:
         return {
             "vocab_size": model.vocab_size,
             "hidden_size": model.hidden_size,
-            "fingerprint": model.fingerprint(),
+            "fingerprint": self._fingerprint,
             "max_tokens": self._verifier.target.max_tokens,
         }
 

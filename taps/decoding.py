@@ -7,6 +7,7 @@ machine is not known here. Plain decoding is the same loop without drafters.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -18,7 +19,8 @@ from taps.drafting.drafter import Ask
 from taps.target import Verdict
 from taps.tree import ProposalTree
 
-_FAILOVER_DELAY_S = 0.1
+# Wait before another verifier is tried, doubled each time: eight tries span the restart of a replica.
+_FAILOVER_DELAY_S = 0.2
 
 Compose = Callable[[Sequence[ProposalTree], int, int], ProposalTree]
 
@@ -29,6 +31,10 @@ class DrafterGone(ConnectionError):
 
 class VerifierGone(ConnectionError):
     """The verifier's process is lost; the session must resume on another one."""
+
+
+class VerifierBusy(VerifierGone):
+    """No verifier has room for the session now."""
 
 
 class DrafterSession(Protocol):
@@ -74,13 +80,13 @@ async def decode(
     panel: Panel,
     compose: Compose,
     ask: Ask,
-    max_failovers: int = 3,
+    max_failovers: int = 8,
 ) -> AsyncGenerator[Step, None]:
     """Decode until the caller closes the generator (`contextlib.aclosing` frees the verifier's session).
 
     `context` holds the prompt. When the verifier is lost, what was decided so far is prefilled on another
     one and decoding goes on: the noise depends on positions alone, so the text is the same. Raises
-    `VerifierGone` after `max_failovers` in a row.
+    `VerifierGone` after `max_failovers` in a row, and `VerifierBusy` at once where nothing is decided yet.
     """
     failures = 0
     while True:
@@ -90,11 +96,12 @@ async def decode(
                     yield step
                     if not step.is_prefill:
                         failures = 0
-        except VerifierGone:
-            failures += 1
-            if failures > max_failovers:
+        except VerifierGone as error:
+            turned_away = isinstance(error, VerifierBusy) and not context.num_generated
+            if turned_away or failures >= max_failovers:
                 raise
-            await asyncio.sleep(_FAILOVER_DELAY_S * failures)
+            await asyncio.sleep(_FAILOVER_DELAY_S * 2**failures)
+            failures += 1
 
 
 async def _decode_on(
@@ -105,14 +112,16 @@ async def _decode_on(
     verdict = await verifier.prefill(context.tokens, context.num_generated, context.feature_window)
     context.restart(verdict)
     yield Step(verdict, True, 0.0, (time.perf_counter() - started) * 1e3)
+    pass_s = math.inf  # unknown before the first
     while True:
         started = time.perf_counter()
-        trees = await panel.propose(context, ask)
+        trees = await panel.propose(context, ask, pass_s)
         tree = compose(trees, context.root, ask.num_nodes)
         drafted = time.perf_counter()
         verdict = await verifier.verify(tree)
         context.extend(verdict)
         verified = time.perf_counter()
+        pass_s = verified - drafted
         checked = tree.owners[1 : 1 + verdict.num_nodes]
         yield Step(verdict, False, (drafted - started) * 1e3, (verified - drafted) * 1e3, checked)
 
@@ -120,12 +129,18 @@ async def _decode_on(
 class Panel:
     """The drafters of one session: asked all at once, never waited for beyond the deadline.
 
+    The deadline is `deadline_s` seconds, or `patience` times what the last verify pass took if that is less:
+    a drafter slower than the target costs more than it saves.
+
     A drafter that is late is left out of this step and asked again once its answer has arrived; one that
     is gone is left out for good. Members may come and go while the session runs: see `member`.
     """
 
-    def __init__(self, drafters: Sequence[DrafterSession] = (), deadline_s: float = 1.0) -> None:
+    def __init__(
+        self, drafters: Sequence[DrafterSession] = (), deadline_s: float = 1.0, patience: float = math.inf
+    ) -> None:
         self._deadline_s = deadline_s
+        self._patience = patience
         self._known: dict[DrafterSession, int] = dict.fromkeys(drafters, 0)
         self._pending: dict[DrafterSession, asyncio.Task[ProposalTree]] = {}
         self._left: dict[DrafterSession, asyncio.Event] = {}
@@ -144,13 +159,16 @@ class Panel:
     def drafters(self) -> list[DrafterSession]:
         return list(self._known)
 
-    async def propose(self, context: Context, ask: Ask) -> list[ProposalTree]:
-        """The trees of the drafters that answered in time, each owned by its drafter."""
+    async def propose(self, context: Context, ask: Ask, pass_s: float = math.inf) -> list[ProposalTree]:
+        """The trees of the drafters that answered in time, each owned by its drafter.
+
+        Args: pass_s: seconds the last verify pass took.
+        """
         asked = [drafter for drafter in list(self._known) if self._idle(drafter)]
         tasks = {drafter: self._ask(drafter, context, ask) for drafter in asked}
         self._pending |= tasks
         if tasks:
-            await asyncio.wait(tasks.values(), timeout=self._deadline_s)
+            await asyncio.wait(tasks.values(), timeout=min(self._deadline_s, self._patience * pass_s))
         trees = []
         for drafter, task in tasks.items():
             if not task.done():

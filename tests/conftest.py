@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taps.drafting.eagle import EagleDrafter
 from taps.drafting.ngram import NgramDrafter
@@ -16,11 +16,13 @@ from taps.local import LocalDrafter, LocalVerifier
 from taps.models.causal_lm import CausalLM
 from taps.models.checkpoints import load_head
 from taps.models.embedded import embedded_target
+from taps.scheduling import StepBudget
 from taps.target import Target
 
 if TYPE_CHECKING:
     from tests.cluster import Cluster
 
+SESSIONS = 20  # what the exactness tests decode at once
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -35,10 +37,17 @@ def tokenizer(target_directory: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def reference(target_directory: Path) -> Any:
+    """The target in float32 through transformers alone."""
+    model: Any = AutoModelForCausalLM.from_pretrained(target_directory, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
 def verifier(target_directory: Path) -> Iterator[LocalVerifier]:
     """The real target in float32, where exactness is exact."""
     model = CausalLM.load(target_directory, torch.float32)
-    verifier = LocalVerifier(Target(model, max_sessions=8, max_len=1024))
+    verifier = LocalVerifier(Target(model, SESSIONS, 512, StepBudget(prefill_tokens=256, tree_nodes=160)))
     yield verifier
     verifier.close()
 
@@ -49,7 +58,9 @@ def drafters(target_directory: Path) -> Iterator[list[LocalDrafter]]:
     heads = [
         LocalDrafter(
             name,
-            EagleDrafter(load_head(PROJECT / "specialists" / name, target_directory, torch.bfloat16), 8, 1024),
+            EagleDrafter(
+                load_head(PROJECT / "specialists" / name, target_directory, torch.bfloat16), 2 * SESSIONS, 512
+            ),
         )
         for name in ("math", "chat")
     ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 import scipy.stats
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from taps.context import Context, ContextDelta
-from taps.decoding import Compose, DrafterGone, DrafterSession, Panel, Step, VerifierGone, decode
+from taps.decoding import Compose, DrafterGone, DrafterSession, Panel, Step, VerifierBusy, VerifierGone, decode
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams, sample
 from taps.target import Verdict
@@ -141,21 +141,28 @@ class TableVerifier:
 
 
 class VerifierPool:
-    """Opens verifier sessions; the i-th is lost after `lives[i]` passes, those after the last live on."""
+    """Opens verifier sessions; the i-th is lost after `lives[i]` passes, those after the last live on.
+
+    The opening is refused for want of room where its number is in `busy`.
+    """
 
     def __init__(
-        self, target: TableTarget, params: SamplingParams, lives: Sequence[int] = (), tree_nodes: int = 1 << 30
-    ) -> None:
+        self, target: TableTarget, params: SamplingParams, lives: Sequence[int] = (),
+        tree_nodes: int = 1 << 30, busy: Collection[int] = (),
+    ) -> None:  # fmt: skip
         self._target = target
         self._params = params
         self._lives = iter(lives)
         self._tree_nodes = tree_nodes
+        self._busy = busy
         self.num_opened = 0
         self.num_open = 0
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[TableVerifier]:
         self.num_opened += 1
+        if self.num_opened - 1 in self._busy:
+            raise VerifierBusy("no room")
         self.num_open += 1
         try:
             yield TableVerifier(self._target, self._params, self._tree_nodes, next(self._lives, None))

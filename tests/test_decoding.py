@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
+from taps import decoding
 from taps.composing import STRATEGIES, Compose, concatenated, merged, off, single
 from taps.context import Context
-from taps.decoding import Panel, VerifierGone
+from taps.decoding import Panel, VerifierBusy, VerifierGone
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams
 from tests.fakes import (
@@ -102,7 +103,13 @@ async def test_a_perfect_drafter_saves_passes_and_gets_the_credit(strategy: str)
     assert {owner for step in steps for owner in step.verdict.owners} == {0b10}
 
 
+@pytest.fixture
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_FAILOVER_DELAY_S", 0.0)
+
+
 @every_params
+@pytest.mark.usefixtures("no_delay")
 async def test_a_lost_verifier_resumes_to_the_same_text(params: SamplingParams) -> None:
     """Lost during a verify, right after the prefill, during the prefill, and again later."""
     panel = panel_of(KINDS["good"](0, params), KINDS["late"](1, params))
@@ -121,17 +128,34 @@ async def test_closing_the_loop_frees_every_verifier_session(lives: list[int]) -
     assert pool.num_open == 0
 
 
+@pytest.mark.usefixtures("no_delay")
 async def test_the_loop_gives_up_when_too_many_verifiers_in_a_row_are_lost() -> None:
-    pool = VerifierPool(TARGET, GREEDY, lives=[2, 0, 0, 0, 0])
+    pool = VerifierPool(TARGET, GREEDY, lives=[2, *[0] * 20])
     with pytest.raises(VerifierGone):
         await run_steps(pool, Panel(), off, NUM_TOKENS)
-    assert (pool.num_opened, pool.num_open) == (4, 0)
+    assert (pool.num_opened, pool.num_open) == (9, 0)
 
 
+@pytest.mark.usefixtures("no_delay")
 async def test_progress_in_between_resets_the_count_of_lost_verifiers() -> None:
-    pool = VerifierPool(TARGET, GREEDY, lives=[0, 0, 0, 2, 0, 0, 2, 0, 0])
+    pool = VerifierPool(TARGET, GREEDY, lives=[*[0] * 8, 2, *[0] * 7, 2, *[0] * 7])
     steps = await run_steps(pool, Panel(), off, NUM_TOKENS)
     assert tokens_of(steps, NUM_TOKENS) == TARGET.continuation(PROMPT, GREEDY, NUM_TOKENS)
+
+
+async def test_a_session_for_which_no_verifier_has_room_is_turned_away_at_once() -> None:
+    pool = VerifierPool(TARGET, GREEDY, lives=[], busy={0})
+    with pytest.raises(VerifierBusy):
+        await run_steps(pool, Panel(), off, NUM_TOKENS)
+    assert pool.num_opened == 1
+
+
+@pytest.mark.usefixtures("no_delay")
+async def test_a_started_session_waits_for_room_after_its_verifier_is_lost() -> None:
+    pool = VerifierPool(TARGET, GREEDY, lives=[3], busy={1, 2})
+    steps = await run_steps(pool, Panel(), off, NUM_TOKENS)
+    assert tokens_of(steps, NUM_TOKENS) == TARGET.continuation(PROMPT, GREEDY, NUM_TOKENS)
+    assert pool.num_opened == 4
 
 
 @pytest.mark.parametrize("compose", [merged, concatenated, STRATEGIES["confidence"]])
@@ -177,6 +201,16 @@ async def test_a_tree_that_grows_from_another_root_is_left_out() -> None:
     confused = ScriptedDrafter(0, lambda tokens, ask: guesses(0)([*tokens, tokens[-1] + 1], ask))
     trees = await panel_of(confused, good(1)).propose(mid_answer(), Ask())
     assert [tree.owners[1] for tree in trees] == [0b10]
+
+
+async def test_a_drafter_slower_than_the_panels_patience_is_late() -> None:
+    never = asyncio.Event()
+    slow = ScriptedDrafter(0, foresight(TARGET, GREEDY), wait=never.wait)
+    panel = Panel([slow, good(1)], deadline_s=60.0, patience=2.0)
+    async with asyncio.timeout(5):
+        trees = await panel.propose(mid_answer(), Ask(), pass_s=0.001)
+    assert [tree.owners[1] for tree in trees] == [0b10]
+    await panel.close()
 
 
 async def test_a_late_drafter_is_left_out_and_asked_again_once_its_answer_has_come() -> None:

@@ -6,12 +6,10 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
 from itertools import product
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from taps.composing import STRATEGIES, Compose, concatenated, off
 from taps.context import Context
@@ -19,124 +17,166 @@ from taps.decoding import Panel, decode
 from taps.drafting.drafter import Ask
 from taps.local import LocalDrafter, LocalVerifier
 from taps.sampling import SamplingParams
-from tests.prompts import PROMPTS as ALL_PROMPTS
+from tests.divergence import Divergence, first_divergence
+from tests.prompts import PROMPTS
 
-PROMPTS = ALL_PROMPTS[:4]
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 GREEDY = SamplingParams(temperature=0.0)
-SAMPLED = (
+SAMPLINGS = (
+    GREEDY,
     SamplingParams(temperature=0.7, seed=11),
     SamplingParams(temperature=1.0, seed=12),
     SamplingParams(temperature=1.0, top_p=0.9, seed=13),
     SamplingParams(temperature=1.0, top_k=40, presence_penalty=0.5, frequency_penalty=0.5, seed=14),
 )
 COMPOSITIONS = list(product(("single", "confidence", "entropy", "merged"), (1, 2, 3)))
+# Float32 logits move by about 5e-5 with the shapes of a batch, so a closer tie may fall either way.
+NEAR_TIE = 1e-4  # nats
+TOKENS_PER_NEAR_TIE = 50_000
+
+Text = tuple[int, ...]
 
 
-def encode(tokenizer: Any, prompt: str) -> list[int]:
-    templated = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    ids: list[int] = templated["input_ids"]
-    return ids
+class Question(NamedTuple):
+    """One answer to decode."""
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
 
 
-async def generate(
-    prompt: Sequence[int],
+def questions(tokenizer: Any, prompts: Sequence[str], samplings: Sequence[SamplingParams]) -> list[Question]:
+    """Every prompt under every sampling."""
+    encoded = [
+        tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        for prompt in prompts
+    ]
+    return [Question(tuple(e["input_ids"]), params) for params in samplings for e in encoded]
+
+
+def rotated(drafters: Sequence[LocalDrafter], count: int) -> list[LocalDrafter]:
+    """`count` drafters, each count beginning with another one."""
+    return [drafters[(count - 1 + i) % len(drafters)] for i in range(count)]
+
+
+async def answer(
+    question: Question,
     verifier: LocalVerifier,
     drafters: Sequence[LocalDrafter],
     compose: Compose,
-    params: SamplingParams,
-    new_tokens: int = NEW_TOKENS,
-) -> tuple[int, ...]:
-    context = Context(prompt, 512)
-    ask = Ask(num_nodes=8, depth=3, top_k=3, sampling=params)
+    new_tokens: int,
+) -> Text:
+    context = Context(question.prompt, 512)
+    ask = Ask(num_nodes=6, depth=3, top_k=3, sampling=question.params)
     async with AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(drafters)]
-        steps = decode(context, lambda: verifier.session(params), Panel(sessions, 60.0), compose, ask)
+        steps = decode(context, lambda: verifier.session(question.params), Panel(sessions, 60.0), compose, ask)
         async with aclosing(steps):
             async for _ in steps:
                 if context.num_generated >= new_tokens:
                     break
-    return tuple(context.tokens[len(prompt) :][:new_tokens])
+    return tuple(context.tokens[context.prompt_length :][:new_tokens])
 
 
-def generate_all(
-    tokenizer: Any,
+def answer_all(
+    asked: Sequence[Question],
     verifier: LocalVerifier,
     drafters: Sequence[LocalDrafter],
     compose: Compose,
-    params: SamplingParams,
-    prompts: Sequence[str] = PROMPTS,
     new_tokens: int = NEW_TOKENS,
-) -> list[tuple[int, ...]]:
-    """All prompts at once: their passes are shared."""
+    at_once: int = 20,
+) -> list[Text]:
+    """Answers of `new_tokens` tokens each; `at_once` sessions of every kind of sampling share their passes."""
 
-    async def run() -> list[tuple[int, ...]]:
-        encoded = [encode(tokenizer, prompt) for prompt in prompts]
-        return await asyncio.gather(
-            *(generate(ids, verifier, drafters, compose, params, new_tokens) for ids in encoded)
-        )
+    async def run(batch: Sequence[Question]) -> list[Text]:
+        return await asyncio.gather(*(answer(q, verifier, drafters, compose, new_tokens) for q in batch))
 
-    return asyncio.run(run())
+    return [
+        text
+        for start in range(0, len(asked), at_once)
+        for text in asyncio.run(run(asked[start : start + at_once]))
+    ]
+
+
+def generate(reference: Any, prompt: Sequence[int], new_tokens: int) -> Text:
+    """The target's greedy text by transformers alone. It goes on after an end token, as ours does here."""
+    ids = torch.tensor([prompt])
+    generated = reference.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens,
+        min_new_tokens=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return tuple(generated[0, ids.shape[1] :].tolist())
+
+
+def divergences(
+    reference: Any, asked: Sequence[Question], ours: Sequence[Text], theirs: Sequence[Text]
+) -> list[Divergence]:
+    found = [
+        first_divergence(reference, question.prompt, a, b, question.params)
+        for question, a, b in zip(asked, ours, theirs, strict=True)
+    ]
+    return [divergence for divergence in found if divergence is not None]
+
+
+class Identity:
+    """Texts are identical, or part at a near-tie; of those there may be one per 50,000 tokens."""
+
+    def __init__(self, reference: Any) -> None:
+        self._reference = reference
+        self._near_ties = 0
+        self._tokens = 0
+
+    def check(self, asked: Sequence[Question], ours: Sequence[Text], theirs: Sequence[Text]) -> None:
+        found = divergences(self._reference, asked, ours, theirs)
+        assert all(divergence.margin < NEAR_TIE for divergence in found), found
+        self._near_ties += len(found)
+        self._tokens += sum(map(len, ours))
+        assert self._near_ties <= 1 + self._tokens // TOKENS_PER_NEAR_TIE
 
 
 @pytest.fixture(scope="module")
-def plain(tokenizer: Any, verifier: LocalVerifier) -> dict[SamplingParams, list[tuple[int, ...]]]:
-    """Our plain decoding, per sampling."""
-    return {params: generate_all(tokenizer, verifier, [], off, params) for params in (GREEDY, *SAMPLED)}
+def identity(reference: Any) -> Identity:
+    return Identity(reference)
+
+
+@pytest.fixture(scope="module")
+def asked(tokenizer: Any) -> list[Question]:
+    return questions(tokenizer, PROMPTS[:4], SAMPLINGS)
+
+
+@pytest.fixture(scope="module")
+def plain(asked: list[Question], verifier: LocalVerifier) -> list[Text]:
+    """Our plain decoding, all in one batch."""
+    return answer_all(asked, verifier, [], off)
 
 
 def test_plain_greedy_decoding_equals_transformers_generate(
-    target_directory: Path,
-    tokenizer: Any,
-    plain: dict[SamplingParams, list[tuple[int, ...]]],
+    reference: Any, identity: Identity, asked: list[Question], plain: list[Text]
 ) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(target_directory, dtype=torch.float32)
-    for prompt, ours in zip(PROMPTS, plain[GREEDY], strict=True):
-        ids = torch.tensor([encode(tokenizer, prompt)])
-        # Decoding goes on after an end token here: where to stop is the router's business.
-        theirs = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            max_new_tokens=NEW_TOKENS, min_new_tokens=1, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
-        assert ours == tuple(theirs[0, ids.shape[1] :].tolist())
+    greedy = [(q, text) for q, text in zip(asked, plain, strict=True) if q.params == GREEDY]
+    theirs = [generate(reference, question.prompt, NEW_TOKENS) for question, _ in greedy]
+    identity.check([question for question, _ in greedy], [text for _, text in greedy], theirs)
 
 
 @pytest.mark.parametrize(("strategy", "num_drafters"), COMPOSITIONS)
-def test_greedy_text_is_the_targets_own(
+def test_greedy_and_sampled_text_is_the_targets_own(
     strategy: str,
     num_drafters: int,
-    tokenizer: Any,
+    identity: Identity,
+    asked: list[Question],
+    plain: list[Text],
     verifier: LocalVerifier,
     drafters: list[LocalDrafter],
-    plain: dict[SamplingParams, list[tuple[int, ...]]],
 ) -> None:
-    chosen, compose = drafters[:num_drafters], STRATEGIES[strategy]
-    assert generate_all(tokenizer, verifier, chosen, compose, GREEDY) == plain[GREEDY]
-
-
-@pytest.mark.parametrize(
-    ("strategy", "num_drafters", "params"),
-    [(*composition, SAMPLED[i % len(SAMPLED)]) for i, composition in enumerate(COMPOSITIONS)],
-)
-def test_sampled_text_equals_plain_sampling_with_the_same_seed(
-    strategy: str,
-    num_drafters: int,
-    params: SamplingParams,
-    tokenizer: Any,
-    verifier: LocalVerifier,
-    drafters: list[LocalDrafter],
-    plain: dict[SamplingParams, list[tuple[int, ...]]],
-) -> None:
-    chosen, compose = drafters[-num_drafters:], STRATEGIES[strategy]
-    assert generate_all(tokenizer, verifier, chosen, compose, params) == plain[params]
+    ours = answer_all(asked, verifier, rotated(drafters, num_drafters), STRATEGIES[strategy])
+    identity.check(asked, ours, plain)
 
 
 def test_duplicate_proposals_and_the_concatenated_merge_change_no_text(
-    tokenizer: Any,
+    identity: Identity,
+    asked: list[Question],
+    plain: list[Text],
     verifier: LocalVerifier,
     drafters: list[LocalDrafter],
-    plain: dict[SamplingParams, list[tuple[int, ...]]],
 ) -> None:
     twice = [drafters[0], drafters[0], drafters[1]]
-    for params in (GREEDY, SAMPLED[1]):
-        assert generate_all(tokenizer, verifier, twice, concatenated, params) == plain[params]
+    identity.check(asked, answer_all(asked, verifier, twice, concatenated), plain)

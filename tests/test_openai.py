@@ -323,6 +323,13 @@ def test_the_usage_chunk_has_no_choices() -> None:
     assert chunk["metrics"] == {"k": 1}
 
 
+def test_a_stream_with_usage_has_a_null_on_every_other_chunk() -> None:
+    writer = Writer("chat", "m", include_usage=True)
+    assert payload(writer.chunk("a", None))["usage"] is None
+    assert payload(writer.usage_chunk(openai.usage(1, 2), {}))["usage"]["total_tokens"] == 3
+    assert "usage" not in payload(Writer("chat", "m").chunk("a", None))
+
+
 def test_two_answers_have_two_ids() -> None:
     assert Writer("chat", "m").id != Writer("chat", "m").id
 
@@ -343,7 +350,7 @@ def test_speculation_metrics_name_the_drafters() -> None:
 
 
 def test_the_model_list_has_the_one_model() -> None:
-    listed = openai.model_list("m", 5, 2048)
+    listed = openai.model_list([openai.model_card("m", 5, 2048)])
     assert listed["object"] == "list"
     assert [(card["id"], card["object"], card["max_model_len"]) for card in listed["data"]] == [
         ("m", "model", 2048)

@@ -113,12 +113,12 @@ class CausalLM:
             cache.commit(slot, range(len(chunk)))
         return logits.float(), step.layers_seen
 
-    def fingerprint(self) -> str:
-        """A short hash of the embeddings: heads trained for another target do not fit this one."""
-        return fingerprint(self.embeddings)
-
 
 def fingerprint(embeddings: Tensor) -> str:
-    """Hash of a sample of the target's input embeddings [V, H], rounded to bfloat16."""
+    """Short hash of a sample of the target's input embeddings [V, H], rounded to bfloat16.
+
+    Heads trained for another target do not fit this one. Taken of the checkpoint's own numbers: those of a
+    model loaded in float16 may round elsewhere.
+    """
     rows = embeddings[:: max(1, embeddings.shape[0] // 64)].to(torch.bfloat16).contiguous().cpu()
     return hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -61,6 +61,11 @@ def load_target_ends(target: str | Path) -> tuple[Tensor, Tensor]:
     return embeddings, embeddings if lm_head is None else lm_head
 
 
+def target_fingerprint(target: str | Path) -> str:
+    """The fingerprint of a target's checkpoint. Raises `InvalidCheckpoint` where it is not safetensors."""
+    return fingerprint(load_target_ends(target)[0])
+
+
 def load_head(path_or_id: str | Path, target: str | Path, dtype: torch.dtype) -> DraftHead:
     """An EAGLE-2 or HASS head for `target`, ready to draft.
 
