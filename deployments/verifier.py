@@ -34,6 +34,7 @@ class Verifier:
         self._fingerprint = self._fingerprint_of(path, model)
         budget = StepBudget(args.prefill_tokens, args.tree_nodes)
         self._verifier = LocalVerifier(Target(model, args.max_sessions, args.max_len, budget))
+        await self._verifier.warm_up()
         self._server = SessionServer(self._open_session)
         await self._server.start(node_address())
 

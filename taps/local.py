@@ -30,6 +30,13 @@ class LocalVerifier:
         async with self._batcher.holding(lambda: self.target.open(params), self.target.close) as state:
             yield LocalVerifierSession(self._batcher, state)
 
+    async def warm_up(self) -> None:
+        """Run a short session: what is set up on first use is not set up in a user's time."""
+        async with self.session(SamplingParams()) as session:
+            (root,) = (await session.prefill([0] * 16, 0, 1)).tokens
+            nodes = [(token, parent, -1.0, 0) for token, parent in ((0, 0), (1, 0), (2, 1))]
+            await session.verify(ProposalTree.ordered(root, nodes, len(nodes) + 1))
+
     def close(self) -> None:
         self._batcher.close()
 

@@ -123,6 +123,15 @@ def test_the_openai_client_raises_its_own_error(cluster: Cluster) -> None:
 
 def test_models_lists_the_target(cluster: Cluster) -> None:
     assert [model.id for model in cluster.client.models.list()] == [MODEL]
+    assert cluster.client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        cluster.client.models.retrieve("other")
+
+
+def test_an_unknown_path_is_an_error_in_openais_form(cluster: Cluster) -> None:
+    answer = httpx.post(f"{cluster.url}/v1/embeddings", json={}, timeout=60)
+    assert answer.status_code == 404
+    assert "Not Found" in answer.json()["error"]["message"]
 
 
 def test_concurrent_requests_are_correct_and_share_passes(cluster: Cluster) -> None:
@@ -167,21 +176,39 @@ def test_killing_a_specialist_leaves_the_stream_alive_and_its_text_unchanged(clu
     cluster.wait_for_drafters({"math", "chat"})
 
 
+def test_a_lost_verifier_is_replaced_and_the_stream_goes_on_with_the_same_text(cluster: Cluster) -> None:
+    plain = text_of(cluster, max_tokens=64)
+    victim = cluster.processes()["core.Verifier"]
+    stream = iter(ask(cluster, stream=True, max_tokens=64))
+    text = streamed_text([next(stream) for _ in range(3)])
+    os.kill(victim, signal.SIGKILL)
+    assert text + streamed_text(stream) == plain
+    assert cluster.processes()["core.Verifier"] != victim
+
+
 def test_a_specialist_joins_the_running_cluster(cluster: Cluster) -> None:
     before = cluster.processes()
     plain = text_of(cluster, max_tokens=64)
-    in_flight: list[str] = []
-    stream = ask(cluster, stream=True, max_tokens=64)
-    reader = threading.Thread(target=lambda: in_flight.append(streamed_text(stream)))
+    joined = threading.Event()
+    texts: list[str] = []
+
+    def keep_streaming() -> None:
+        while not joined.is_set():
+            texts.append(streamed_text(ask(cluster, stream=True, max_tokens=64)))
+
+    reader = threading.Thread(target=keep_streaming)
     reader.start()
-    config = cluster.changed()
-    third = cluster.changed()["applications"][-1]
-    third.update(name="ngram", args={"name": "ngram", "kind": "ngram"})
-    config["applications"].append(third)
-    cluster.apply(config)
-    cluster.wait_for_drafters({"math", "chat", "ngram"})
-    reader.join(timeout=300)
-    assert in_flight == [plain]
+    try:
+        config = cluster.changed()
+        third = cluster.changed()["applications"][-1]
+        third.update(name="ngram", args={"name": "ngram", "kind": "ngram"})
+        config["applications"].append(third)
+        cluster.apply(config)
+        cluster.wait_for_drafters({"math", "chat", "ngram"})
+    finally:
+        joined.set()
+        reader.join(timeout=300)
+    assert set(texts) == {plain}
     after = cluster.processes()
     assert {name: after[name] for name in before} == before
     used = ask(cluster).metrics["speculative_decoding"]
