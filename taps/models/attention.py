@@ -64,9 +64,13 @@ class PackedStep:
         self.dtype = dtype
         self.device = device
         self.layers_seen: list[int] = []
-        for segment in segments:
-            end = cache.length[segment.slot] + segment.drafted + segment.num_rows
-            assert end <= cache.max_len, f"{end} rows do not fit a slot of {cache.max_len}"
+        self._ends = [cache.length[s.slot] + s.drafted + s.num_rows for s in segments]
+        assert max(self._ends) <= cache.max_len, f"{max(self._ends)} rows do not fit a slot of {cache.max_len}"
+        # Where each packed row goes in the cache: its slot, and its place there.
+        counts = torch.tensor([s.num_rows for s in segments])
+        self._slots = torch.tensor([s.slot for s in segments]).repeat_interleave(counts).to(device)
+        places = [torch.arange(end - s.num_rows, end) for s, end in zip(segments, self._ends, strict=True)]
+        self._places = torch.cat(places).to(device)
 
     def positions(self) -> Tensor:
         """[1, rows] absolute position of every packed row."""
@@ -79,23 +83,14 @@ class PackedStep:
         """Write this step's rows to the cache and attend. [heads, rows, d] in, [rows, heads, d_v] out."""
         self.layers_seen.append(layer)
         keys, values = self.cache.layer(layer, key, value)
+        keys[self._slots, :, self._places] = key.transpose(0, 1)
+        values[self._slots, :, self._places] = value.transpose(0, 1)
         outputs = []
-        for segment in self.segments:
-            begin = self.cache.length[segment.slot] + segment.drafted
-            rows = slice(segment.start, segment.start + segment.num_rows)
-            end = begin + segment.num_rows
-            keys[segment.slot, :, begin:end] = key[:, rows]
-            values[segment.slot, :, begin:end] = value[:, rows]
-            outputs.append(
-                self._attend_segment(
-                    segment,
-                    query[:, rows],
-                    keys[segment.slot, :, :end],
-                    values[segment.slot, :, :end],
-                    masks,
-                    **options,
-                ).transpose(0, 1)
-            )
+        for segment, end in zip(self.segments, self._ends, strict=True):
+            rows = query[:, segment.start : segment.start + segment.num_rows]
+            seen_keys, seen_values = keys[segment.slot, :, :end], values[segment.slot, :, :end]
+            out = self._attend_segment(segment, rows, seen_keys, seen_values, masks, **options)
+            outputs.append(out.transpose(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _attend_segment(
