@@ -1,12 +1,13 @@
-"""The `taps` command: prepare the embedded target, train a specialist."""
+"""The `taps` command: prepare the embedded target; train, average and evaluate specialists."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from taps.models.embedded import EMBEDDED, EmbeddedTargetError, embedded_target
 
@@ -17,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare = commands.add_parser("prepare", help="fetch and convert the embedded target")
     prepare.set_defaults(run=lambda _: print(embedded_target()))
     _add_train(commands.add_parser("train", help="train a specialist from prompts"))
+    _add_average(commands.add_parser("average", help="average two specialists' weights"))
     _add_eval(commands.add_parser("eval", help="acceptance length of specialists on a benchmark"))
     args = parser.parse_args(arguments)
     try:
@@ -29,18 +31,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--domain", required=True, help="the specialist's name")
-    parser.add_argument("--data", required=True, type=Path, help="prompts, a `messages` JSONL file")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--data", help="prompts: a file or hub dataset, or a mixture: a.jsonl:35000+b.json:35000"
+    )
+    source.add_argument("--answers", nargs="+", type=_answers, help="recorded answers: DIR, or DIR:TOKENS")
     parser.add_argument("--out", type=Path, help="where the head goes (default: specialists/DOMAIN)")
-    parser.add_argument("--work", type=Path, help="where answers are kept (default: .work/answers/DOMAIN)")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".work"), help="for answers and state (default: %(default)s)"
+    )
     parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=1_000_000, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=320, help="per answer (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=4, help="default: %(default)s")
+    parser.add_argument(
+        "--no-features", dest="keep_features", action="store_false",
+        help="keep token ids only and compute features in training: less disk, more compute",
+    )  # fmt: skip
+    parser.add_argument("--preset", choices=("embedded", "paper"), default="embedded")
+    parser.add_argument("--method", choices=("eagle-2", "hass"), help="default: the preset's")
+    parser.add_argument("--epochs", type=int, help="default: the preset's")
+    parser.add_argument("--learning-rate", type=float, help="default: the preset's")
+    parser.add_argument("--batch-size", type=int, help="conversations per process (default: the preset's)")
+    parser.add_argument("--accumulation", type=int, help="batches per update (default: the preset's)")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: the preset's")
+    parser.add_argument("--init", help="a head to start from: a directory or Hugging Face id")
     parser.add_argument(
         "--draft-vocab", type=int, default=8192, help="tokens it drafts from (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.set_defaults(run=_train)
+
+
+def _answers(text: str) -> tuple[Path, int | None]:
+    name, colon, tokens = text.rpartition(":")
+    return (Path(name), int(tokens)) if colon and tokens.isdecimal() else (Path(text), None)
+
+
+def _add_average(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("heads", nargs=2, type=Path, help="two specialist directories")
+    parser.add_argument("--weight", type=float, default=0.5, help="of the first (default: %(default)s)")
+    parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.set_defaults(run=_average)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -61,34 +93,53 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _eval(args: argparse.Namespace) -> None:
     from taps.evaluation.runner import EvaluationPlan, evaluate, write_result
 
-    named = {field.name for field in fields(EvaluationPlan)} & vars(args).keys()
-    plan = EvaluationPlan(**{name: getattr(args, name) for name in named})
+    plan = EvaluationPlan(**_named(EvaluationPlan, args))
     work = args.work or Path(".work/eval") / args.benchmark
     write_result(evaluate(args.target, args.heads, args.data, work, plan), args.out)
+
+
+def _average(args: argparse.Namespace) -> None:
+    from taps.models.embedded import target_path
+    from taps.training.averaging import average_checkpoints
+
+    one, other = args.heads
+    average_checkpoints(one, other, args.weight, target_path(args.target), args.out)
+    print(f"saved {args.out}")
 
 
 def _train(args: argparse.Namespace) -> None:
     # Heavy imports wait until they are needed: `taps --help` answers at once.
     import torch
 
-    from taps.training.dataset import AnswerRecipe
-    from taps.training.specialist import train_specialist
-    from taps.training.trainer import TrainRecipe
+    from taps.training.answers import AnswerRecipe
+    from taps.training.batches import Answers
+    from taps.training.specialist import SpecialistPlan, answer_sources, train_specialist
+    from taps.training.trainer import TrainRecipe, recipe_of
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    named = {field.name for field in fields(AnswerRecipe)} & vars(args).keys()
-    answers = AnswerRecipe(**{name: getattr(args, name) for name in named})
-    train_specialist(
+    if args.data is not None:
+        recipe = AnswerRecipe(**_named(AnswerRecipe, args))
+        answers = answer_sources(args.data, args.target, args.work / "answers" / args.domain, recipe)
+        provenance = {"prompts": args.data, "answering": asdict(recipe)}
+    else:
+        answers = [Answers(*part) for part in args.answers]
+        provenance = {"prompts": " + ".join(part.directory.name for part in answers)}
+    plan = SpecialistPlan(
         args.domain,
-        args.data,
+        args.target,
         out=args.out or Path("specialists") / args.domain,
-        work=args.work or Path(".work/answers") / args.domain,
-        target=args.target,
-        answers=answers,
-        training=TrainRecipe(epochs=args.epochs),
-        draft_vocab_size=args.draft_vocab,
+        state=args.work / "train" / args.domain,
+        training=recipe_of(args.preset, **_named(TrainRecipe, args)),
+        draft_vocab=args.draft_vocab,
+        init=args.init,
     )
+    train_specialist(plan, answers, provenance)
+
+
+def _named(kind: type[Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that are fields of a dataclass."""
+    return {f.name: getattr(args, f.name) for f in fields(kind) if f.name in vars(args)}
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from taps.models.checkpoints import InvalidCheckpoint, load_head, load_target_ends, save_head
+from taps.training.alignment import Alignment
 from tests.tiny import HIDDEN, VOCAB, saved_target, tiny_head
 
 
@@ -32,7 +33,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def predict(head: torch.nn.Module) -> torch.Tensor:
     with torch.inference_mode():
-        out: torch.Tensor = head(*inputs())
+        out: torch.Tensor = head(*inputs(), Alignment())
     return out
 
 

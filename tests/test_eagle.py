@@ -10,6 +10,7 @@ from taps.drafting.drafter import Ask, DraftJob
 from taps.drafting.eagle import EagleDrafter
 from taps.models.draft_head import DraftHead
 from taps.sampling import SamplingParams, gumbel_noise
+from taps.training.alignment import Alignment
 from taps.tree import ROOT, ProposalTree
 from tests.tiny import HIDDEN, VOCAB, tiny_head
 
@@ -37,7 +38,7 @@ def path_logprob(
     with torch.inference_mode():
         for depth, token in enumerate(path):
             ids = torch.tensor([tokens])
-            hidden = head(ids, features[None], torch.arange(len(tokens))[None])[0, -1]
+            hidden = head(ids, features[None], torch.arange(len(tokens))[None], Alignment())[0, -1]
             logits = head.lm_head(hidden)
             if noise is not None:
                 ids = head.draft_vocab.long()

@@ -22,7 +22,7 @@ from taps.models.causal_lm import CausalLM
 from taps.sampling import SamplingParams
 from taps.scheduling import StepBudget
 from taps.target import Target
-from taps.training.dataset import Recording
+from taps.training.shards import Recording
 from tests.tiny import VOCAB, tiny_head, tiny_target
 
 NEW_TOKENS = 40

@@ -135,7 +135,7 @@ class EagleDrafter:
         step = PackedStep(self._cache, segments, self._dtype, self._device)
         ids = torch.tensor([tokens], device=self._device)
         inputs = features.to(self._device, self._dtype)[None]
-        hidden: Tensor = self._head(ids, inputs, step.positions(), packed=step)[0]
+        hidden: Tensor = self._head(ids, inputs, step.positions(), step)[0]
         return hidden
 
     def _expand(self, active: Sequence[_Growing], hidden: Tensor) -> None:

@@ -18,7 +18,7 @@ from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, Drafter, DraftJob
 from taps.metrics import SpeculationCounts
 from taps.target import Verdict
-from taps.training.dataset import Recording
+from taps.training.shards import Recording
 from taps.tree import ProposalTree
 from taps.verification import Acceptance, accept
 

@@ -20,7 +20,9 @@ from taps.evaluation.replay import Strategy, grow_trees, replay
 from taps.metrics import SpeculationCounts
 from taps.models.checkpoints import load_head
 from taps.models.embedded import target_path
-from taps.training.dataset import AnswerRecipe, Prompt, Recording, load_shard, shards
+from taps.training.answers import AnswerRecipe
+from taps.training.shards import Recording, load_shard, shards
+from taps.training.sources import Prompt
 from taps.training.specialist import answer_prompts
 
 _UNBOUNDED = 1 << 20

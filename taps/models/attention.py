@@ -56,6 +56,8 @@ class _LayerMasks:
 class PackedStep:
     """The segments of one forward: positions in, attention against the cache during it."""
 
+    attention_name = ATTENTION_NAME
+
     def __init__(
         self, cache: SlotCache, segments: Sequence[Segment], dtype: torch.dtype, device: torch.device
     ) -> None:
@@ -76,6 +78,10 @@ class PackedStep:
         """[1, rows] absolute position of every packed row."""
         parts = [self.cache.length[s.slot] + s.depths for s in self.segments]
         return torch.cat(parts)[None].to(self.device)
+
+    def layer_masks(self) -> _LayerMasks:
+        """Masks of a layer with plain causal attention."""
+        return layer_masks()
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, masks: _LayerMasks, **options: Any

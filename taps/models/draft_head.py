@@ -9,14 +9,22 @@ Knows tensors; nothing of trees or files.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from taps.models.attention import ATTENTION_NAME, PackedStep, layer_masks
+
+class HeadAttention(Protocol):
+    """What a head's rows attend to: a `PackedStep` in drafting, an `Alignment` in training."""
+
+    attention_name: str  # registered with transformers
+
+    def layer_masks(self) -> Any:
+        """What the registered function is given as its attention mask."""
+        ...
 
 
 class DraftHead(nn.Module):
@@ -50,23 +58,20 @@ class DraftHead(nn.Module):
         self.draft_vocab: Tensor
         self.register_buffer("draft_vocab", ids, persistent=False)
 
-    def forward(
-        self, tokens: Tensor, features: Tensor, positions: Tensor, packed: PackedStep | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, features: Tensor, positions: Tensor, attention: HeadAttention) -> Tensor:
         """Predicted features [B, T, H].
 
         Args: tokens [B, T]: t_{i+1}; features [B, T, H]: feature_i, of the target or predicted; positions
-        [B, T]: i. With `packed` the rows extend its segments; without, each row of the batch is one causal
-        sequence (training).
+        [B, T]: i; attention: what the rows see.
         """
         embedded = nn.functional.embedding(tokens, self.embeddings)
         x = self.fc(torch.cat([embedded, features.to(embedded.dtype)], dim=-1))
-        self.config._attn_implementation = ATTENTION_NAME if packed is not None else "sdpa"
+        self.config._attn_implementation = attention.attention_name
         out: Tensor = self.layers[0](
             x,
-            attention_mask=None if packed is None else layer_masks(),
+            attention_mask=attention.layer_masks(),
             position_embeddings=self._rotary(x, positions),
-            packed=packed,
+            packed=attention,
         )
         return out
 

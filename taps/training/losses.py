@@ -1,30 +1,58 @@
-"""The EAGLE-2 training loss. Pure functions of tensors."""
+"""The training losses of draft heads. Pure functions of tensors."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class EagleLoss(NamedTuple):
+@dataclass(frozen=True)
+class LossWeights:
+    """EAGLE-2's are 1 and 0.1; HASS adds its top-K distillation with weight 1."""
+
+    feature: float = 1.0
+    token: float = 0.1
+    top_k: float = 0.0
+    k: int = 10
+
+
+class DraftLoss(NamedTuple):
     """Means over the rows that count."""
 
     total: Tensor
     feature: Tensor  # smooth L1 between predicted and target features
     token: Tensor  # cross-entropy between the target's and the draft's distributions, nats
+    top_k: Tensor  # the part of it that the target's k likeliest tokens have, nats
 
 
-def eagle_loss(
-    predicted: Tensor, features: Tensor, lm_head: Tensor, feature_weight: float, token_weight: float
-) -> EagleLoss:
-    """`w_f * smooth_l1(f', f) - w_t * sum_x p(x) log q(x)` (EAGLE, 2401.15077, section 3.2).
+def draft_loss(
+    predicted: Tensor, features: Tensor, target: Tensor, lm_head: Tensor, weights: LossWeights
+) -> DraftLoss:
+    """`w_f * smooth_l1(f', f) - w_t * sum_x p(x) log q(x) - w_k * sum_{x in top k of p} p(x) log q(x)`.
 
-    Args: predicted, features [n, H]: the head's and the target's features at the same positions; lm_head
-    [D, H]: the rows of the draft vocabulary. p and q are the softmax over those rows.
+    The first two terms are EAGLE's (2401.15077, section 3.2; EAGLE-2 trains the same way), the third is the
+    harmonised objective distillation of HASS (2408.15766, section 3.1).
+
+    Args: predicted, features [n, H]: the head's and the target's features at the same positions; target
+    [n, D]: p, the target's distribution over the draft vocabulary (`target_distribution`); lm_head [D, H]:
+    the rows of that vocabulary, q is their softmax.
     """
     feature = F.smooth_l1_loss(predicted, features)
-    target = F.linear(features, lm_head).softmax(-1)
-    token = -(target * F.linear(predicted, lm_head).log_softmax(-1)).sum(-1).mean()
-    return EagleLoss(feature_weight * feature + token_weight * token, feature, token)
+    weighted = target * F.linear(predicted, lm_head).log_softmax(-1)
+    token = -weighted.sum(-1).mean()
+    likeliest = target.topk(min(weights.k, target.shape[-1]), dim=-1).indices
+    top_k = -weighted.gather(-1, likeliest).sum(-1).mean()
+    total = weights.feature * feature + weights.token * token
+    if weights.top_k:
+        total = total + weights.top_k * top_k
+    return DraftLoss(total, feature, token, top_k)
+
+
+@torch.no_grad()
+def target_distribution(features: Tensor, lm_head: Tensor) -> Tensor:
+    """p [n, D] from the target's features [n, H], renormalised over the draft vocabulary's rows [D, H]."""
+    return F.linear(features, lm_head).softmax(-1)

@@ -4,92 +4,168 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
 from taps import __version__
 from taps.local import LocalVerifier
 from taps.models.causal_lm import CausalLM
-from taps.models.checkpoints import load_target_ends, save_head
+from taps.models.checkpoints import load_head, load_target_ends, save_head
 from taps.models.draft_head import DraftHead, draft_config
 from taps.models.embedded import target_path
 from taps.scheduling import StepBudget
 from taps.target import Target
-from taps.training.dataset import AnswerRecipe, AnswerRecorder, Prompt, load_prompts, shard_header, shards
-from taps.training.trainer import Trainer, TrainRecipe, draft_vocabulary
+from taps.training.answers import AnswerRecipe, AnswerRecorder
+from taps.training.batches import Answers, RecordedData, draft_vocabulary
+from taps.training.features import TargetFeatures
+from taps.training.shards import load_row, shard_header, shards
+from taps.training.sources import InvalidData, Prompt, load_prompts
+from taps.training.trainer import Trainer, TrainRecipe
+from taps.training.validation import Validation
 
 
-def train_specialist(
-    domain: str, data: Path, out: Path, work: Path, target: str,
-    answers: AnswerRecipe, training: TrainRecipe, draft_vocab_size: int,
-) -> None:  # fmt: skip
-    """Train a head for `target` on the prompts of `data` and write it to `out`.
+@dataclass(frozen=True)
+class SpecialistPlan:
+    """A specialist to train."""
 
-    Answers are kept in `work` and not generated again. Raises `InvalidData`, `UnservableTarget`.
-    """
-    path = target_path(target)
-    answer_prompts(path, load_prompts(data, answers.seed), work, answers)
-    embeddings, lm_head = load_target_ends(path)
-    torch.manual_seed(training.seed)
-    vocabulary = draft_vocabulary(work, draft_vocab_size, embeddings.shape[0])
-    config = draft_config(AutoConfig.from_pretrained(path))
-    head = DraftHead(config, embeddings.float(), lm_head.float(), vocabulary)
-    print(
-        f"training {domain}: {sum(p.numel() for p in head.parameters() if p.requires_grad):,} weights",
-        flush=True,
-    )
-    Trainer(head, work, training).run()
-    provenance = _provenance(domain, data, work, target, answers, training)
-    save_head(head, out, provenance, torch.bfloat16)
-    (out / "README.md").write_text(card(provenance))
-    print(f"saved {out}; add it to serve_config.yaml as an application with head: {out}", flush=True)
+    domain: str
+    target: str  # "embedded", a local directory or a Hugging Face id
+    out: Path  # where the head goes
+    state: Path  # where training is resumed from
+    training: TrainRecipe
+    draft_vocab: int  # tokens it drafts from
+    init: str | None = None  # a head to start from
+
+
+def answer_sources(sources: str, target: str, work: Path, recipe: AnswerRecipe) -> list[Answers]:
+    """The target's answers to the prompts of `sources`, kept in `work`; those there are not generated again."""
+    with PartialState().main_process_first():
+        if recorded_tokens(work) < recipe.answer_tokens:
+            answer_prompts(target_path(target), load_prompts(sources, recipe.seed), work, recipe)
+    return [Answers(work)]
+
+
+def recorded_tokens(work: Path) -> int:
+    return sum(shard_header(shard)["answer_tokens"] for shard in shards(work))
 
 
 def answer_prompts(target: str, prompts: Sequence[Prompt], work: Path, recipe: AnswerRecipe) -> None:
     """Record the target's answers into `work`, up to `recipe.answer_tokens` in all."""
-    model = CausalLM.load(target, torch.float32)
-    longest = recipe.max_prompt_tokens + recipe.max_new_tokens + 1
-    budget = StepBudget(prefill_tokens=512, tree_nodes=0)
-    verifier = LocalVerifier(Target(model, recipe.batch_size, longest, budget))
+    verifier = LocalVerifier(
+        Target(
+            _load_target(target),
+            recipe.batch_size,
+            recipe.max_prompt_tokens + recipe.max_new_tokens + 1,
+            StepBudget(prefill_tokens=512, tree_nodes=0),
+        )
+    )
     try:
         AnswerRecorder(verifier, AutoTokenizer.from_pretrained(target), work, recipe).run(prompts)
     finally:
         verifier.close()
 
 
-def _provenance(
-    domain: str, data: Path, work: Path, target: str, answers: AnswerRecipe, training: TrainRecipe
-) -> dict[str, Any]:
-    headers = [shard_header(shard) for shard in shards(work)]
+def _load_target(target: str) -> CausalLM:
+    """On a GPU where there is one, in its precision; else on the CPU."""
+    if torch.cuda.is_available():
+        return CausalLM.load(target, torch.bfloat16, str(PartialState().device))
+    return CausalLM.load(target, torch.float32)
+
+
+def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenance: Mapping[str, Any]) -> None:
+    """Train a head on recorded answers and write it, with its card, to `plan.out`.
+
+    Raises `InvalidData`, `InvalidState`, `InvalidCheckpoint`, `UnservableTarget`.
+    """
+    path = target_path(plan.target)
+    rows = [row for part in answers for row in part.rows()]
+    if not rows:
+        raise InvalidData(f"no recorded answers in {', '.join(str(part.directory) for part in answers)}")
+    kept = bool(load_row(rows[0]).features.numel())
+    data = RecordedData(answers, None if kept else TargetFeatures(_load_target(path)))
+    head = _new_head(plan, path, draft_vocabulary(rows, plan.draft_vocab, _vocab_size(path)))
+    weights = sum(p.numel() for p in head.parameters() if p.requires_grad)
+    print(f"training {plan.domain}: {weights:,} weights, {data.num_answer_tokens:,} answer tokens", flush=True)
+    measured = Trainer(head, data, plan.training, plan.state).run()
+    if PartialState().is_main_process:
+        made = _provenance(plan, data, measured) | dict(provenance)
+        save_head(head, plan.out, made, torch.bfloat16)
+        (plan.out / "README.md").write_text(card(made))
+        print(_next_steps(plan), flush=True)
+
+
+def _vocab_size(target: str) -> int:
+    size: int = AutoConfig.from_pretrained(target).get_text_config().vocab_size
+    return size
+
+
+def _new_head(plan: SpecialistPlan, target: str, vocabulary: torch.Tensor | None) -> DraftHead:
+    """A head with fresh weights, or with those of `plan.init`, that drafts from `vocabulary`."""
+    torch.manual_seed(plan.training.seed)
+    embeddings, lm_head = load_target_ends(target)
+    if plan.init is None:
+        config = draft_config(AutoConfig.from_pretrained(target))
+        return DraftHead(config, embeddings.float(), lm_head.float(), vocabulary)
+    start = load_head(plan.init, target, torch.float32)
+    weights = start.trained()
+    head = DraftHead(
+        start.config, start.embeddings, lm_head.float(), vocabulary,
+        fc_bias="fc.bias" in weights, input_norm="layers.0.input_layernorm.weight" in weights,
+    )  # fmt: skip
+    head.load_state_dict(weights, strict=False)
+    return head
+
+
+def _provenance(plan: SpecialistPlan, data: RecordedData, measured: Validation | None) -> dict[str, Any]:
     return {
-        "domain": domain,
-        "target": target,
-        "data": data.name,
-        "conversations": sum(len(header["ids"]) for header in headers),
-        "answer_tokens": sum(header["answer_tokens"] for header in headers),
-        "answers": asdict(answers),
-        "training": {"recipe": "eagle-2", **asdict(training)},
+        "domain": plan.domain,
+        "target": plan.target,
+        "init": plan.init,
+        "conversations": len(data.training),
+        "answer_tokens": data.num_answer_tokens,
+        "training": asdict(plan.training),
+        "held_out": None if measured is None else measured._asdict(),
         "made_with": {"taps": __version__, "torch": torch.__version__, "machine": platform.machine()},
     }
 
 
+def _next_steps(plan: SpecialistPlan) -> str:
+    target = "" if plan.target == "embedded" else f", target: {plan.target}"
+    return (
+        f"saved {plan.out}. To serve it, add this to the applications of serve_config.yaml and run "
+        "`serve deploy serve_config.yaml`:\n\n"
+        f"  - name: {plan.domain}\n"
+        "    route_prefix: null\n"
+        "    import_path: deployments.app:specialist\n"
+        f"    args: {{name: {plan.domain}, head: {plan.out}{target}}}\n"
+        "    deployments:\n"
+        "      - name: Drafter\n"
+        "        max_ongoing_requests: 16\n"
+        "        ray_actor_options: {num_cpus: 0.2}\n"
+    )
+
+
 def card(provenance: Mapping[str, Any]) -> str:
-    """A specialist's card: what it was trained on and how, in Markdown."""
-    answers, training = provenance["answers"], provenance["training"]
-    temperatures = ", ".join(f"{t:g}" for t in answers["temperatures"])
-    weights = f"feature loss x {training['feature_weight']:g} + token loss x {training['token_weight']:g}"
+    """A specialist's card: what it was trained on, how, and what that came to, in Markdown."""
+    training, measured = provenance["training"], provenance["held_out"]
     rows = {
         "target": f"`{provenance['target']}`",
-        "prompts": f"`{provenance['data']}`, {provenance['conversations']:,} conversations",
-        "answers": f"the target's own, {provenance['answer_tokens']:,} tokens, temperature {temperatures}",
-        "recipe": f"{training['recipe']}, {training['epochs']} epochs, {weights}",
-        "optimizer": f"AdamW, learning rate {training['learning_rate']:g}, batch {training['batch_size']}",
+        "prompts": provenance.get("prompts"),
+        "answers": f"the target's own, {provenance['answer_tokens']:,} tokens, "
+        f"{provenance['conversations']:,} conversations",
+        "recipe": f"{training['method']}, {training['epochs']} epochs"
+        + (f", from `{provenance['init']}`" if provenance["init"] else ""),
+        "optimizer": f"AdamW, learning rate {training['learning_rate']:g}, "
+        f"batch {training['batch_size'] * training['accumulation']}",
+        "held-out accuracy by depth": measured and ", ".join(f"{a:.3f}" for a in measured["accuracy"]),
+        "held-out acceptance length, chains": measured and f"{measured['acceptance_length']:.2f}",
         "made with": f"taps {provenance['made_with']['taps']}, torch {provenance['made_with']['torch']}",
     }
-    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items() if value)
     title = f"# Specialist: {provenance['domain']}"
     return f"{title}\n\nA draft head in the EAGLE layout.\n\n| | |\n|---|---|\n{table}"

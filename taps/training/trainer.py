@@ -1,147 +1,219 @@
-"""Training a draft head on recorded answers (the EAGLE-2 recipe). Knows tensors and shards."""
+"""Training a draft head on recorded answers: EAGLE-2 or HASS, on one process or several, resumable exactly.
+
+Every update is a function of the weights and of its number: the batches, the noise and the learning rate of
+update n do not depend on what ran before in this process. Knows tensors and recordings; nothing of prompts.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-import random
+import shutil
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from taps.models.draft_head import DraftHead
-from taps.training.dataset import Recording, load_shard, shards
-from taps.training.losses import eagle_loss
+from taps.training.alignment import aligned_passes
+from taps.training.batches import Batch, RecordedData
+from taps.training.losses import DraftLoss, LossWeights, draft_loss, target_distribution
+from taps.training.validation import Validation, validate
+
+Method = Literal["eagle-2", "hass"]
+_SAVE_EVERY = 100  # updates
+_VALIDATE_EVERY = 500  # updates
+_SHOW_EVERY_S = 15.0
+
+
+class InvalidState(ValueError):
+    """The saved state of another training run is in the way."""
 
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    """EAGLE-2 training. The defaults are good for a small target on two cores."""
+    """How a head is trained. The defaults are good for a small target on two cores."""
 
+    method: Method = "eagle-2"
     epochs: int = 4
     learning_rate: float = 1.5e-3
-    batch_size: int = 16
-    warmup_steps: int = 50
+    batch_size: int = 16  # conversations, per process
+    accumulation: int = 1  # batches per update
+    warmup: float = 0.01  # share of the updates; after it the rate falls to 0 along a line
     weight_decay: float = 0.01
     max_grad_norm: float = 0.5
-    feature_weight: float = 1.0
-    token_weight: float = 0.1
     feature_noise: float = 0.0  # uniform in [-x, x] / 2 times 512 / row length, as EAGLE adds; 0 adds none
+    num_passes: int = 3  # of HASS: drafting steps that are aligned
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     seed: int = 0
 
+    @property
+    def passes(self) -> int:
+        return self.num_passes if self.method == "hass" else 1
 
-class Batch(NamedTuple):
-    """Right-padded sequences; pair i is (tokens[i], features[i]) = (t_{i+1}, f_i) and predicts labels[i]."""
-
-    tokens: Tensor  # [B, T]
-    features: Tensor  # [B, T, H]
-    labels: Tensor  # [B, T, H]: f_{i+1}
-    counts: Tensor  # [B, T] bool: the label belongs to the answer
-
-
-def draft_vocabulary(directory: Path, size: int, vocab_size: int) -> Tensor | None:
-    """The `size` most frequent tokens of the recorded answers, sorted by id; None for the whole vocabulary.
-
-    Ids never seen fill up in id order: byte-pair merges put frequent tokens first.
-    """
-    if size >= vocab_size:
-        return None
-    counts = torch.zeros(vocab_size, dtype=torch.float64)
-    counts -= torch.arange(vocab_size) / (2.0 * vocab_size)
-    for path in shards(directory):
-        for recording in load_shard(path):
-            answer = recording.tokens[recording.answer_start :].long()
-            counts += torch.bincount(answer, minlength=vocab_size)
-    return counts.topk(size).indices.sort().values
+    @property
+    def weights(self) -> LossWeights:
+        return LossWeights(top_k=1.0) if self.method == "hass" else LossWeights()
 
 
-def collate(recordings: Sequence[Recording]) -> Batch:
-    """Pad recordings to one batch. A recording of n tokens has n - 2 pairs with a known label."""
-    longest = max(len(r.tokens) for r in recordings) - 2
-    hidden = recordings[0].features.shape[1]
-    tokens = torch.zeros(len(recordings), longest, dtype=torch.long)
-    features = torch.zeros(len(recordings), longest, hidden)
-    labels = torch.zeros(len(recordings), longest, hidden)
-    counts = torch.zeros(len(recordings), longest, dtype=torch.bool)
-    for row, recording in enumerate(recordings):
-        n = len(recording.tokens) - 2
-        tokens[row, :n] = recording.tokens[1:-1]
-        features[row, :n] = recording.features[:-1]
-        labels[row, :n] = recording.features[1:]
-        counts[row, max(recording.answer_start - 2, 0) : n] = True
-    return Batch(tokens, features, labels, counts)
-
-
-def batches(directory: Path, batch_size: int, order: random.Random) -> Iterator[Batch]:
-    """One pass over the shards: neighbours in length share a batch, batches come in random order."""
-    paths = shards(directory)
-    order.shuffle(paths)
-    for start in range(0, len(paths), 4):
-        recordings = [r for path in paths[start : start + 4] for r in load_shard(path)]
-        usable = sorted((r for r in recordings if len(r.tokens) > 2), key=lambda r: len(r.tokens))
-        groups = [usable[i : i + batch_size] for i in range(0, len(usable), batch_size)]
-        order.shuffle(groups)
-        yield from map(collate, groups)
+PRESETS = {
+    "embedded": TrainRecipe(),
+    # As TAPS trained its heads (2603.27027, section 4).
+    "paper": TrainRecipe(
+        epochs=20, learning_rate=3e-5, batch_size=8, feature_noise=0.2, mixed_precision="bf16"
+    ),
+}
 
 
 class Trainer:
-    """Trains a head in place and reports as it goes."""
+    """Trains a head in place, shows how it goes, and resumes from `state` what was interrupted."""
 
-    def __init__(self, head: DraftHead, directory: Path, recipe: TrainRecipe) -> None:
-        self.head = head
-        self._directory = directory
+    def __init__(self, head: DraftHead, data: RecordedData, recipe: TrainRecipe, state: Path) -> None:
+        """Raises `InvalidState` when `state` holds the state of another run."""
+        self._head = head
+        self._data = data
         self._recipe = recipe
-        decayed = [p for p in head.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
-            decayed, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+        self._state = state
+        self._accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision, gradient_accumulation_steps=recipe.accumulation
         )
-        num_recordings = sum(len(load_shard(path)) for path in shards(directory))
-        self._num_steps = recipe.epochs * math.ceil(num_recordings / recipe.batch_size)
-        self._step = 0
+        trained = [p for p in head.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trained, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
+        )
+        self._model, self._optimizer = cast(Any, self._accelerator.prepare(head, optimizer))
+        self._epoch = (0, data.epoch(recipe.batch_size, recipe.seed, 0))
+        self._per_epoch = len(self._epoch[1])
+        self._batches_per_update = recipe.accumulation * self._accelerator.num_processes
+        self.num_updates = math.ceil(recipe.epochs * self._per_epoch / self._batches_per_update)
+        self._update = 0
+        self._identity = {
+            "recipe": asdict(recipe), "processes": self._accelerator.num_processes,
+            "conversations": len(data.training), "answer_tokens": data.num_answer_tokens,
+        }  # fmt: skip
 
-    def run(self) -> None:
-        order = random.Random(self._recipe.seed)
-        torch.manual_seed(self._recipe.seed)
+    def run(self) -> Validation | None:
+        """Train to the end. How the head then does on held-out answers, if there are any."""
+        self._resume()
+        self._head.train()
         started, rows, shown = time.monotonic(), 0, 0.0
-        for epoch in range(self._recipe.epochs):
-            for batch in batches(self._directory, self._recipe.batch_size, order):
-                feature, token = self._update(batch)
-                rows += int(batch.counts.sum())
-                elapsed = time.monotonic() - started
-                if elapsed - shown > 15:
-                    shown = elapsed
-                    print(
-                        f"epoch {epoch + 1}/{self._recipe.epochs}, step {self._step}/{self._num_steps}: "
-                        f"feature loss {feature:.4f}, token loss {token:.3f}, {rows / elapsed:.0f} tokens/s",
-                        flush=True,
-                    )
+        while self._update < self.num_updates:
+            loss, counted = self._step()
+            rows += counted
+            elapsed = time.monotonic() - started
+            if elapsed - shown > _SHOW_EVERY_S:
+                shown = elapsed
+                self._show(loss, rows / elapsed)
+            if self._update % _SAVE_EVERY == 0 or self._update == self.num_updates:
+                self._save()
+            if self._update % _VALIDATE_EVERY == 0:
+                self._validate()
+        self._head.eval()
+        return self._validate()
 
-    def _update(self, batch: Batch) -> tuple[float, float]:
+    def _step(self) -> tuple[DraftLoss, int]:
+        """One update. The last pass's loss, and how many positions it was taken over in this process."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._recipe.learning_rate * self._schedule()
-        features = batch.features
-        if self._recipe.feature_noise:
-            scale = self._recipe.feature_noise * 512 / features.shape[1]
-            features = features + (torch.rand_like(features) - 0.5) * scale
-        positions = torch.arange(batch.tokens.shape[1])[None]
-        predicted = self.head(batch.tokens, features, positions)
-        loss = eagle_loss(
-            predicted[batch.counts], batch.labels[batch.counts], self.head.lm_head.weight,
-            self._recipe.feature_weight, self._recipe.token_weight,
-        )  # fmt: skip
-        self._optimizer.zero_grad()
-        loss.total.backward()  # type: ignore[no-untyped-call]  # torch's own lack of types
-        torch.nn.utils.clip_grad_norm_(self.head.parameters(), self._recipe.max_grad_norm)
-        self._optimizer.step()
-        self._step += 1
-        return float(loss.feature.detach()), float(loss.token.detach())
+        counted = 0
+        for number in range(self._recipe.accumulation):
+            first = self._update * self._batches_per_update + number * self._accelerator.num_processes
+            index = first + self._accelerator.process_index
+            batch = self._batch(index)
+            with self._accelerator.accumulate(self._model):
+                loss = self._backward(batch, index)
+                if self._accelerator.sync_gradients:
+                    self._accelerator.clip_grad_norm_(self._model.parameters(), self._recipe.max_grad_norm)
+                self._optimizer.step()
+                self._optimizer.zero_grad()
+            counted += int(batch.counts.sum())
+        self._update += 1
+        return loss, counted
+
+    def _batch(self, index: int) -> Batch:
+        epoch, number = divmod(index, self._per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._data.epoch(self._recipe.batch_size, self._recipe.seed, epoch))
+        return self._data.load(self._epoch[1][number]).to(self._accelerator.device)
+
+    def _backward(self, batch: Batch, index: int) -> DraftLoss:
+        """Gradients of the mean over the passes. The last pass's loss."""
+        lm_head = self._head.lm_head.weight
+        labels = batch.labels[batch.counts]
+        with self._accelerator.autocast():
+            target = target_distribution(labels, lm_head)
+            total: Tensor | float = 0.0
+            features = self._noisy(batch.features, index)
+            for predicted in aligned_passes(self._model, batch.tokens, features, self._recipe.passes):
+                loss = draft_loss(predicted[batch.counts], labels, target, lm_head, self._recipe.weights)
+                total = total + loss.total / self._recipe.passes
+        self._accelerator.backward(cast(Tensor, total))
+        return DraftLoss(*(part.detach() for part in loss))
+
+    def _noisy(self, features: Tensor, index: int) -> Tensor:
+        if not self._recipe.feature_noise:
+            return features
+        draw = torch.Generator().manual_seed((self._recipe.seed << 32) + index)
+        noise = torch.rand(features.shape, generator=draw).to(features.device) - 0.5
+        return features + noise * self._recipe.feature_noise * 512 / features.shape[1]
 
     def _schedule(self) -> float:
-        """Linear warm-up, then a cosine to a twentieth."""
-        warm = min(1.0, (self._step + 1) / self._recipe.warmup_steps)
-        done = min(1.0, self._step / max(1, self._num_steps))
-        return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+        """A line up, then a line down to 0."""
+        warmup = max(1, round(self._recipe.warmup * self.num_updates))
+        up = (self._update + 1) / warmup
+        down = (self.num_updates - self._update) / max(1, self.num_updates - warmup)
+        return float(min(up, down, 1.0))
+
+    def _show(self, loss: DraftLoss, rate: float) -> None:
+        if self._accelerator.is_main_process:
+            epoch = self._update / self.num_updates * self._recipe.epochs
+            print(
+                f"epoch {epoch:.2f}/{self._recipe.epochs}, update {self._update}/{self.num_updates}: "
+                f"feature loss {loss.feature:.4f}, token loss {loss.token:.3f}, {rate:.0f} tokens/s",
+                flush=True,
+            )
+
+    def _validate(self) -> Validation | None:
+        if not (self._accelerator.is_main_process and self._data.held_out):
+            return None
+        measured = validate(self._head, self._data)
+        print(f"update {self._update}: {measured.line()}", flush=True)
+        return measured
+
+    def _save(self) -> None:
+        """The state after this update, whole or not at all, in place of older ones."""
+        partial, final = self._state / "partial", self._state / f"update-{self._update:08d}"
+        self._accelerator.save_state(str(partial))
+        if self._accelerator.is_main_process:
+            (partial / "run.json").write_text(json.dumps(self._identity))
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for older in self._saved()[:-1]:
+                shutil.rmtree(older)
+        self._accelerator.wait_for_everyone()
+
+    def _saved(self) -> list[Path]:
+        return sorted(self._state.glob("update-*"))
+
+    def _resume(self) -> None:
+        self._state.mkdir(parents=True, exist_ok=True)
+        if not (saved := self._saved()):
+            return
+        if json.loads((saved[-1] / "run.json").read_text()) != self._identity:
+            raise InvalidState(
+                f"{self._state} holds the state of another training run: other data, or other settings. "
+                "Remove it, or repeat that run's command to finish it"
+            )
+        self._accelerator.load_state(str(saved[-1]))
+        self._update = int(saved[-1].name.partition("-")[2])
+        if self._accelerator.is_main_process:
+            print(f"resumed after update {self._update}/{self.num_updates}", flush=True)
+
+
+def recipe_of(preset: str, **changes: Any) -> TrainRecipe:
+    """A preset with changes; those that are None are none."""
+    return replace(PRESETS[preset], **{k: v for k, v in changes.items() if v is not None})

@@ -1,0 +1,131 @@
+"""Recorded answers as training batches: which recordings share a batch, in an order the seed decides.
+
+Knows shards and tensors; nothing of losses or heads.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from taps.training.shards import Recording, ShardRow, load_row, shard_rows, shards
+
+_POOL_BATCHES = 32  # recordings are sorted by length within so many batches
+_HELD_OUT_SHARE = 50  # one conversation in so many is kept for validation
+_HELD_OUT_MOST = 48
+
+# The target's features [n - 1, H] of recordings that were kept without them.
+ComputeFeatures = Callable[[Sequence[Recording]], list[Tensor]]
+
+
+class Batch(NamedTuple):
+    """Right-padded sequences; pair i is (tokens[i], features[i]) = (t_{i+1}, f_i) and predicts labels[i]."""
+
+    tokens: Tensor  # [B, T]
+    features: Tensor  # [B, T, H]
+    labels: Tensor  # [B, T, H]: f_{i+1}
+    next_tokens: Tensor  # [B, T]: t_{i+2}, which the head's distribution after labels[i] is about
+    counts: Tensor  # [B, T] bool: the label belongs to the answer
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
+def collate(recordings: Sequence[Recording]) -> Batch:
+    """Pad recordings to one batch. A recording of n tokens has n - 2 pairs with a known label."""
+    longest = max(len(r.tokens) for r in recordings) - 2
+    hidden = recordings[0].features.shape[1]
+    tokens = torch.zeros(len(recordings), longest, dtype=torch.long)
+    next_tokens = torch.zeros(len(recordings), longest, dtype=torch.long)
+    features = torch.zeros(len(recordings), longest, hidden)
+    labels = torch.zeros(len(recordings), longest, hidden)
+    counts = torch.zeros(len(recordings), longest, dtype=torch.bool)
+    for row, recording in enumerate(recordings):
+        n = len(recording.tokens) - 2
+        tokens[row, :n] = recording.tokens[1:-1]
+        next_tokens[row, :n] = recording.tokens[2:]
+        features[row, :n] = recording.features[:-1]
+        labels[row, :n] = recording.features[1:]
+        counts[row, max(recording.answer_start - 2, 0) : n] = True
+    return Batch(tokens, features, labels, next_tokens, counts)
+
+
+class Answers(NamedTuple):
+    """A directory of recorded answers, or the first `tokens` answer tokens of it."""
+
+    directory: Path
+    tokens: int | None = None
+
+    def rows(self) -> list[ShardRow]:
+        """The recordings, in the order they were made."""
+        taken, tokens = [], 0
+        for row in (row for path in shards(self.directory) for row in shard_rows(path)):
+            if self.tokens is not None and tokens >= self.tokens:
+                break
+            taken.append(row)
+            tokens += row.num_answer_tokens
+        return taken
+
+
+class RecordedData:
+    """Recorded answers, split into training and held-out conversations by their ids."""
+
+    def __init__(self, answers: Sequence[Answers], compute_features: ComputeFeatures | None = None) -> None:
+        usable = [row for part in answers for row in part.rows() if row.length > 2]
+        held_out = [row for row in usable if _is_held_out(row)]
+        self.held_out = held_out[:_HELD_OUT_MOST]
+        self.training = [row for row in usable if not _is_held_out(row)] if held_out else usable
+        self._compute_features = compute_features
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(row.num_answer_tokens for row in self.training)
+
+    def epoch(self, batch_size: int, seed: int, epoch: int) -> list[list[ShardRow]]:
+        """Every training recording once: neighbours in length share a batch, batches come in random order."""
+        order = random.Random(f"{seed} {epoch}")
+        rows = list(self.training)
+        order.shuffle(rows)
+        pool = _POOL_BATCHES * batch_size
+        batches = []
+        for start in range(0, len(rows), pool):
+            pooled = sorted(rows[start : start + pool], key=lambda row: row.length)
+            batches += [pooled[i : i + batch_size] for i in range(0, len(pooled), batch_size)]
+        order.shuffle(batches)
+        return batches
+
+    def load(self, rows: Sequence[ShardRow]) -> Batch:
+        recordings = [load_row(row) for row in rows]
+        if not recordings[0].features.numel():
+            assert self._compute_features is not None, "these recordings were kept without features"
+            features = self._compute_features(recordings)
+            recordings = [
+                Recording(r.id, r.tokens, r.answer_start, f) for r, f in zip(recordings, features, strict=True)
+            ]
+        return collate(recordings)
+
+
+def _is_held_out(row: ShardRow) -> bool:
+    """By the prompt's id: all answers to one prompt are on the same side."""
+    return zlib.crc32(row.id.partition("#")[0].encode()) % _HELD_OUT_SHARE == 0
+
+
+def draft_vocabulary(rows: Sequence[ShardRow], size: int, vocab_size: int) -> Tensor | None:
+    """The `size` most frequent tokens of recorded answers, sorted by id; None for the whole vocabulary.
+
+    Ids never seen fill up in id order: byte-pair merges put frequent tokens first.
+    """
+    if size >= vocab_size:
+        return None
+    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    counts -= torch.arange(vocab_size) / (2.0 * vocab_size)
+    for row in rows:
+        answer = load_row(row).tokens[row.answer_start :].long()
+        counts += torch.bincount(answer, minlength=vocab_size)
+    return counts.topk(size).indices.sort().values

@@ -1,0 +1,130 @@
+"""Prompts from files and hubs: which conversations the target is asked to answer.
+
+Reads `messages` rows, ShareGPT rows ("conversations") and MathInstruct-style rows ("instruction", "output"),
+as JSON or JSONL files or from a Hugging Face dataset. Reference answers are dropped: a drafter learns from
+the target's own. Knows formats; nothing of tokens or models.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_EXPECTED = (
+    'expected {"messages": [{"role": "user", "content": "..."}]}, {"conversations": [{"from": "human", '
+    '"value": "..."}]} or {"instruction": "..."}'
+)
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_POOL = 50_000  # rows of a hub dataset that are shuffled together
+
+
+class InvalidData(ValueError):
+    """Training prompts that cannot be read; the message says which row and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    id: str
+    messages: tuple[dict[str, str], ...]  # up to and including the last user message
+
+
+def load_prompts(sources: str | Path, seed: int = 0) -> list[Prompt]:
+    """Prompts of one source or a mixture, shuffled by `seed`.
+
+    Args: sources: a file or the id of a Hugging Face dataset, at will with a count, `math.jsonl:35000`;
+    several of them joined by `+`. Raises `InvalidData`.
+    """
+    parts = [part.strip() for part in str(sources).split("+")]
+    prompts: list[Prompt] = []
+    for part in parts:
+        name, count = _split_count(part)
+        found = _load_source(name, count, seed)
+        if count is not None and len(found) < count:
+            raise InvalidData(f"{name} holds {len(found)} prompts, {count} were asked for")
+        prompts += [Prompt(f"{Path(name).stem}/{p.id}", p.messages) for p in found] if len(parts) > 1 else found
+    random.Random(seed).shuffle(prompts)
+    return prompts
+
+
+def _split_count(part: str) -> tuple[str, int | None]:
+    name, colon, count = part.rpartition(":")
+    return (name, int(count)) if colon and count.isdecimal() else (part, None)
+
+
+def _load_source(name: str, count: int | None, seed: int) -> list[Prompt]:
+    path = Path(name)
+    if path.is_file():
+        prompts = [_parse(row, where) for row, where in _file_rows(path)]
+        if not prompts:
+            raise InvalidData(f"{name} holds no prompts")
+        if count is not None:
+            random.Random(seed).shuffle(prompts)
+        return prompts[:count]
+    rows = itertools.islice(_hub_rows(name, seed), count)
+    return [_parse(row, f"{name}, row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _file_rows(path: Path) -> Iterator[tuple[Any, str]]:
+    """Rows of a JSON array or of JSON lines, each with where it stands."""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        try:
+            rows: Iterable[Any] = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InvalidData(f"{path} is neither JSON nor JSON lines: {error}") from error
+        yield from ((row, f"{path}, row {number}") for number, row in enumerate(rows, 1))
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield json.loads(line), where
+            except json.JSONDecodeError as error:
+                raise InvalidData(f"{where}: {error}; {_EXPECTED}") from error
+
+
+def _hub_rows(name: str, seed: int) -> Iterable[Any]:
+    """Rows of a dataset's train split, streamed: only what is used is downloaded."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InvalidData(
+            f"{name} is not a file; to read datasets from the Hugging Face hub, pip install datasets"
+        ) from error
+    try:
+        stream: Any = datasets.load_dataset(name, split="train", streaming=True)
+    except Exception as error:  # the hub, the network and the dataset all have errors of their own
+        raise InvalidData(f"{name} is neither a file nor a dataset that can be read: {error}") from error
+    rows: Iterable[Any] = stream.shuffle(seed=seed, buffer_size=_POOL)
+    return rows
+
+
+def _parse(row: Any, where: str) -> Prompt:
+    try:
+        messages = _messages(row)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InvalidData(f"{where}: {error!r}; {_EXPECTED}") from error
+    users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    if not users or not all(isinstance(v, str) for m in messages for v in m.values()):
+        raise InvalidData(f"{where}: no user message, or a content that is not text; {_EXPECTED}")
+    return Prompt(str(row.get("id", where)), tuple(messages[: users[-1] + 1]))
+
+
+def _messages(row: Any) -> list[dict[str, str]]:
+    if "messages" in row:
+        return [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+    if "conversations" in row:
+        return [{"role": _SHAREGPT_ROLES[m["from"]], "content": m["value"]} for m in row["conversations"]]
+    extra = row.get("input") or ""
+    return [{"role": "user", "content": row["instruction"] + ("\n\n" + extra if extra else "")}]

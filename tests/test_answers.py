@@ -1,0 +1,111 @@
+"""Generating answers: resumed, cut where they end, asked again when prompts are few, and the target's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from taps.drafting.eagle import EagleDrafter
+from taps.local import LocalDrafter, LocalVerifier
+from taps.models.causal_lm import CausalLM
+from taps.scheduling import StepBudget
+from taps.target import Target
+from taps.training.answers import AnswerRecipe, AnswerRecorder
+from taps.training.features import TargetFeatures
+from taps.training.shards import Recording, load_shard, shards
+from taps.training.sources import Prompt
+from tests.tiny import VOCAB, tiny_head, tiny_target
+
+RECIPE = AnswerRecipe(max_new_tokens=12, max_prompt_tokens=10, answers_per_prompt=1, batch_size=3, shard_size=2)
+PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "x" * (i + 2)},)) for i in range(6)]
+
+
+class Tokenizer:
+    """Ids from lengths: enough of a tokenizer for the recorder."""
+
+    def __init__(self, eos_token_id: int = -1) -> None:
+        self.eos_token_id = eos_token_id
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> Any:
+        length = len(messages[-1]["content"])
+        return {"input_ids": [(31 * length + 7 * i) % VOCAB for i in range(length)]}
+
+
+def record(
+    directory: Path, recipe: AnswerRecipe = RECIPE, eos: int = -1, drafters: Sequence[LocalDrafter] = ()
+) -> dict[str, Recording]:
+    verifier = LocalVerifier(Target(CausalLM(tiny_target()), 3, 64, StepBudget(16, 32)))
+    AnswerRecorder(verifier, Tokenizer(eos), directory, recipe, drafters).run(PROMPTS)  # type: ignore[arg-type]
+    verifier.close()
+    return {r.id: r for path in shards(directory) for r in load_shard(path)}
+
+
+def texts(recorded: dict[str, Recording]) -> dict[str, list[int]]:
+    return {name: r.tokens.tolist() for name, r in recorded.items()}
+
+
+def test_every_prompt_is_answered_with_features_of_all_but_the_newest_token(tmp_path: Path) -> None:
+    recorded = record(tmp_path)
+    assert set(recorded) == {prompt.id for prompt in PROMPTS}
+    assert all(r.num_answer_tokens == 12 and len(r.features) == len(r.tokens) - 1 for r in recorded.values())
+
+
+def test_what_is_recorded_is_not_generated_again(tmp_path: Path) -> None:
+    half = replace(RECIPE, answer_tokens=30)
+    first = record(tmp_path, half)
+    assert 30 <= 12 * len(first) < 12 * len(PROMPTS)
+    resumed = record(tmp_path)
+    assert texts(resumed) == texts(record(tmp_path / "unbroken"))
+    assert {name: texts(resumed)[name] for name in first} == texts(first)
+
+
+def test_an_answer_ends_with_its_end_token(tmp_path: Path) -> None:
+    whole = record(tmp_path / "whole")["p3"]
+    end = int(whole.tokens[whole.answer_start + 4])
+    cut = record(tmp_path / "cut", eos=end)["p3"]
+    answer = cut.tokens[cut.answer_start :].tolist()
+    assert answer.index(end) == len(answer) - 1
+    assert torch.equal(cut.tokens, whole.tokens[: len(cut.tokens)])
+
+
+def test_prompts_that_are_too_long_are_left_out(tmp_path: Path) -> None:
+    assert set(record(tmp_path, replace(RECIPE, max_prompt_tokens=4))) == {"p0", "p1", "p2"}
+
+
+def test_few_prompts_are_answered_several_times_with_other_noise(tmp_path: Path) -> None:
+    recorded = record(tmp_path, replace(RECIPE, answers_per_prompt=3))
+    assert set(recorded) == {f"p{i}{turn}" for i in range(6) for turn in ("", "#1", "#2")}
+    assert recorded["p0#1"].tokens.tolist() != recorded["p0#2"].tokens.tolist()
+
+
+def test_greedy_answers_are_not_repeated(tmp_path: Path) -> None:
+    recorded = record(tmp_path, replace(RECIPE, answers_per_prompt=3, temperatures=(0.0,)))
+    assert set(recorded) == {prompt.id for prompt in PROMPTS}
+
+
+@pytest.mark.parametrize("eos", [-1, 5])
+def test_speculative_generation_records_the_same(tmp_path: Path, eos: int) -> None:
+    drafter = LocalDrafter("head", EagleDrafter(tiny_head(), 3, 256))
+    plain, speculative = (
+        record(tmp_path / "plain", eos=eos),
+        record(tmp_path / "fast", eos=eos, drafters=[drafter]),
+    )
+    assert texts(speculative) == texts(plain)
+    for name, recording in plain.items():
+        torch.testing.assert_close(speculative[name].features, recording.features, atol=1e-2, rtol=1e-2)
+
+
+def test_features_that_were_not_kept_are_computed_the_same(tmp_path: Path) -> None:
+    kept = record(tmp_path / "kept")
+    bare = record(tmp_path / "bare", replace(RECIPE, keep_features=False))
+    assert texts(bare) == texts(kept)
+    assert not any(r.features.numel() for r in bare.values())
+    names = sorted(bare)
+    computed = TargetFeatures(CausalLM(tiny_target()))([bare[name] for name in names])
+    for name, features in zip(names, computed, strict=True):
+        torch.testing.assert_close(features, kept[name].features, atol=1e-2, rtol=1e-2)
