@@ -77,10 +77,17 @@ def _add_average(parser: argparse.ArgumentParser) -> None:
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmark", required=True, help="its name in the result")
-    parser.add_argument("--data", required=True, type=Path, help="questions, FastChat's JSONL format")
-    parser.add_argument("--heads", required=True, nargs="+", type=Path, help="specialist directories")
+    parser.add_argument(
+        "--data", help="questions, a JSONL file (default: the benchmark of that name on the hub)"
+    )
+    parser.add_argument("--heads", required=True, nargs="+", type=Path, help="specialists, alone and combined")
+    parser.add_argument("--alone", default=[], nargs="+", type=Path, help="further heads, not combined")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--out", required=True, type=Path, help="the result file, JSON")
-    parser.add_argument("--work", type=Path, help="where answers are kept (default: .work/eval/BENCHMARK)")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".work/eval"), help="for answers (default: %(default)s)"
+    )
     parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=80, help="default: %(default)s")
     parser.add_argument("--new-tokens", type=int, default=128, help="per turn (default: %(default)s)")
@@ -94,8 +101,9 @@ def _eval(args: argparse.Namespace) -> None:
     from taps.evaluation.runner import EvaluationPlan, evaluate, write_result
 
     plan = EvaluationPlan(**_named(EvaluationPlan, args))
-    work = args.work or Path(".work/eval") / args.benchmark
-    write_result(evaluate(args.target, args.heads, args.data, work, plan), args.out)
+    run = f"{args.benchmark}-{args.new_tokens}-t{args.temperature:g}-s{args.seed}"
+    data = args.data or args.benchmark
+    write_result(evaluate(args.target, args.heads, args.alone, data, args.work / run, plan), args.out)
 
 
 def _average(args: argparse.Namespace) -> None:

@@ -62,8 +62,8 @@ def test_replay_counts_what_live_decoding_counts(strategy: str) -> None:
     ask = Ask(num_nodes=10, depth=3, top_k=3, sampling=PARAMS)
     local = [LocalDrafter(f"d{i}", d) for i, d in enumerate(make_drafters())]
     counts, recording = asyncio.run(live(local, strategy, ask))
-    trees = [grow_trees(d, [recording], ask, i)[0] for i, d in enumerate(make_drafters())]
-    replayed = replay(recording, trees, [Strategy(strategy, (0, 1), STRATEGIES[strategy], 10)])[0]
+    trees = [grow_trees(d, [recording], [ask], i)[0] for i, d in enumerate(make_drafters())]
+    replayed = replay(recording, trees, [Strategy(strategy, (0, 1), STRATEGIES[strategy], 10)])[0].counts
     assert replayed.num_tokens == counts.num_tokens == NEW_TOKENS - 1
     assert replayed.num_passes == counts.num_passes
     assert replayed.accepted_lengths == counts.accepted_lengths

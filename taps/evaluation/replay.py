@@ -8,15 +8,17 @@ Knows recordings, trees and strategies; never runs the target.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from taps.composing import Compose
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, Drafter, DraftJob
-from taps.metrics import SpeculationCounts
+from taps.metrics import SpeculationCounts, drafters_in
 from taps.target import Verdict
 from taps.training.shards import Recording
 from taps.tree import ProposalTree
@@ -29,16 +31,26 @@ class Strategy:
 
     name: str
     drafters: tuple[int, ...]
-    compose: Compose
+    compose: Compose | None  # None is the oracle: in every step the drafter of whom most is accepted
     num_nodes: int
+
+
+class Replayed(NamedTuple):
+    """What one strategy came to."""
+
+    counts: SpeculationCounts
+    chosen: Counter[int]  # drafter -> passes whose tree was its alone
 
 
 TreesByEnd = dict[int, ProposalTree]  # number of tokens decided, the root included -> the tree grown there
 
 
-def grow_trees(drafter: Drafter, recordings: Sequence[Recording], ask: Ask, index: int) -> list[TreesByEnd]:
+def grow_trees(
+    drafter: Drafter, recordings: Sequence[Recording], asks: Sequence[Ask], index: int
+) -> list[TreesByEnd]:
     """The drafter's tree at every position of every recording, as its drafter number `index`.
 
+    Args: asks: one for each recording.
     All recordings advance in step, one session each: the drafter grows their trees together.
     """
     sessions = [drafter.open() for _ in recordings]
@@ -49,7 +61,7 @@ def grow_trees(drafter: Drafter, recordings: Sequence[Recording], ask: Ask, inde
             active = [(i, end) for i, end in at if end < len(recordings[i].tokens)]
             if not active:
                 break
-            jobs = [DraftJob(sessions[i], _delta(recordings[i], end, step), ask) for i, end in active]
+            jobs = [DraftJob(sessions[i], _delta(recordings[i], end, step), asks[i]) for i, end in active]
             for (i, end), tree in zip(active, drafter.step(jobs), strict=True):
                 assert isinstance(tree, ProposalTree)
                 grown[i][end] = tree.owned_by(index)
@@ -67,29 +79,38 @@ def _delta(recording: Recording, end: int, step: int) -> ContextDelta:
     return ContextDelta(known, tuple(tokens), start, recording.features[start : end - 1])
 
 
-def replay(
-    recording: Recording, trees: Sequence[TreesByEnd], strategies: Sequence[Strategy]
-) -> list[SpeculationCounts]:
-    """Counts of every strategy over one recording, as if each had been decoded live up to its length.
+def replay(recording: Recording, trees: Sequence[TreesByEnd], strategies: Sequence[Strategy]) -> list[Replayed]:
+    """Every strategy over one recording, as if each had been decoded live up to its length.
 
     Args: trees: one drafter's trees over this recording, for each drafter.
     """
     return [_walk(recording, trees, strategy) for strategy in strategies]
 
 
-def _walk(recording: Recording, trees: Sequence[TreesByEnd], strategy: Strategy) -> SpeculationCounts:
+def _walk(recording: Recording, trees: Sequence[TreesByEnd], strategy: Strategy) -> Replayed:
     """Decode along the recording: where the target goes next is known."""
-    counts = SpeculationCounts()
+    counts, chosen = SpeculationCounts(), Counter[int]()
     tokens: list[int] = recording.tokens.tolist()
     end = recording.answer_start + 1  # the prefill decides one token
     while end < len(tokens):
         proposals = [trees[i][end] for i in strategy.drafters]
-        tree = strategy.compose(proposals, tokens[end - 1], strategy.num_nodes)
-        acceptance = accept(tree, _decided(tokens, end))
+        if strategy.compose is None:
+            candidates = [tree.prefix(strategy.num_nodes) for tree in proposals]
+        else:
+            candidates = [strategy.compose(proposals, tokens[end - 1], strategy.num_nodes)]
+        accepted = [(tree, accept(tree, _decided(tokens, end))) for tree in candidates]
+        tree, acceptance = max(accepted, key=lambda pair: len(pair[1].tokens))
+        chosen.update(_sole_owner(tree))
         delivered = min(len(acceptance.tokens), len(tokens) - end)
         counts.observe(_verdict(tree, acceptance), delivered)
         end += delivered
-    return counts
+    return Replayed(counts, chosen)
+
+
+def _sole_owner(tree: ProposalTree) -> list[int]:
+    """The drafter that all nodes of the tree come from, if it is one."""
+    owners = {drafter for bits in tree.owners[1:] for drafter in drafters_in(bits)}
+    return list(owners) if len(owners) == 1 else []
 
 
 def _decided(tokens: Sequence[int], end: int) -> Callable[[int, Sequence[int]], int]:

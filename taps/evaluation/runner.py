@@ -1,25 +1,33 @@
-"""Evaluating specialists on a benchmark: the target's run recorded once, every strategy replayed on it."""
+"""Evaluating specialists on a benchmark: the target's run recorded once, every strategy replayed on it.
+
+Knows benchmarks, heads and strategies; nothing of plots.
+"""
 
 from __future__ import annotations
 
 import json
+import subprocess
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer
 
 from taps import __version__
-from taps.composing import STRATEGIES, Compose
+from taps.composing import STRATEGIES, Compose, concatenated
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
+from taps.evaluation.analysis import DrafterAnalysis
 from taps.evaluation.questions import Question, load_questions
 from taps.evaluation.replay import Strategy, grow_trees, replay
+from taps.evaluation.statistics import QuestionCounts, bootstrap, per_question_mean, pooled
 from taps.metrics import SpeculationCounts
 from taps.models.checkpoints import load_head
 from taps.models.embedded import target_path
+from taps.sampling import SamplingParams
 from taps.training.answers import AnswerRecipe
 from taps.training.shards import Recording, load_shard, shards
 from taps.training.sources import Prompt
@@ -34,23 +42,31 @@ class EvaluationPlan:
 
     benchmark: str
     questions: int
-    new_tokens: int = 128
+    new_tokens: int = 128  # per turn
     temperature: float = 0.0
     seed: int = 0
-    num_nodes: int = 60
+    num_nodes: int = 60  # of every tree, root included
     depth: int = 5
     top_k: int = 10
     batch_size: int = 16
 
 
-def record(target: str, questions: Sequence[Question], work: Path, plan: EvaluationPlan) -> list[Recording]:
+class Run(NamedTuple):
+    """One recorded turn of a question, and the sampling it was recorded with."""
+
+    question: str
+    recording: Recording
+    params: SamplingParams
+
+
+def record(target: str, questions: Sequence[Question], work: Path, plan: EvaluationPlan) -> list[Run]:
     """The target's answers to every turn of every question; those `work` holds are not generated again."""
     tokenizer: Any = AutoTokenizer.from_pretrained(target)
     recipe = AnswerRecipe(
         answer_tokens=_UNBOUNDED, max_new_tokens=plan.new_tokens, max_prompt_tokens=1024,
-        temperatures=(plan.temperature,), batch_size=plan.batch_size, seed=plan.seed,
+        temperatures=(plan.temperature,), answers_per_prompt=1, batch_size=plan.batch_size, seed=plan.seed,
     )  # fmt: skip
-    recordings: list[Recording] = []
+    runs: list[Run] = []
     said: dict[str, list[dict[str, str]]] = {question.id: [] for question in questions}
     for turn in range(max(len(question.turns) for question in questions)):
         asked = [question for question in questions if turn < len(question.turns)]
@@ -60,62 +76,129 @@ def record(target: str, questions: Sequence[Question], work: Path, plan: Evaluat
         directory = work / f"turn-{turn + 1}"
         answer_prompts(target, prompts, directory, recipe)
         answered = {r.id: r for path in shards(directory) for r in load_shard(path)}
-        for question in asked:
+        for choice, question in enumerate(asked):
             if (recording := answered.get(question.id)) is not None:
-                recordings.append(recording)
+                params = SamplingParams(plan.temperature, seed=plan.seed, choice=choice)
+                runs.append(Run(question.id, recording, params))
                 answer = recording.tokens[recording.answer_start :].tolist()
                 text = tokenizer.decode(answer, skip_special_tokens=True)
                 said[question.id].append({"role": "assistant", "content": text})
-    return recordings
+    return runs
 
 
-def strategies_for(names: Sequence[str], num_nodes: int) -> list[Strategy]:
-    """Each head alone, every way to combine them all at the same size, and the union without a budget."""
-    everyone = tuple(range(len(names)))
-    combined: dict[str, Compose] = {n: STRATEGIES[n] for n in ("confidence", "entropy", "merged")}
-    rows = [Strategy(name, (i,), STRATEGIES["single"], num_nodes) for i, name in enumerate(names)]
-    rows += [Strategy(name, everyone, compose, num_nodes) for name, compose in combined.items()]
-    return [*rows, Strategy("union", everyone, STRATEGIES["merged"], _UNBOUNDED)]
+def strategies_for(combined: Sequence[str], alone: Sequence[str], num_nodes: int) -> list[Strategy]:
+    """Each head alone, every way to combine the first ones, the paper's concatenation, and the oracle.
+
+    All at `num_nodes`, except `union` (no budget) and `concatenated` (every node of every tree).
+    """
+    together = tuple(range(len(combined)))
+    composed: dict[str, Compose | None] = {n: STRATEGIES[n] for n in ("confidence", "entropy", "merged")}
+    rows = [Strategy(name, (i,), STRATEGIES["single"], num_nodes) for i, name in enumerate([*combined, *alone])]
+    rows += [Strategy(name, together, c, num_nodes) for name, c in (composed | {"oracle": None}).items()]
+    rows.append(Strategy("union", together, STRATEGIES["merged"], _UNBOUNDED))
+    return [*rows, Strategy("concatenated", together, concatenated, len(combined) * (num_nodes - 1) + 1)]
+
+
+@dataclass
+class _Row:
+    """One strategy's counts so far."""
+
+    strategy: Strategy
+    coupled: bool
+    totals: SpeculationCounts = field(default_factory=SpeculationCounts)
+    chosen: Counter[int] = field(default_factory=Counter)
+    questions: dict[str, QuestionCounts] = field(default_factory=dict)
+
+    def add(self, question: str, counts: SpeculationCounts, chosen: Counter[int]) -> None:
+        self.totals += counts
+        self.chosen += chosen
+        tokens, passes = self.questions.get(question, QuestionCounts(0, 0))
+        self.questions[question] = QuestionCounts(tokens + counts.num_tokens, passes + counts.num_passes)
+
+    def as_json(self, names: Sequence[str]) -> dict[str, Any]:
+        questions, totals = list(self.questions.values()), self.totals
+        return {
+            "strategy": self.strategy.name,
+            "drafters": [names[i] for i in self.strategy.drafters],
+            "coupled": self.coupled,
+            "num_nodes": None if self.strategy.num_nodes == _UNBOUNDED else self.strategy.num_nodes,
+            "acceptance_length": round(pooled(questions), 4),
+            "interval_95": [round(edge, 4) for edge in bootstrap(questions)],
+            "per_question_mean": round(per_question_mean(questions), 4),
+            "nodes_per_pass": round(totals.num_draft_tokens / max(totals.num_passes, 1), 2),
+            "histogram": totals.histogram(),
+            "accepted_by_drafter": {names[i]: n for i, n in sorted(totals.accepted_by_drafter.items())},
+            "chosen": {names[i]: n for i, n in sorted(self.chosen.items())},
+            "questions": questions,
+        }
 
 
 def evaluate(
-    target: str, heads: Sequence[Path], data: Path, work: Path, plan: EvaluationPlan
-) -> dict[str, Any]:
-    """τ of every strategy, pooled over the benchmark, with what it was measured on."""
+    target: str, combined: Sequence[Path], alone: Sequence[Path], data: str | Path, work: Path,
+    plan: EvaluationPlan,
+) -> dict[str, Any]:  # fmt: skip
+    """τ of every strategy over the benchmark, with what it was measured on.
+
+    Args: combined: heads that are routed and merged; alone: further ones, measured by themselves.
+    """
     path = target_path(target)
-    questions = load_questions(data, plan.questions)
-    recordings = record(path, questions, work, plan)
-    ask = Ask(plan.num_nodes, plan.depth, plan.top_k)
-    strategies = strategies_for([head.name for head in heads], plan.num_nodes)
-    totals = [SpeculationCounts() for _ in strategies]
-    drafters = [
-        EagleDrafter(load_head(head, path, torch.float32), plan.batch_size, max_len=4096) for head in heads
-    ]
-    for start in range(0, len(recordings), plan.batch_size):
-        batch = recordings[start : start + plan.batch_size]
-        grown = [grow_trees(drafter, batch, ask, i) for i, drafter in enumerate(drafters)]
-        for i, recording in enumerate(batch):
-            counts = replay(recording, [trees[i] for trees in grown], strategies)
-            totals = [total + more for total, more in zip(totals, counts, strict=True)]
+    runs = record(path, load_questions(data, plan.questions), work, plan)
+    names = [head.name for head in (*combined, *alone)]
+    heads = [load_head(head, path, torch.float32) for head in (*combined, *alone)]
+    drafters = [EagleDrafter(head, plan.batch_size, max_len=4096) for head in heads]
+    strategies = strategies_for(names[: len(combined)], names[len(combined) :], plan.num_nodes)
+    couplings = (False, True) if plan.temperature else (False,)
+    rows = [_Row(strategy, coupled) for coupled in couplings for strategy in strategies]
+    analyses = [DrafterAnalysis() for _ in drafters]
+    for start in range(0, len(runs), plan.batch_size):
+        batch = runs[start : start + plan.batch_size]
+        for coupled in couplings:
+            grown = [_grow(drafter, batch, plan, coupled, i) for i, drafter in enumerate(drafters)]
+            of_coupling = [row for row in rows if row.coupled == coupled]
+            for i, run in enumerate(batch):
+                replayed = replay(run.recording, [trees[i] for trees in grown], strategies)
+                for row, (counts, chosen) in zip(of_coupling, replayed, strict=True):
+                    row.add(run.question, counts, chosen)
+                for analysis, trees in zip(analyses, grown, strict=True):
+                    if not coupled:
+                        analysis.observe(run.recording, trees[i])
         shown = ", ".join(
-            f"{s.name} {t.acceptance_length:.2f}" for s, t in zip(strategies, totals, strict=True)
+            f"{row.strategy.name}{'*' * row.coupled} {row.totals.acceptance_length:.2f}" for row in rows
         )
-        print(f"{plan.benchmark} {start + len(batch)}/{len(recordings)}: {shown}", flush=True)
+        print(f"{plan.benchmark} {start + len(batch)}/{len(runs)}: {shown}", flush=True)
     return {
         "plan": asdict(plan),
         "target": target,
-        "heads": [str(head) for head in heads],
-        "recordings": len(recordings),
-        "made_with": {"taps": __version__, "torch": torch.__version__},
-        "acceptance_length": {
-            strategy.name: round(total.acceptance_length, 4)
-            for strategy, total in zip(strategies, totals, strict=True)
-        },
-        "passes": {s.name: t.num_passes for s, t in zip(strategies, totals, strict=True)},
-        "histogram": {s.name: t.histogram() for s, t in zip(strategies, totals, strict=True)},
+        "heads": {name: _made(head) for name, head in zip(names, (*combined, *alone), strict=True)},
+        "runs": len(runs),
+        "made_with": {"taps": __version__, "torch": torch.__version__, "commit": commit()},
+        "rows": [row.as_json(names) for row in rows],
+        "analysis": {name: a.as_json() for name, a in zip(names, analyses, strict=True)},
     }
+
+
+def _grow(
+    drafter: EagleDrafter, batch: Sequence[Run], plan: EvaluationPlan, coupled: bool, index: int
+) -> list[dict[int, Any]]:
+    ask = Ask(plan.num_nodes, plan.depth, plan.top_k)
+    asks = [replace(ask, sampling=run.params if coupled else None) for run in batch]
+    return grow_trees(drafter, [run.recording for run in batch], asks, index)
+
+
+def _made(head: Path) -> Any:
+    """How a head came to be, as its config says."""
+    settings = json.loads((head / "config.json").read_text()) if (head / "config.json").is_file() else {}
+    return settings.get("taps", {"path": str(head)})
+
+
+def commit() -> str | None:
+    """The commit of the code that ran, when it ran in a checkout."""
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return asked.stdout.strip() or None
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -45,8 +45,7 @@ class SpecialistPlan:
 def answer_sources(sources: str, target: str, work: Path, recipe: AnswerRecipe) -> list[Answers]:
     """The target's answers to the prompts of `sources`, kept in `work`; those there are not generated again."""
     with PartialState().main_process_first():
-        if recorded_tokens(work) < recipe.answer_tokens:
-            answer_prompts(target_path(target), load_prompts(sources, recipe.seed), work, recipe)
+        answer_prompts(target_path(target), load_prompts(sources, recipe.seed), work, recipe)
     return [Answers(work)]
 
 
@@ -56,6 +55,11 @@ def recorded_tokens(work: Path) -> int:
 
 def answer_prompts(target: str, prompts: Sequence[Prompt], work: Path, recipe: AnswerRecipe) -> None:
     """Record the target's answers into `work`, up to `recipe.answer_tokens` in all."""
+    done = {row_id for shard in shards(work) for row_id in shard_header(shard)["ids"]}
+    if recorded_tokens(work) >= recipe.answer_tokens:
+        return
+    if recipe.answers_per_prompt == 1 and all(prompt.id in done for prompt in prompts):
+        return
     verifier = LocalVerifier(
         Target(
             _load_target(target),

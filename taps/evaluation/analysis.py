@@ -1,0 +1,70 @@
+"""How sure a drafter is, and how right: over its trees at every position of recorded answers.
+
+Knows recordings and trees; nothing of strategies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from taps.composing.routing import confidence_score
+from taps.evaluation.replay import TreesByEnd
+from taps.training.shards import Recording
+from taps.tree import ProposalTree
+
+_BINS = 20
+_MAX_ENTROPY = 8.0  # nats; the last bin takes what is above
+
+
+def _histogram() -> list[int]:
+    return [0] * _BINS
+
+
+@dataclass
+class DrafterAnalysis:
+    """Counts in equal bins: probabilities and confidences over [0, 1], entropies over [0, 8] nats."""
+
+    nodes: list[int] = field(default_factory=_histogram)  # drafted nodes by path probability
+    hits: list[int] = field(default_factory=_histogram)  # those on the target's path
+    probability: list[float] = field(default_factory=lambda: [0.0] * _BINS)  # summed, for the bins' means
+    confidence: dict[str, list[int]] = field(default_factory=lambda: _by_outcome())  # of the first token
+    entropy: dict[str, list[int]] = field(default_factory=lambda: _by_outcome())  # mean over the tree
+    tree_confidence: dict[str, list[int]] = field(default_factory=lambda: _by_outcome())
+
+    def observe(self, recording: Recording, trees: TreesByEnd) -> None:
+        """Count every position of one recording."""
+        tokens: list[int] = recording.tokens.tolist()
+        for end, tree in trees.items():
+            if len(tree) > 1:
+                self._observe_tree(tree, tokens[end:])
+
+    def _observe_tree(self, tree: ProposalTree, coming: Sequence[int]) -> None:
+        on_path = [True] + [False] * (len(tree) - 1)
+        for i in range(1, len(tree)):
+            depth = tree.depths[i] - 1
+            if depth >= len(coming):
+                continue  # beyond the recording: not known
+            on_path[i] = on_path[tree.parents[i]] and tree.tokens[i] == coming[depth]
+            probability = math.exp(tree.scores[i])
+            where = _bin(probability)
+            self.nodes[where] += 1
+            self.hits[where] += on_path[i]
+            self.probability[where] += probability
+        outcome = "accepted" if on_path[1] else "rejected"
+        self.confidence[outcome][_bin(math.exp(tree.scores[1]))] += 1
+        self.entropy[outcome][_bin(tree.entropy / _MAX_ENTROPY)] += 1
+        self.tree_confidence[outcome][_bin(confidence_score(tree))] += 1
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self) | {"probability": [round(p, 4) for p in self.probability]}
+
+
+def _by_outcome() -> dict[str, list[int]]:
+    return {"accepted": _histogram(), "rejected": _histogram()}
+
+
+def _bin(share: float) -> int:
+    return min(int(share * _BINS), _BINS - 1)

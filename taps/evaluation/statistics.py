@@ -1,0 +1,63 @@
+"""Ratios over questions with bootstrap intervals. Knows counts; nothing of how they were made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+_RESAMPLES = 2000
+
+
+class Interval(NamedTuple):
+    low: float
+    high: float
+
+
+class QuestionCounts(NamedTuple):
+    """One question under one strategy."""
+
+    tokens: int
+    passes: int
+
+
+def pooled(questions: Sequence[QuestionCounts]) -> float:
+    """Σ tokens / Σ passes: the acceptance length."""
+    passes = sum(q.passes for q in questions)
+    return sum(q.tokens for q in questions) / passes if passes else 0.0
+
+
+def per_question_mean(questions: Sequence[QuestionCounts]) -> float:
+    """Mean over questions of tokens / passes, the paper's form."""
+    ratios = [q.tokens / q.passes for q in questions if q.passes]
+    return sum(ratios) / len(ratios) if ratios else 0.0
+
+
+def bootstrap(questions: Sequence[QuestionCounts], seed: int = 0) -> Interval:
+    """The 95 % interval of `pooled`, questions resampled with replacement."""
+    tokens, passes = _resampled(questions, seed)
+    return _middle(tokens / passes)
+
+
+def bootstrap_ratio(
+    ours: Sequence[QuestionCounts], theirs: Sequence[QuestionCounts], seed: int = 0
+) -> Interval:
+    """The 95 % interval of `pooled(ours) / pooled(theirs)`, the same questions resampled for both."""
+    tokens, passes = _resampled(ours, seed)
+    other_tokens, other_passes = _resampled(theirs, seed)
+    return _middle(tokens / passes / (other_tokens / other_passes))
+
+
+def _resampled(questions: Sequence[QuestionCounts], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of tokens and passes [resamples]; the same seed draws the same questions."""
+    draw = torch.Generator().manual_seed(seed)
+    taken = torch.randint(len(questions), (_RESAMPLES, len(questions)), generator=draw)
+    counts = torch.tensor(questions, dtype=torch.float64)
+    sums = counts[taken].sum(1)
+    return sums[:, 0], sums[:, 1].clamp_min(1)
+
+
+def _middle(values: torch.Tensor) -> Interval:
+    low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return Interval(low, high)

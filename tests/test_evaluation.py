@@ -1,0 +1,168 @@
+"""Questions in every format, ratios with intervals, calibration by hand, and a whole evaluation in small."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from taps.cli import main
+from taps.composing import STRATEGIES
+from taps.evaluation.analysis import DrafterAnalysis
+from taps.evaluation.questions import InvalidQuestions, load_questions
+from taps.evaluation.replay import Strategy, replay
+from taps.evaluation.runner import strategies_for
+from taps.evaluation.statistics import (
+    QuestionCounts,
+    bootstrap,
+    bootstrap_ratio,
+    per_question_mean,
+    pooled,
+)
+from taps.training.shards import Recording
+from taps.tree import ProposalTree
+from tests.conftest import PROJECT
+
+FORMATS = {
+    "FastChat": ({"question_id": 81, "turns": ["One?", "Two?"]}, ("81", ("One?", "Two?"))),
+    "messages": (
+        {"id": "a", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
+        ("a", ("Hi",)),
+    ),
+    "GSM8K": ({"question": "How many?", "answer": "#### 4"}, ("0", ("How many?",))),
+    "MATH-500": ({"problem": "Solve.", "answer": "1", "unique_id": "test/1"}, ("test/1", ("Solve.",))),
+    "SVAMP": (
+        {"ID": "c-1", "Body": "Tom has 3 hats .", "Question": "How many?", "Answer": "3"},
+        ("c-1", ("Tom has 3 hats. How many?",)),
+    ),
+    "HumanEval": ({"task_id": "HumanEval/0", "prompt": "def f():"}, ("HumanEval/0", ("def f():",))),
+    "MT-Bench": ({"prompt_id": 5, "prompt": ["One?", "Two?"]}, ("5", ("One?", "Two?"))),
+}
+
+
+def written(path: Path, *rows: Any) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(("row", "expected"), FORMATS.values(), ids=FORMATS)
+def test_a_format_is_read(row: Any, expected: tuple[str, tuple[str, ...]], tmp_path: Path) -> None:
+    (question,) = load_questions(written(tmp_path / "q.jsonl", row))
+    assert (question.id, question.turns) == expected
+
+
+@pytest.mark.parametrize("row", ["not JSON", "3", "{}", '{"turns": []}', '{"turns": [5]}', '{"question": ""}'])
+def test_a_bad_question_is_refused_with_its_line(row: str, tmp_path: Path) -> None:
+    good = {"question_id": 1, "turns": ["One?"]}
+    with pytest.raises(InvalidQuestions, match=r"q\.jsonl, line 2: "):
+        load_questions(written(tmp_path / "q.jsonl", good, row))
+
+
+def test_only_so_many_questions_are_read(tmp_path: Path) -> None:
+    rows = [{"question_id": i, "turns": ["One?"]} for i in range(4)]
+    assert [q.id for q in load_questions(written(tmp_path / "q.jsonl", *rows), 2)] == ["0", "1"]
+
+
+def test_a_benchmark_is_read_from_the_hub_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Datasets:
+        @staticmethod
+        def load_dataset(*where: Any, **options: Any) -> list[Any]:
+            assert (where, options) == (("openai/gsm8k", "main"), {"split": "test", "streaming": True})
+            return [{"question": "How many?"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)
+    assert load_questions("gsm8k")[0].turns == ("How many?",)
+    with pytest.raises(InvalidQuestions, match="neither a file nor one of mt_bench"):
+        load_questions("nothing")
+
+
+def test_acceptance_is_pooled_and_its_mean_per_question_is_another_number() -> None:
+    questions = [QuestionCounts(10, 10), QuestionCounts(90, 30)]
+    assert pooled(questions) == 100 / 40
+    assert per_question_mean(questions) == 2.0
+
+
+def test_the_interval_holds_the_ratio_and_shrinks_with_more_questions() -> None:
+    few = [QuestionCounts(20 + i % 7, 10) for i in range(10)]
+    low, high = bootstrap(few)
+    assert low < pooled(few) < high
+    narrow = bootstrap(few * 20)
+    assert narrow.high - narrow.low < (high - low) / 2
+
+
+def test_a_ratio_of_two_strategies_pairs_their_questions() -> None:
+    """Questions differ much, the two strategies by exactly a tenth: the paired interval has no width."""
+    theirs = [QuestionCounts(100 * (i + 1), 50) for i in range(10)]
+    ours = [QuestionCounts(110 * (i + 1), 50) for i in range(10)]
+    assert bootstrap_ratio(ours, theirs) == pytest.approx((1.1, 1.1))
+
+
+def tree(*nodes: tuple[int, int, float], owner: int = 0) -> ProposalTree:
+    """Nodes (token, parent, probability of the path)."""
+    rows = [(token, parent, math.log(p), 1 << owner) for token, parent, p in nodes]
+    return ProposalTree.ordered(9, rows, len(rows) + 1, entropy=1.0)
+
+
+def text(*tokens: int) -> Recording:
+    """A one-token prompt, the first decided token 9, and what follows."""
+    return Recording("r", torch.tensor([0, 9, *tokens]), 1, torch.zeros(len(tokens) + 1, 1))
+
+
+def test_nodes_on_the_targets_path_are_hits_in_the_bin_of_their_probability() -> None:
+    analysis = DrafterAnalysis()
+    drafted = tree((5, 0, 0.82), (6, 1, 0.61), (7, 0, 0.12), (8, 2, 0.02))
+    analysis.observe(text(5, 8), {2: drafted})
+    assert (analysis.nodes[16], analysis.hits[16]) == (1, 1)
+    assert (analysis.nodes[12], analysis.hits[12]) == (1, 0)
+    assert (analysis.nodes[2], analysis.hits[2]) == (1, 0)
+    assert sum(analysis.nodes) == 3, "the fourth lies beyond the recording"
+    assert analysis.confidence["accepted"][16] == 1
+    assert analysis.entropy["accepted"][2] == 1
+    assert sum(analysis.confidence["rejected"]) == 0
+
+
+def test_the_oracle_takes_the_drafter_that_is_right() -> None:
+    wrong, right = tree((1, 0, 0.9), (2, 1, 0.9)), tree((5, 0, 0.5), (6, 1, 0.4), owner=1)
+    grown = [dict.fromkeys(range(2, 5), wrong), {2: right, 3: wrong, 4: wrong}]
+    confident, oracle = replay(
+        text(5, 6, 7),
+        grown,
+        [Strategy("confidence", (0, 1), STRATEGIES["confidence"], 3), Strategy("oracle", (0, 1), None, 3)],
+    )
+    assert (oracle.counts.num_passes, oracle.chosen) == (1, {1: 1})
+    assert (confident.counts.num_passes, confident.chosen) == (3, {0: 3})
+
+
+def test_every_way_to_combine_is_a_row_and_heads_alone_are_not_combined() -> None:
+    rows = {row.name: row for row in strategies_for(["math", "chat"], ["mixed"], 60)}
+    assert list(rows) == [
+        "math", "chat", "mixed", "confidence", "entropy", "merged", "oracle", "union", "concatenated",
+    ]  # fmt: skip
+    assert rows["mixed"].drafters == (2,)
+    assert rows["merged"].drafters == (0, 1)
+    assert rows["concatenated"].num_nodes == 119
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_an_evaluation_of_the_shipped_heads(temperature: str, tmp_path: Path) -> None:
+    questions = [{"question_id": i, "turns": ["What is 2 + 2?", "And 3 + 3?"]} for i in range(2)]
+    heads = [str(PROJECT / "specialists" / name) for name in ("math", "chat")]
+    command = [
+        "eval", "--benchmark", "small", "--data", str(written(tmp_path / "q.jsonl", *questions)),
+        "--heads", *heads, "--new-tokens", "8", "--num-nodes", "8", "--depth", "2", "--top-k", "3",
+        "--temperature", temperature, "--work", str(tmp_path), "--out", str(tmp_path / "result.json"),
+    ]  # fmt: skip
+    assert main(command) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    rows = {(row["strategy"], row["coupled"]): row for row in result["rows"]}
+    assert {coupled for _, coupled in rows} == ({False} if temperature == "0" else {False, True})
+    assert len({sum(tokens for tokens, _ in row["questions"]) for row in result["rows"]}) == 1
+    assert all(len(row["questions"]) == 2 for row in result["rows"])
+    assert rows["concatenated", False]["acceptance_length"] == rows["union", False]["acceptance_length"]
+    assert rows["oracle", False]["acceptance_length"] >= rows["math", False]["acceptance_length"]
+    assert sum(result["analysis"]["math"]["nodes"]) > 0
