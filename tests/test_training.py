@@ -197,6 +197,17 @@ def test_the_draft_vocabulary_is_what_answers_use_most_then_the_lowest_ids(tmp_p
     assert draft_vocabulary(answers, 10, vocab_size=10) is None
 
 
+def test_a_fresh_head_sees_tokens_as_well_as_features() -> None:
+    head = tiny_head()
+    features = 50 * head.embeddings[torch.randint(0, VOCAB, (3, 7))]
+    features[0, 4:] = 0.0
+    before = head.fc.weight.detach().clone()
+    head.balance_inputs(features)
+    ratio = head.fc.weight.detach() / before
+    assert 40 < float(ratio[:, :HIDDEN].mean()) < 60
+    assert torch.equal(ratio[:, HIDDEN:], torch.ones(HIDDEN, HIDDEN))
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> RecordedData:
     """Recordings whose next feature is a fixed map of the last: there is something to learn."""

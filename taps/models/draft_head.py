@@ -58,6 +58,18 @@ class DraftHead(nn.Module):
         self.draft_vocab: Tensor
         self.register_buffer("draft_vocab", ids, persistent=False)
 
+    @torch.no_grad()
+    def balance_inputs(self, features: Tensor) -> None:
+        """Scale fresh weights so that token embeddings weigh as much as features do at the start.
+
+        Features after the final norm are often ten times larger than embeddings; a head that begins nearly
+        blind to the token learns slowly. Args: features [..., H] of the target; all-zero rows are padding.
+        """
+        rows = features.flatten(0, -2)
+        hidden = rows.shape[-1]
+        spread = rows[rows.abs().amax(-1) > 0].float().std()
+        self.fc.weight[:, :hidden] *= spread / self.embeddings.float().std()
+
     def forward(self, tokens: Tensor, features: Tensor, positions: Tensor, attention: HeadAttention) -> Tensor:
         """Predicted features [B, T, H].
 

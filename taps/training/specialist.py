@@ -92,7 +92,7 @@ def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenanc
         raise InvalidData(f"no recorded answers in {', '.join(str(part.directory) for part in answers)}")
     kept = bool(load_row(rows[0]).features.numel())
     data = RecordedData(answers, None if kept else TargetFeatures(_load_target(path)))
-    head = _new_head(plan, path, draft_vocabulary(rows, plan.draft_vocab, _vocab_size(path)))
+    head = _new_head(plan, path, draft_vocabulary(rows, plan.draft_vocab, _vocab_size(path)), data)
     weights = sum(p.numel() for p in head.parameters() if p.requires_grad)
     print(f"training {plan.domain}: {weights:,} weights, {data.num_answer_tokens:,} answer tokens", flush=True)
     measured = Trainer(head, data, plan.training, plan.state).run()
@@ -108,13 +108,17 @@ def _vocab_size(target: str) -> int:
     return size
 
 
-def _new_head(plan: SpecialistPlan, target: str, vocabulary: torch.Tensor | None) -> DraftHead:
+def _new_head(
+    plan: SpecialistPlan, target: str, vocabulary: torch.Tensor | None, data: RecordedData
+) -> DraftHead:
     """A head with fresh weights, or with those of `plan.init`, that drafts from `vocabulary`."""
     torch.manual_seed(plan.training.seed)
     embeddings, lm_head = load_target_ends(target)
     if plan.init is None:
         config = draft_config(AutoConfig.from_pretrained(target))
-        return DraftHead(config, embeddings.float(), lm_head.float(), vocabulary)
+        head = DraftHead(config, embeddings.float(), lm_head.float(), vocabulary)
+        head.balance_inputs(data.load(data.training[:8]).features)
+        return head
     start = load_head(plan.init, target, torch.float32)
     weights = start.trained()
     head = DraftHead(

@@ -40,8 +40,8 @@ class TrainRecipe:
 
     method: Method = "eagle-2"
     epochs: int = 4
-    learning_rate: float = 1.5e-3
-    batch_size: int = 16  # conversations, per process
+    learning_rate: float = 2e-3
+    batch_size: int = 4  # conversations, per process: few, for many updates from little data
     accumulation: int = 1  # batches per update
     warmup: float = 0.01  # share of the updates; after it the rate falls to 0 along a line
     weight_decay: float = 0.01
