@@ -20,6 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_train(commands.add_parser("train", help="train a specialist from prompts"))
     _add_average(commands.add_parser("average", help="average two specialists' weights"))
     _add_eval(commands.add_parser("eval", help="acceptance length of specialists on a benchmark"))
+    _add_bench(
+        commands.add_parser("bench", help="speed of specialists against plain decoding, in this process")
+    )
+    _add_report(commands.add_parser("report", help="tables and plots from result files"))
     args = parser.parse_args(arguments)
     try:
         args.run(args)
@@ -95,6 +99,45 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depth", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--top-k", type=int, default=10, help="default: %(default)s")
     parser.set_defaults(run=_eval)
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--benchmark", required=True, help="its name in the result")
+    parser.add_argument(
+        "--data", help="questions, a JSONL file (default: the benchmark of that name on the hub)"
+    )
+    parser.add_argument("--heads", required=True, nargs="+", type=Path, help="specialists, alone and combined")
+    parser.add_argument("--out", required=True, type=Path, help="the result file, JSON")
+    parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=10, help="default: %(default)s")
+    parser.add_argument("--new-tokens", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--num-nodes", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--depth", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--top-k", type=int, default=3, help="default: %(default)s")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from taps.evaluation.live import LivePlan, measure
+    from taps.evaluation.runner import write_result
+
+    plan = LivePlan(**_named(LivePlan, args))
+    write_result(measure(args.target, args.heads, args.data or args.benchmark, plan), args.out)
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=Path("docs/results/study"), help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("docs/study"), help="default: %(default)s")
+    parser.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from taps.evaluation.report import write_report
+
+    write_report(args.results, args.out)
+    print(f"wrote {args.out / 'README.md'}")
 
 
 def _eval(args: argparse.Namespace) -> None:

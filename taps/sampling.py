@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_MASK32 = 0xFFFFFFFF
+_SIGN32 = -(1 << 31)
 _MASK64 = 0xFFFFFFFFFFFFFFFF
-# The largest spread the noise can bridge: u lies in [2**-33, 1 - 2**-33].
-_NOISE_SPREAD = -math.log(-math.log1p(-(2.0**-33))) + math.log(-math.log(2.0**-33))
+# Tokens this close to the best, nats, are the first to be given noise.
+_NEAR = 5.0
 _NUCLEUS_CANDIDATES = 1024
 
 
@@ -53,16 +53,40 @@ def _splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def _signed32(x: int) -> int:
+    """The int32 with the lowest 32 bits of `x`."""
+    return (x & 0x7FFFFFFF) - (x & 0x80000000)
+
+
 def _mix32(x: Tensor) -> Tensor:
-    """A 32-bit finaliser with low bias, in place on int64 values below 2**32."""
-    x ^= x >> 16
+    """A 32-bit finaliser with low bias, in place on int32; a mask makes each shift a logical one."""
+    x ^= (x >> 16) & 0xFFFF
     x *= 0x7FEB352D
-    x &= _MASK32
-    x ^= x >> 15
-    x *= 0x846CA68B
-    x &= _MASK32
-    x ^= x >> 16
+    x ^= (x >> 15) & 0x1FFFF
+    x *= _signed32(0x846CA68B)
+    x ^= (x >> 16) & 0xFFFF
     return x
+
+
+def _hash32(seed: int, choice: int, position: int, token_ids: Tensor) -> Tensor:
+    """[n] int32, to be read as unsigned: 32 random bits for each of `token_ids` [n]."""
+    key = _splitmix64(_splitmix64(_splitmix64(seed & _MASK64) ^ choice) ^ position)
+    hashed = _mix32(token_ids.to(torch.int32) ^ _signed32(key))
+    hashed ^= _signed32(key >> 32)
+    return _mix32(hashed)
+
+
+def _gumbel(hashed: Tensor) -> Tensor:
+    """Standard Gumbel noise [n] float64, increasing in the unsigned value of `hashed`."""
+    uniform = (hashed.long() & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _may_exceed(hashed: Tensor, noise: float) -> Tensor:
+    """[n] bool: false where the noise of `hashed` is certainly below `noise`."""
+    uniform = math.exp(-math.exp(-noise))
+    least = min(max(math.floor(uniform * 2.0**32) - 2, 0), (1 << 32) - 1)
+    return (hashed ^ _SIGN32) >= least + _SIGN32
 
 
 def gumbel_noise(seed: int, choice: int, position: int, token_ids: Tensor) -> Tensor:
@@ -70,11 +94,7 @@ def gumbel_noise(seed: int, choice: int, position: int, token_ids: Tensor) -> Te
 
     The integer hash gives the same bits on every device. Args: token_ids [n] int64. Returns [n] float64.
     """
-    key = _splitmix64(_splitmix64(_splitmix64(seed & _MASK64) ^ choice) ^ position)
-    hashed = _mix32(token_ids ^ (key & _MASK32))
-    hashed ^= key >> 32
-    uniform = _mix32(hashed).double().add_(0.5).mul_(2.0**-32)
-    return uniform.log_().neg_().log_().neg_()
+    return _gumbel(_hash32(seed, choice, position, token_ids))
 
 
 def shape_logits(logits: Tensor, params: SamplingParams, counts: Mapping[int, int]) -> Tensor:
@@ -126,7 +146,15 @@ def sample(logits: Tensor, params: SamplingParams, position: int, counts: Mappin
     shaped = shape_logits(logits, params, counts)
     if params.greedy:
         return first_argmax(shaped)
-    # A token this far below the best cannot win whatever its noise: leaving it out changes nothing.
-    candidates = (shaped >= shaped.max() - _NOISE_SPREAD).nonzero()[:, 0]
-    noise = gumbel_noise(params.seed, params.choice, position, candidates)
-    return int(candidates[first_argmax(shaped[candidates].double() + noise)])
+    hashed = _hash32(
+        params.seed,
+        params.choice,
+        position,
+        torch.arange(shaped.numel(), dtype=torch.int32, device=shaped.device),
+    )
+    likely = shaped >= (edge := shaped.max() - _NEAR)
+    near = likely.nonzero()[:, 0]
+    lead = (shaped[near].double() + _gumbel(hashed[near])).max()
+    # Of the others few have noise enough to pass the leader; leaving the rest out changes nothing.
+    candidates = (likely | _may_exceed(hashed, float(lead - edge))).nonzero()[:, 0]
+    return int(candidates[first_argmax(shaped[candidates].double() + _gumbel(hashed[candidates]))])

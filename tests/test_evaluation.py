@@ -166,3 +166,17 @@ def test_an_evaluation_of_the_shipped_heads(temperature: str, tmp_path: Path) ->
     assert rows["concatenated", False]["acceptance_length"] == rows["union", False]["acceptance_length"]
     assert rows["oracle", False]["acceptance_length"] >= rows["math", False]["acceptance_length"]
     assert sum(result["analysis"]["math"]["nodes"]) > 0
+
+
+def test_speed_is_a_ratio_to_plain_decoding_of_the_same_questions(tmp_path: Path) -> None:
+    questions = written(tmp_path / "q.jsonl", {"question_id": 1, "turns": ["What is 2 + 2?"]})
+    head = str(PROJECT / "specialists" / "math")
+    command = ["bench", "--benchmark", "small", "--data", str(questions), "--heads", head]
+    command += ["--new-tokens", "8", "--num-nodes", "4", "--out", str(tmp_path / "result.json")]
+    assert main(command) == 0
+    rows = {row["strategy"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
+    assert list(rows) == ["off", "math", "confidence", "entropy", "merged"]
+    assert (rows["off"]["speed_ratio_median"], rows["off"]["acceptance_length"]) == (1.0, 1.0)
+    assert rows["math"]["acceptance_length"] >= 1.0
+    assert rows["math"]["nodes_per_pass"] == 3.0
+    assert rows["math"]["draft_ms"] > 0

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import scipy.stats
@@ -144,10 +145,22 @@ def test_leaving_out_hopeless_tokens_changes_no_draw(spread: float) -> None:
 def test_the_luckiest_token_still_beats_the_unluckiest_best_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The noise lies between those of u = 2**-33 and u = 1 - 2**-33: no token within that reach is left out."""
     lowest, highest = -math.log(-math.log(2.0**-33)), -math.log(-math.log1p(-(2.0**-33)))
-    extremes = torch.tensor([lowest, highest], dtype=torch.float64)
-    monkeypatch.setattr("taps.sampling.gumbel_noise", lambda *args: extremes[args[-1]])
-    within = torch.tensor([0.0, lowest - highest + 1e-3])
-    assert sample(within, SamplingParams(), 0, {}) == 1
+    extremes = torch.tensor([0, -1], dtype=torch.int32)  # the lowest and the highest hash there is
+    monkeypatch.setattr("taps.sampling._hash32", lambda *args: extremes[args[-1].long()])
+    assert sample(torch.tensor([0.0, lowest - highest + 1e-3]), SamplingParams(), 0, {}) == 1
+    assert sample(torch.tensor([0.0, lowest - highest - 1e-3]), SamplingParams(), 0, {}) == 0
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0, 10.0])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"top_p": 0.8}, {"top_k": 5}])
+def test_sampling_is_the_argmax_over_every_token(spread: float, options: dict[str, Any]) -> None:
+    draw = torch.Generator().manual_seed(7)
+    for position in range(150):
+        logits = torch.randn(400, generator=draw) * spread
+        params = SamplingParams(seed=position << 40, **options)
+        noise = gumbel_noise(params.seed, 0, position, torch.arange(400))
+        every = shape_logits(logits, params, {}).double() + noise
+        assert sample(logits, params, position, {}) == int(every.argmax())
 
 
 def test_penalties_follow_the_formula_and_count_tokens_once_per_kind() -> None:

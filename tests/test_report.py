@@ -1,0 +1,126 @@
+"""The study's report from canned results: verdicts, tables, and a page with its plots."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taps.cli import main
+from taps.evaluation.report import (
+    InvalidResults,
+    Key,
+    acceptance_table,
+    claims,
+    compare,
+    coupling_table,
+    load_results,
+    routing_table,
+)
+
+LENGTHS = {
+    "math-hass": 3.0,
+    "chat-hass": 2.0,
+    "confidence": 2.8,
+    "entropy": 2.7,
+    "merged": 3.2,
+    "concatenated": 3.3,
+}
+
+
+def canned(
+    benchmark: str = "gsm8k", temperature: float = 0.0, lengths: dict[str, float] | None = None
+) -> dict[str, Any]:
+    """A result whose strategies have the given acceptance lengths on each of twenty questions."""
+    bins = {"accepted": [1] * 20, "rejected": [2] * 20}
+    analysis = {
+        "nodes": [40] * 20, "hits": list(range(1, 21)), "probability": [2.0 * i + 1 for i in range(20)],
+        "confidence": bins, "entropy": bins, "tree_confidence": bins,
+    }  # fmt: skip
+    rows = [
+        {
+            "strategy": name, "drafters": ["math-hass"], "coupled": coupled, "num_nodes": 60,
+            "acceptance_length": length + 0.5 * coupled, "interval_95": [length - 0.1, length + 0.1],
+            "per_question_mean": length, "nodes_per_pass": 59.0, "histogram": [10, 20, 10],
+            "accepted_by_drafter": {}, "chosen": {"math-hass": 30, "chat-hass": 10},
+            "questions": [[round(100 * (length + 0.5 * coupled)) * (i + 1), 100 * (i + 1)] for i in range(20)],
+        }
+        for coupled in ((False, True) if temperature else (False,))
+        for name, length in (LENGTHS | (lengths or {})).items()
+    ]  # fmt: skip
+    plan = {
+        "benchmark": benchmark, "questions": 20, "new_tokens": 128, "temperature": temperature,
+        "num_nodes": 60, "depth": 5, "top_k": 10,
+    }  # fmt: skip
+    heads = {name: {"training": {"method": "hass"}} for name in ("math-hass", "chat-hass")}
+    return {"plan": plan, "heads": heads, "rows": rows, "analysis": dict.fromkeys(heads, analysis)}
+
+
+KEY = Key("hass", "gsm8k", 0.0)
+
+
+def verdict(result: dict[str, Any], about: str) -> str:
+    (claim,) = (claim for claim in claims({KEY: result}) if about in claim.statement)
+    return claim.verdict
+
+
+def test_a_clear_difference_reproduces_a_claim_or_refutes_it() -> None:
+    assert verdict(canned(), "specialises") == "reproduced"
+    assert verdict(canned(lengths={"chat-hass": 3.4}), "specialises") == "not reproduced"
+
+
+def test_a_claim_that_nothing_measures_says_so() -> None:
+    assert verdict(canned(), "Averaging") == "not measurable here"
+
+
+def test_an_interval_around_one_decides_nothing() -> None:
+    noisy = canned(lengths={"entropy": 2.8})
+    for i, question in enumerate(next(r for r in noisy["rows"] if r["strategy"] == "entropy")["questions"]):
+        question[0] += (-1) ** i * question[1] // 5
+    assert verdict(noisy, "Confidence routes better").startswith("undecided")
+
+
+def test_a_comparison_pairs_questions_and_names_heads_without_their_method() -> None:
+    comparison = compare(KEY, canned(), "math", "chat")
+    assert comparison is not None
+    assert comparison.ratio == pytest.approx(1.5)
+    assert comparison.interval == pytest.approx((1.5, 1.5))
+    assert compare(KEY, canned(), "math", "code") is None
+
+
+def test_the_tables_hold_what_was_measured() -> None:
+    results = {KEY: canned(), Key("hass", "gsm8k", 1.0): canned(temperature=1.0)}
+    assert "| merged | 60 | 3.20 (3.10 to 3.30) | 3.20 |" in acceptance_table(results, "hass", 0.0)
+    assert "| math | 3.00 (2.90 to 3.10) | 3.50 (2.90 to 3.10) | +16.7% (+16.7% to +16.7%) |" in coupling_table(
+        results
+    )
+    assert "| confidence | math 75%, chat 25% |" in routing_table(results)
+
+
+def test_one_command_writes_the_page_and_every_plot_it_shows(tmp_path: Path) -> None:
+    source = tmp_path / "results"
+    source.mkdir()
+    for benchmark in ("gsm8k", "mt_bench"):
+        for temperature in (0.0, 1.0):
+            name = f"eval-{benchmark}-t{temperature:g}.json"
+            (source / name).write_text(json.dumps(canned(benchmark, temperature)))
+    assert main(["report", "--results", str(source), "--out", str(tmp_path / "study")]) == 0
+    page = (tmp_path / "study" / "README.md").read_text()
+    plots = {path.name for path in (tmp_path / "study").glob("*.svg")}
+    assert len(plots) == 10
+    assert all(f"]({name})" in page for name in plots)
+    assert page.index("mt_bench") < page.index("gsm8k", page.index("## Acceptance length"))
+
+
+def test_results_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidResults, match="holds no eval"):
+        load_results(tmp_path)
+    (tmp_path / "eval-a.json").write_text("{}")
+    with pytest.raises(InvalidResults, match=r"eval-a\.json is not a result"):
+        load_results(tmp_path)
+    (tmp_path / "eval-a.json").write_text(json.dumps(canned()))
+    (tmp_path / "eval-b.json").write_text(json.dumps(canned()))
+    with pytest.raises(InvalidResults, match="a second time"):
+        load_results(tmp_path)
