@@ -172,7 +172,8 @@ def _train(args: argparse.Namespace) -> None:
     if args.data is not None:
         recipe = AnswerRecipe(**_named(AnswerRecipe, args))
         answers = answer_sources(args.data, args.target, args.work / "answers" / args.domain, recipe)
-        provenance = {"prompts": args.data, "answering": asdict(recipe)}
+        names = " + ".join(Path(part.strip()).name for part in args.data.split("+"))
+        provenance = {"prompts": names, "answering": asdict(recipe)}
     else:
         answers = [Answers(*part) for part in args.answers]
         provenance = {"prompts": " + ".join(part.directory.name for part in answers)}
