@@ -191,7 +191,8 @@ def _train(args: argparse.Namespace) -> None:
 
 def _named(kind: type[Any], args: argparse.Namespace) -> dict[str, Any]:
     """The arguments that are fields of a dataclass."""
-    return {f.name: getattr(args, f.name) for f in fields(kind) if f.name in vars(args)}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return {f.name: given[f.name] for f in fields(kind) if f.name in given}
 
 
 if __name__ == "__main__":

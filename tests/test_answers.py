@@ -21,7 +21,7 @@ from taps.training.shards import Recording, load_shard, shards
 from taps.training.sources import Prompt
 from tests.tiny import VOCAB, tiny_head, tiny_target
 
-RECIPE = AnswerRecipe(max_new_tokens=12, max_prompt_tokens=10, answers_per_prompt=1, batch_size=3, shard_size=2)
+RECIPE = AnswerRecipe(max_new_tokens=12, max_prompt_tokens=10, answers_per_prompt=1, sessions=3, shard_size=2)
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "x" * (i + 2)},)) for i in range(6)]
 
 

@@ -55,6 +55,12 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
         load_prompts(written(tmp_path / "data.jsonl", "", "  "))
 
 
+def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+    row = {"messages": [USER | {"content": "one\u2028two\x85three"}]}
+    (prompt,) = load_prompts(written(tmp_path / "data.jsonl", json.dumps(row, ensure_ascii=False)))
+    assert prompt.messages[0]["content"] == "one\u2028two\x85three"
+
+
 def test_a_broken_json_array_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match="neither JSON nor JSON lines"):
         load_prompts(written(tmp_path / "data.json", '[{"messages": '))

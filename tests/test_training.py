@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from taps.cli import main
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import SlotCache
-from taps.models.checkpoints import InvalidCheckpoint
+from taps.models.checkpoints import InvalidCheckpoint, load_head
 from taps.models.draft_head import DraftHead
 from taps.training import trainer
 from taps.training.alignment import aligned_mask, aligned_passes
@@ -31,6 +33,7 @@ from taps.training.shards import (
 )
 from taps.training.trainer import InvalidState, Method, Trainer, TrainRecipe, recipe_of
 from taps.training.validation import validate
+from tests.conftest import PROJECT
 from tests.tiny import HIDDEN, VOCAB, tiny_head
 
 
@@ -282,6 +285,23 @@ def test_the_state_of_another_run_is_not_overwritten(data: RecordedData, tmp_pat
     trained(data, tmp_path / "state", TrainRecipe(epochs=1, batch_size=8))
     with pytest.raises(InvalidState, match="another training run"):
         trained(data, tmp_path / "state", TrainRecipe(epochs=2, batch_size=8))
+
+
+def test_one_command_goes_from_prompts_to_a_specialist(
+    tmp_path: Path, target_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"What is {i} plus {i}?"}]} for i in range(6)]
+    data, out = tmp_path / "prompts.jsonl", tmp_path / "adder"
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    command = [
+        "train", "--domain", "adder", "--data", str(data), "--out", str(out), "--work", str(tmp_path / "work"),
+        "--answer-tokens", "60", "--max-new-tokens", "12", "--epochs", "1", "--draft-vocab", "512",
+        "--init", str(PROJECT / "specialists" / "chat"),
+    ]  # fmt: skip
+    assert main(command) == 0
+    assert f"args: {{name: adder, head: {out}}}" in capsys.readouterr().out
+    assert "| prompts | prompts.jsonl |" in (out / "README.md").read_text()
+    assert load_head(out, target_directory, torch.float32).draft_vocab.numel() == 512
 
 
 def test_a_preset_changes_only_where_it_is_told_to() -> None:

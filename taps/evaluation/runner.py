@@ -64,7 +64,7 @@ def record(target: str, questions: Sequence[Question], work: Path, plan: Evaluat
     tokenizer: Any = AutoTokenizer.from_pretrained(target)
     recipe = AnswerRecipe(
         answer_tokens=_UNBOUNDED, max_new_tokens=plan.new_tokens, max_prompt_tokens=1024,
-        temperatures=(plan.temperature,), answers_per_prompt=1, batch_size=plan.batch_size, seed=plan.seed,
+        temperatures=(plan.temperature,), answers_per_prompt=1, sessions=plan.batch_size, seed=plan.seed,
     )  # fmt: skip
     runs: list[Run] = []
     said: dict[str, list[dict[str, str]]] = {question.id: [] for question in questions}

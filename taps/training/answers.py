@@ -41,7 +41,7 @@ class AnswerRecipe:
     answers_per_prompt: int = (
         8  # at most; further ones, all sampled, are asked for once the prompts are through
     )
-    batch_size: int = 96  # conversations decoded at once
+    sessions: int = 96  # conversations decoded at once
     shard_size: int = 50  # conversations per file
     keep_features: bool = True  # else training computes them
     seed: int = 0
@@ -113,7 +113,7 @@ class AnswerRecorder:
                     print(f"answers: {self.num_tokens:,} tokens, {rate:.0f} tokens/s", flush=True)
 
         try:
-            await asyncio.gather(*(worker() for _ in range(self._recipe.batch_size)))
+            await asyncio.gather(*(worker() for _ in range(self._recipe.sessions)))
         finally:
             self._save()
         print(f"answers: {self.num_tokens:,} tokens in {self._directory}", flush=True)

@@ -85,7 +85,7 @@ def _file_rows(path: Path) -> Iterator[tuple[Any, str]]:
             raise InvalidData(f"{path} is neither JSON nor JSON lines: {error}") from error
         yield from ((row, f"{path}, row {number}") for number, row in enumerate(rows, 1))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:

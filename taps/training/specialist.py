@@ -63,7 +63,7 @@ def answer_prompts(target: str, prompts: Sequence[Prompt], work: Path, recipe: A
     verifier = LocalVerifier(
         Target(
             _load_target(target),
-            recipe.batch_size,
+            recipe.sessions,
             recipe.max_prompt_tokens + recipe.max_new_tokens + 1,
             StepBudget(prefill_tokens=512, tree_nodes=0),
         )
