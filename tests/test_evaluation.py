@@ -63,9 +63,11 @@ def test_a_bad_question_is_refused_with_its_line(row: str, tmp_path: Path) -> No
         load_questions(written(tmp_path / "q.jsonl", good, row))
 
 
-def test_only_so_many_questions_are_read(tmp_path: Path) -> None:
-    rows = [{"question_id": i, "turns": ["One?"]} for i in range(4)]
-    assert [q.id for q in load_questions(written(tmp_path / "q.jsonl", *rows), 2)] == ["0", "1"]
+def test_fewer_questions_are_spread_over_the_file(tmp_path: Path) -> None:
+    rows = [{"question_id": i, "turns": ["One?"]} for i in range(10)]
+    path = written(tmp_path / "q.jsonl", *rows)
+    assert [q.id for q in load_questions(path, 4)] == ["0", "2", "5", "7"]
+    assert len(load_questions(path, 12)) == 10
 
 
 def test_a_benchmark_is_read_from_the_hub_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

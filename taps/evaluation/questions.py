@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,10 @@ class Question:
 
 
 def load_questions(source: str | Path, limit: int | None = None) -> list[Question]:
-    """The first `limit` questions of a JSONL file, or of a benchmark on the hub by its name in `HUB`."""
+    """The questions of a JSONL file, or of a benchmark on the hub by its name in `HUB`.
+
+    With `limit`, so many of them evenly spread over all: benchmarks are ordered by category.
+    """
     rows: Iterable[tuple[Any, str]]
     if Path(source).is_file():
         rows = _file_rows(Path(source))
@@ -46,7 +48,10 @@ def load_questions(source: str | Path, limit: int | None = None) -> list[Questio
         rows = _hub_rows(str(source))
     else:
         raise InvalidQuestions(f"{source} is neither a file nor one of {', '.join(HUB)}")
-    return [_parse(row, number, where) for number, (row, where) in enumerate(islice(rows, limit))]
+    questions = [_parse(row, number, where) for number, (row, where) in enumerate(rows)]
+    if limit is None or limit >= len(questions):
+        return questions
+    return [questions[i * len(questions) // limit] for i in range(limit)]
 
 
 def _file_rows(path: Path) -> Iterator[tuple[Any, str]]:
