@@ -48,6 +48,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer-tokens", type=int, default=1_000_000, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=320, help="per answer (default: %(default)s)")
     parser.add_argument(
+        "--speculate", nargs="+", default=[], metavar="HEAD",
+        help="heads to generate answers with: faster where there is compute to spare, the same text",
+    )  # fmt: skip
+    parser.add_argument(
         "--no-features", dest="keep_features", action="store_false",
         help="keep token ids only and compute features in training: less disk, more compute",
     )  # fmt: skip
@@ -171,7 +175,8 @@ def _train(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     if args.data is not None:
         recipe = AnswerRecipe(**_named(AnswerRecipe, args))
-        answers = answer_sources(args.data, args.target, args.work / "answers" / args.domain, recipe)
+        work = args.work / "answers" / args.domain
+        answers = answer_sources(args.data, args.target, work, recipe, args.speculate)
         names = " + ".join(Path(part.strip()).name for part in args.data.split("+"))
         provenance = {"prompts": names, "answering": asdict(recipe)}
     else:

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,7 +129,8 @@ class AnswerRecorder:
         async with AsyncExitStack() as stack:
             sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(self._drafters)]
             panel = Panel(sessions, _PATIENT_S)
-            steps = decode(context, lambda: self._verifier.session(question.params), panel, merged, self._ask)
+            ask = replace(self._ask, sampling=question.params)
+            steps = decode(context, lambda: self._verifier.session(question.params), panel, merged, ask)
             async with aclosing(steps):
                 async for _ in steps:
                     if (length := self._answer_length(context)) is not None:

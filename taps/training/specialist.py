@@ -13,7 +13,9 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
 from taps import __version__
-from taps.local import LocalVerifier
+from taps.drafting.drafter import Ask
+from taps.drafting.eagle import EagleDrafter
+from taps.local import LocalDrafter, LocalVerifier
 from taps.models.causal_lm import CausalLM
 from taps.models.checkpoints import load_head, load_target_ends, save_head
 from taps.models.draft_head import DraftHead, draft_config
@@ -27,6 +29,8 @@ from taps.training.shards import load_row, shard_header, shards
 from taps.training.sources import InvalidData, Prompt, load_prompts
 from taps.training.trainer import Trainer, TrainRecipe
 from taps.training.validation import Validation
+
+_TREE = Ask(num_nodes=8, depth=3, top_k=3)  # of speculative generation
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,15 @@ class SpecialistPlan:
     init: str | None = None  # a head to start from
 
 
-def answer_sources(sources: str, target: str, work: Path, recipe: AnswerRecipe) -> list[Answers]:
-    """The target's answers to the prompts of `sources`, kept in `work`; those there are not generated again."""
+def answer_sources(
+    sources: str, target: str, work: Path, recipe: AnswerRecipe, heads: Sequence[str] = ()
+) -> list[Answers]:
+    """The target's answers to the prompts of `sources`, kept in `work`; those there are not generated again.
+
+    Args: heads: draft heads to generate with, directories or Hugging Face ids; none is plain decoding.
+    """
     with PartialState().main_process_first():
-        answer_prompts(target_path(target), load_prompts(sources, recipe.seed), work, recipe)
+        answer_prompts(target_path(target), load_prompts(sources, recipe.seed), work, recipe, heads)
     return [Answers(work)]
 
 
@@ -53,25 +62,32 @@ def recorded_tokens(work: Path) -> int:
     return sum(shard_header(shard)["answer_tokens"] for shard in shards(work))
 
 
-def answer_prompts(target: str, prompts: Sequence[Prompt], work: Path, recipe: AnswerRecipe) -> None:
+def answer_prompts(
+    target: str, prompts: Sequence[Prompt], work: Path, recipe: AnswerRecipe, heads: Sequence[str] = ()
+) -> None:
     """Record the target's answers into `work`, up to `recipe.answer_tokens` in all."""
     done = {row_id for shard in shards(work) for row_id in shard_header(shard)["ids"]}
     if recorded_tokens(work) >= recipe.answer_tokens:
         return
     if recipe.answers_per_prompt == 1 and all(prompt.id in done for prompt in prompts):
         return
-    verifier = LocalVerifier(
-        Target(
-            _load_target(target),
-            recipe.sessions,
-            recipe.max_prompt_tokens + recipe.max_new_tokens + 1,
-            StepBudget(prefill_tokens=512, tree_nodes=0),
+    model = _load_target(target)
+    budget = StepBudget(prefill_tokens=512, tree_nodes=recipe.sessions * _TREE.num_nodes if heads else 0)
+    longest = recipe.max_prompt_tokens + recipe.max_new_tokens + budget.tree_nodes + 1
+    verifier = LocalVerifier(Target(model, recipe.sessions, longest, budget))
+    drafters = [
+        LocalDrafter(
+            str(name), EagleDrafter(load_head(name, target, model.dtype).to(model.device), recipe.sessions)
         )
-    )
+        for name in heads
+    ]
     try:
-        AnswerRecorder(verifier, AutoTokenizer.from_pretrained(target), work, recipe).run(prompts)
+        tokenizer = AutoTokenizer.from_pretrained(target)
+        AnswerRecorder(verifier, tokenizer, work, recipe, drafters, _TREE).run(prompts)
     finally:
         verifier.close()
+        for drafter in drafters:
+            drafter.close()
 
 
 def _load_target(target: str) -> CausalLM:
