@@ -127,11 +127,16 @@ class SessionServer:
             return
         lease.stream = asyncio.current_task()
         lease.connected.set()
+        writing: asyncio.Future[None] | None = None
         try:
             async with aclosing(self._replies(requests)) as replies:
                 async for reply in replies:
-                    await context.write(reply)
+                    writing = asyncio.ensure_future(context.write(reply))
+                    await asyncio.shield(writing)
         except asyncio.CancelledError:
+            # gRPC takes a status only after the write before it has ended.
+            if writing is not None:
+                await asyncio.wait({writing}, timeout=_CLOSE_DEADLINE_S)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the lease ended")
         finally:
             lease.ended.set()

@@ -145,11 +145,16 @@ async def test_a_peer_that_does_not_answer_is_gone_and_forgets_the_session() -> 
         await replica.until_free()
 
 
-async def test_the_end_of_the_lease_ends_the_stream_at_once() -> None:
-    """As when Serve stops a replica: the caller must not wait for its own deadline."""
+@pytest.mark.parametrize("turns", range(12))
+async def test_the_end_of_the_lease_ends_the_stream_at_once(turns: int) -> None:
+    """As when Serve stops a replica, at any moment: the caller must not wait for its own deadline."""
     async with running(silence) as replica:
         task = asyncio.create_task(ask_in_vain(replica))
-        await until(lambda: replica.open == 1)
+        async with asyncio.timeout(PATIENCE_S):
+            while not replica.open:
+                await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
         replica.handle.leases[0].cancel()
         with pytest.raises(PeerGone):
             await asyncio.wait_for(task, PATIENCE_S)
