@@ -59,6 +59,7 @@ class Replica:
     def __init__(self, answer: Callable[[Message], Awaitable[Message]]) -> None:
         self._answer = answer
         self.open = 0
+        self.opened = asyncio.Event()
         self.server = SessionServer(self._open_session)
         self.handle: Any = FakeHandle(self.server)
 
@@ -67,6 +68,7 @@ class Replica:
         if hello.get("refuse"):
             raise CacheFull("no slot")
         self.open += 1
+        self.opened.set()
         try:
             yield self._answer
         finally:
@@ -151,8 +153,7 @@ async def test_the_end_of_the_lease_ends_the_stream_at_once(turns: int) -> None:
     async with running(silence) as replica:
         task = asyncio.create_task(ask_in_vain(replica))
         async with asyncio.timeout(PATIENCE_S):
-            while not replica.open:
-                await asyncio.sleep(0)
+            await replica.opened.wait()
         for _ in range(turns):
             await asyncio.sleep(0)
         replica.handle.leases[0].cancel()
