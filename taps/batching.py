@@ -70,6 +70,7 @@ class Batcher(Generic[Job, Result]):
                     done.set_exception(result)
                 else:
                     done.set_result(result)
+            await asyncio.sleep(0)  # callers with their next job at hand join the very next step
 
     def _take(self) -> list[tuple[Job, asyncio.Future[Result]]]:
         self._waiting = [(job, done) for job, done in self._waiting if not done.done()]

@@ -51,6 +51,25 @@ async def test_every_caller_gets_its_own_result() -> None:
         assert await asyncio.gather(*map(batcher.submit, range(20))) == [str(job) for job in range(20)]
 
 
+async def test_callers_that_submit_again_at_once_share_every_step() -> None:
+    """Two groups that come at different times must not take turns for ever, each at half the batch."""
+    step = GatedStep()
+
+    async def caller(name: int) -> None:
+        for _ in range(3):
+            await batcher.submit(name)
+
+    with batching(step) as batcher:
+        early = asyncio.create_task(caller(1))
+        await step.started()
+        late = asyncio.create_task(caller(2))
+        await turns(1)
+        for _ in range(4):
+            step.let_go()
+        await asyncio.gather(early, late)
+    assert step.seen == [[1], [2, 1], [2, 1], [2]]
+
+
 async def test_jobs_that_come_during_a_step_share_the_next_one() -> None:
     step = GatedStep()
     with batching(step) as batcher:
