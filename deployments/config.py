@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from taps.composing import STRATEGIES
-from taps.drafting.eagle import RESERVED_ROWS
+from taps.drafting.drafter import RESERVED_ROWS
 from taps.models.embedded import EMBEDDED
 
 _PROJECT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,8 @@ from taps.context import ContextDelta
 from taps.drafting.drafter import Ask
 from taps.models.cache import CacheFull
 from taps.sampling import SamplingParams
-from taps.target import PromptTooLong, Verdict
 from taps.tree import InvalidTree, ProposalTree
+from taps.verdict import PromptTooLong, Verdict
 
 VERSION = 1
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}

@@ -25,7 +25,7 @@ from deployments.requests import Generation, RequestReader
 from taps.decoding import VerifierBusy, VerifierGone
 from taps.delivery import Delivered
 from taps.models.embedded import target_path
-from taps.target import PromptTooLong
+from taps.verdict import PromptTooLong
 
 logger = logging.getLogger("ray.serve")
 api = FastAPI(title="TAPS Cluster")

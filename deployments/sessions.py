@@ -17,8 +17,8 @@ from taps.decoding import DrafterGone, VerifierBusy, VerifierGone
 from taps.drafting.drafter import Ask
 from taps.models.cache import CacheFull
 from taps.sampling import SamplingParams
-from taps.target import PromptTooLong, Verdict
 from taps.tree import InvalidTree, ProposalTree
+from taps.verdict import PromptTooLong, Verdict
 
 # After these another replica may still answer.
 _VERIFIER_FAILURES = (PeerGone, RemoteError, VersionMismatch)

@@ -6,19 +6,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import torch
 from ray import serve
 
 from deployments.channel import Handler, SessionServer, node_address
-from deployments.config import TargetArgs, VerifierArgs, locate, torch_dtype
+from deployments.config import TargetArgs, VerifierArgs
 from deployments.messages import Message, from_verdict, to_tree
-from taps.local import LocalVerifier
-from taps.models.causal_lm import CausalLM, fingerprint
-from taps.models.checkpoints import InvalidCheckpoint, target_fingerprint
-from taps.models.embedded import target_path
 from taps.sampling import SamplingParams
-from taps.scheduling import StepBudget
-from taps.target import Target
 
 
 @serve.deployment
@@ -28,31 +21,16 @@ class Verifier:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, target: TargetArgs, args: VerifierArgs
     ) -> None:
-        torch.set_num_threads(args.torch_threads)
-        path = target_path(locate(target.path))
-        model = CausalLM.load(path, torch_dtype(target.dtype), target.device_map)
-        self._fingerprint = self._fingerprint_of(path, model)
-        budget = StepBudget(args.prefill_tokens, args.tree_nodes)
-        self._verifier = LocalVerifier(Target(model, args.max_sessions, args.max_len, budget))
+        from deployments.loading import load_verifier  # heavy: not for those who only bind the class
+
+        self._verifier, self._description = load_verifier(target, args)
         await self._verifier.warm_up()
         self._server = SessionServer(self._open_session)
         await self._server.start(node_address())
 
-    def _fingerprint_of(self, path: str, model: CausalLM) -> str:
-        try:
-            return target_fingerprint(path)
-        except InvalidCheckpoint:  # no safetensors: no head fits it, but it can be served
-            return fingerprint(model.embeddings)
-
     def describe(self) -> dict[str, Any]:
         """What the router and its drafters must know of the target."""
-        model = self._verifier.target.model
-        return {
-            "vocab_size": model.vocab_size,
-            "hidden_size": model.hidden_size,
-            "fingerprint": self._fingerprint,
-            "max_tokens": self._verifier.target.max_tokens,
-        }
+        return self._description
 
     async def lease(self) -> AsyncIterator[Message]:
         async for grant in self._server.lease():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from taps.target import Verdict
+from taps.verdict import Verdict
 
 
 @dataclass(frozen=True)

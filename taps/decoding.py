@@ -16,8 +16,8 @@ from typing import Protocol
 
 from taps.context import Context, ContextDelta
 from taps.drafting.drafter import Ask
-from taps.target import Verdict
 from taps.tree import ProposalTree
+from taps.verdict import Verdict
 
 # Wait before another verifier is tried, doubled each time: eight tries span the restart of a replica.
 _FAILOVER_DELAY_S = 0.2

@@ -13,8 +13,9 @@ from taps.batching import Batcher
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, Drafter, DraftJob
 from taps.sampling import SamplingParams
-from taps.target import Job, PrefillJob, Target, TargetSession, Verdict, VerifyJob
+from taps.target import Job, PrefillJob, Target, TargetSession, VerifyJob
 from taps.tree import ProposalTree
+from taps.verdict import Verdict
 
 
 class LocalVerifier:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from taps.target import Verdict
+from taps.verdict import Verdict
 
 
 @dataclass

@@ -20,25 +20,8 @@ from taps.models.causal_lm import CausalLM
 from taps.sampling import SamplingParams, sample
 from taps.scheduling import CostModel, StepBudget, share_nodes, share_prefill
 from taps.tree import InvalidTree, ProposalTree
+from taps.verdict import PromptTooLong, Verdict
 from taps.verification import accept
-
-
-class PromptTooLong(ValueError):
-    """The tokens do not fit a session's share of the cache."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What one pass of the target decided for one session."""
-
-    tokens: tuple[int, ...]  # accepted drafted tokens, then the bonus token
-    owners: tuple[int, ...]  # owner bits of the accepted drafted tokens
-    features: Tensor  # [m, H] of the last m positions committed; row -1 is the one before tokens[-1]
-    num_nodes: int  # drafted nodes that were checked, the root not counted
-    depth: int  # of the tree that was checked
-    batch_size: int  # sessions that shared the pass
-    pass_ms: float
-    node_ms: float  # what one further node costs now
 
 
 @dataclass

@@ -19,8 +19,8 @@ from taps.context import Context, ContextDelta
 from taps.decoding import Compose, DrafterGone, DrafterSession, Panel, Step, VerifierBusy, VerifierGone, decode
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams, sample
-from taps.target import Verdict
 from taps.tree import ProposalTree
+from taps.verdict import Verdict
 from taps.verification import accept
 
 PROMPT = (1, 2, 3, 1, 2)

@@ -27,8 +27,8 @@ from taps.context import ContextDelta
 from taps.drafting.drafter import Ask
 from taps.models.cache import CacheFull
 from taps.sampling import SamplingParams
-from taps.target import PromptTooLong, Verdict
 from taps.tree import InvalidTree, ProposalTree
+from taps.verdict import PromptTooLong, Verdict
 from tests.fakes import chain
 
 FEATURES = torch.tensor([[1.0, -2.5, 3e-5], [0.1, 65504.0, -0.0]])

@@ -25,8 +25,9 @@ from taps.models.cache import CacheFull, SlotCache
 from taps.models.causal_lm import CausalLM, UnservableTarget
 from taps.sampling import SamplingParams
 from taps.scheduling import StepBudget
-from taps.target import PrefillJob, PromptTooLong, Target, Verdict, VerifyJob
+from taps.target import PrefillJob, Target, VerifyJob
 from taps.tree import ProposalTree
+from taps.verdict import PromptTooLong, Verdict
 from tests.fakes import random_tree
 
 VOCAB = 97

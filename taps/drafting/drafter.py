@@ -10,6 +10,9 @@ from taps.context import ContextDelta
 from taps.sampling import SamplingParams
 from taps.tree import ProposalTree
 
+# Cache rows kept free for the levels of one tree: depth * top_k of an ask must not exceed it.
+RESERVED_ROWS = 192
+
 
 @dataclass(frozen=True)
 class Ask:

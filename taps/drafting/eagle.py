@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from taps.context import ContextDelta
-from taps.drafting.drafter import DraftJob
+from taps.drafting.drafter import RESERVED_ROWS, DraftJob
 from taps.drafting.growth import Growth
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import SlotCache
@@ -20,9 +20,6 @@ from taps.models.draft_head import DraftHead
 from taps.models.packing import pack_linears
 from taps.sampling import SamplingParams, gumbel_noise, shape_logits
 from taps.tree import ROOT, ProposalTree
-
-# Cache rows kept free for the levels of one tree: depth * top_k of an ask must not exceed it.
-RESERVED_ROWS = 192
 
 
 @dataclass

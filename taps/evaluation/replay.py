@@ -19,9 +19,9 @@ from taps.composing import Compose
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, Drafter, DraftJob
 from taps.metrics import SpeculationCounts, drafters_in
-from taps.target import Verdict
 from taps.training.shards import Recording
 from taps.tree import ProposalTree
+from taps.verdict import Verdict
 from taps.verification import Acceptance, accept
 
 

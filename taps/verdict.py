@@ -1,0 +1,28 @@
+"""What the target tells a session: a verdict, or that the session does not fit.
+
+Knows tensors; nothing of how a verdict comes about, so whoever reads one need not load the engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+class PromptTooLong(ValueError):
+    """The tokens do not fit a session's share of the cache."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one pass of the target decided for one session."""
+
+    tokens: tuple[int, ...]  # accepted drafted tokens, then the bonus token
+    owners: tuple[int, ...]  # owner bits of the accepted drafted tokens
+    features: Tensor  # [m, H] of the last m positions committed; row -1 is the one before tokens[-1]
+    num_nodes: int  # drafted nodes that were checked, the root not counted
+    depth: int  # of the tree that was checked
+    batch_size: int  # sessions that shared the pass
+    pass_ms: float
+    node_ms: float  # what one further node costs now
