@@ -18,7 +18,8 @@ serve: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/taps prepare
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not serve and not slow" -n 2
+	$(BIN)/python -m pytest -m serve
 
 slow: $(STAMP)
 	$(BIN)/taps prepare

@@ -47,6 +47,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=1_000_000, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=320, help="per answer (default: %(default)s)")
+    parser.add_argument("--sessions", type=int, default=96, help="answered at once (default: %(default)s)")
     parser.add_argument(
         "--speculate", nargs="+", default=[], metavar="HEAD",
         help="heads to generate answers with: faster where there is compute to spare, the same text",

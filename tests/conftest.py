@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from taps.target import Target
 if TYPE_CHECKING:
     from tests.cluster import Cluster
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
 SESSIONS = 20  # what the exactness tests decode at once
 PROJECT = Path(__file__).resolve().parent.parent
 
