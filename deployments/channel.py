@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -25,8 +26,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.messages import Message, decode, encode, error_message
+from deployments.messages import Message, decode, encode, error_message, is_expected
 
+logger = logging.getLogger("ray.serve")
 _METHOD = "/taps.Session/Open"
 _SECRET = "taps-lease"
 _CONNECT_DEADLINE_S = 10.0
@@ -56,6 +58,10 @@ def node_address() -> str:
 
 class PeerGone(ConnectionError):
     """The other process is lost, or no replica can be leased."""
+
+
+class NoneFree(PeerGone):
+    """No replica had room for a lease in time."""
 
 
 @dataclass
@@ -151,14 +157,21 @@ class SessionServer:
                     try:
                         reply = await handle(decode(data))
                     except Exception as error:  # sent to the far side, which raises it
-                        reply = error_message(error)
+                        reply = _failed(error)
                     yield encode(reply)
         except StopAsyncIteration:
             return
         except (asyncio.CancelledError, GeneratorExit):
             raise
         except Exception as error:  # the session could not be opened: the far side is told why
-            yield encode(error_message(error))
+            yield encode(_failed(error))
+
+
+def _failed(error: Exception) -> Message:
+    """The message of an error; one that is no part of the protocol is logged where it happened."""
+    if not is_expected(error):
+        logger.error("a session failed", exc_info=error)
+    return error_message(error)
 
 
 class Stream:
@@ -226,8 +239,8 @@ class ChannelPool:
     ) -> AsyncIterator[Stream]:
         """Lease a replica and open a session on it; both are freed when the block ends.
 
-        Raises `PeerGone` when no replica can be leased within `timeout_s` seconds, `BackPressureError` when
-        the deployment's queue is full, and whatever error the replica opens with.
+        Raises `NoneFree` when no replica has room within `timeout_s` seconds, `BackPressureError` when the
+        deployment's queue is full, `PeerGone` when the replica is lost, and whatever error it opens with.
         """
         lease: Any = handle.options(stream=True).lease.remote()
         try:
@@ -251,7 +264,7 @@ class ChannelPool:
             async with asyncio.timeout(timeout_s):
                 granted: Message = await anext(lease)
         except TimeoutError as error:
-            raise PeerGone(f"no replica was free within {timeout_s:g} s") from error
+            raise NoneFree(f"no replica was free within {timeout_s:g} s") from error
         except BackPressureError:
             raise
         except (RayError, RayServeException, StopAsyncIteration) as error:

@@ -78,9 +78,10 @@ class RouterArgs(Args):
     propose_deadline_s: PositiveSeconds = 0.5  # waiting for drafters, per step
     propose_patience: Annotated[float, Field(gt=0)] = 2.0  # the same, in durations of the last verify pass
     verify_deadline_s: PositiveSeconds = 60.0
-    lease_deadline_s: PositiveSeconds = 20.0  # waiting for a free verifier session
+    lease_deadline_s: PositiveSeconds = 60.0  # waiting for a free verifier session
     request_deadline_s: PositiveSeconds = 600.0
     discovery_interval_s: PositiveSeconds = 2.0
+    start_deadline_s: PositiveSeconds = 1800.0  # waiting for the first verifier, which loads the target
 
 
 class CoreArgs(Args):
@@ -108,6 +109,9 @@ class SpecialistArgs(Args):
     def _has_a_head(self) -> SpecialistArgs:
         if (self.head is None) == (self.kind == "eagle"):
             raise ValueError("an eagle specialist needs `head`, an ngram one takes none")
+        unused = {"target", "dtype", "device", "max_sessions", "max_len"} & self.model_fields_set
+        if self.kind == "ngram" and unused:
+            raise ValueError(f"an ngram specialist has no model: leave out {', '.join(sorted(unused))}")
         return self
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ _DEPLOYMENT = "Drafter"
 _VERIFIER = "Verifier"
 _STALE_S = 30.0
 _DESCRIBE_TIMEOUT_S = 10.0
+_UNSEEN_S = 300.0
 logger = logging.getLogger("ray.serve")
 
 
@@ -33,12 +35,18 @@ class Specialist:
 class Directory:
     """The specialists that may be asked, and whether a verifier is up; refreshed every few seconds."""
 
-    def __init__(self, target: dict[str, Any], core: str, interval_s: float) -> None:
-        """Args: target: the verifier's description; core: the application the verifier is part of."""
+    def __init__(
+        self, target: dict[str, Any], core: str, interval_s: float, expected: Sequence[str] = ()
+    ) -> None:
+        """Args: target: the verifier's description; core: the application the verifier is part of; expected:
+        names that the configuration mentions.
+        """
         self._target = target
         self._core = core
         self._interval_s = interval_s
         self._verifier_seen = float("-inf")
+        self._unseen = set(expected)
+        self._started = time.monotonic()
         self._known: dict[str, tuple[float, Specialist | None]] = {}  # application -> (deployed at, fitting)
         self._task: asyncio.Task[None] | None = None
 
@@ -49,7 +57,7 @@ class Directory:
 
     @property
     def verifier_is_up(self) -> bool:
-        """Whether a verifier replica ran when last looked, not long ago. Serve's view: true under full load."""
+        """Whether a verifier replica ran when last looked, and that was not long ago."""
         return time.monotonic() - self._verifier_seen < _STALE_S
 
     def start(self) -> None:
@@ -67,8 +75,8 @@ class Directory:
     async def refresh(self) -> None:
         """Look for applications that run a drafter; ask each new one what it is."""
         applications = (await asyncio.to_thread(serve.status)).applications
-        if _is_running(applications.get(self._core), _VERIFIER):
-            self._verifier_seen = time.monotonic()
+        running = _is_running(applications.get(self._core), _VERIFIER)
+        self._verifier_seen = time.monotonic() if running else float("-inf")
         drafters = {n: app for n, app in applications.items() if _DEPLOYMENT in app.deployments}
         self._known = {name: entry for name, entry in self._known.items() if name in drafters}
         new = {
@@ -77,6 +85,17 @@ class Directory:
             if app.status == "RUNNING" and self._known.get(name, (None, None))[0] != app.last_deployed_time_s
         }
         await asyncio.gather(*(self._meet(name, deployed_at) for name, deployed_at in new.items()))
+        self._warn_of_the_unseen()
+
+    def _warn_of_the_unseen(self) -> None:
+        """Say once which configured specialists have never come up: a name may be misspelt."""
+        self._unseen -= self.specialists.keys()
+        if self._unseen and time.monotonic() - self._started > _UNSEEN_S:
+            logger.warning(
+                "router.drafters names %s, which no application serves; there are: %s",
+                ", ".join(sorted(self._unseen)), ", ".join(self.specialists) or "none",
+            )  # fmt: skip
+            self._unseen.clear()
 
     async def _meet(self, application: str, deployed_at: float) -> None:
         """Remember the application's specialist; one that does not answer is asked again next time."""

@@ -13,7 +13,7 @@ from deployments.config import SpecialistArgs
 from deployments.messages import Message, from_tree, to_propose
 
 
-@serve.deployment
+@serve.deployment(max_ongoing_requests=16, ray_actor_options={"num_cpus": 0.2})
 class Drafter:
     """Serves `taps.local.LocalDrafter` over sessions."""
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from ray.exceptions import RayError
@@ -40,15 +40,17 @@ class Generator:
         """The steps of one answer, until closed. Drafters join when their leases are there."""
         context = Context(job.prompt, self._args.feature_window)
         panel = Panel((), self._args.propose_deadline_s, self._args.propose_patience)
-        keepers = [
-            asyncio.create_task(self._keep_on(panel, specialists[name], index))
-            for index, name in enumerate(job.drafters)
-            if name in specialists
-        ]
+        chosen = [(index, specialists[name]) for index, name in enumerate(job.drafters) if name in specialists]
+        keepers: list[asyncio.Task[None]] = []
 
-        def open_verifier() -> AbstractAsyncContextManager[RemoteVerifierSession]:
+        @asynccontextmanager
+        async def open_verifier() -> AsyncIterator[RemoteVerifierSession]:
             waits = self._args.lease_deadline_s, self._args.verify_deadline_s
-            return verifier_session(self._pool, self._verifier, job.params, *waits)
+            async with verifier_session(self._pool, self._verifier, job.params, *waits) as verifier:
+                # An answer that still waits for its verifier holds no drafter.
+                if not keepers:
+                    keepers.extend(asyncio.create_task(self._keep_on(panel, s, i)) for i, s in chosen)
+                yield verifier
 
         steps = decode(context, open_verifier, panel, STRATEGIES[job.strategy], job.ask)
         try:
@@ -59,7 +61,9 @@ class Generator:
             for keeper in keepers:
                 keeper.cancel()
             await panel.close()
-            await asyncio.gather(*keepers, return_exceptions=True)
+            for ended in await asyncio.gather(*keepers, return_exceptions=True):
+                if isinstance(ended, Exception):
+                    logger.error("a specialist was left out for good", exc_info=ended)
 
     async def _keep_on(self, panel: Panel, specialist: Specialist, index: int) -> None:
         """Lease the specialist and keep it on the panel; when it is lost, lease another replica."""

@@ -51,6 +51,11 @@ def decode(data: bytes) -> Message:
     return message
 
 
+def is_expected(error: Exception) -> bool:
+    """Whether the far side knows this kind of error."""
+    return type(error) in _ERRORS.values()
+
+
 def error_message(error: Exception) -> Message:
     return {"error": {"type": type(error).__name__, "text": str(error)}}
 

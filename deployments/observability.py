@@ -26,14 +26,14 @@ class Observer:
         self._requests = metrics.Counter("taps_requests", "Requests ended.", ("outcome",))
         self._tokens = metrics.Counter("taps_tokens", "Tokens delivered.")
         self._prompt_tokens = metrics.Counter("taps_prompt_tokens", "Prompt tokens prefilled.")
-        self._passes = metrics.Counter("taps_verify_passes", "Verify passes, one per session.")
+        self._passes = metrics.Counter("taps_verify_passes", "Verify passes.")
         self._drafted = metrics.Counter("taps_draft_tokens", "Drafted nodes checked.", ("drafter",))
         self._accepted = metrics.Counter("taps_accepted_tokens", "Drafted tokens accepted.", ("drafter",))
         self._first = metrics.Histogram("taps_time_to_first_token_ms", "Until the first token.", _MS)
         self._between = metrics.Histogram("taps_inter_token_ms", "Between tokens, mean of a step.", _MS)
         self._draft = metrics.Histogram("taps_draft_ms", "Waiting for drafters, per step.", _MS)
         self._verify = metrics.Histogram("taps_verify_ms", "Waiting for the verifier, per step.", _MS)
-        self._shared = metrics.Counter("taps_verify_sessions", "Batch sizes summed over verify passes.")
+        self._verified = metrics.Counter("taps_verify_sessions", "Trees verified, one per session and pass.")
         self._batch = metrics.Histogram("taps_verify_batch_size", "Sessions that share a verify pass.", _SIZES)
 
     def observe_step(self, step: Step, delivered: Delivered, record: RequestRecord) -> None:
@@ -44,9 +44,10 @@ class Observer:
             if record.num_prefills == 1:
                 self._first.observe(since_last_ms)
         else:
-            self._passes.inc()
+            # A pass is seen by each of its sessions.
+            self._passes.inc(1.0 / verdict.batch_size)
+            self._verified.inc()
             self._batch.observe(verdict.batch_size)
-            self._shared.inc(verdict.batch_size)
             self._draft.observe(step.draft_ms)
             self._verify.observe(step.verify_ms)
             self._between.observe(since_last_ms / max(delivered.num_tokens, 1))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from taps.composing import STRATEGIES
 from taps.delivery import FinishReason
 from taps.metrics import SpeculationCounts
+from taps.sampling import LEAST_TEMPERATURE
 
 Json = dict[str, Any]
 Kind = Literal["chat", "completion"]
@@ -121,10 +122,18 @@ class _Request(BaseModel):
 
     @field_validator("stop")
     @classmethod
-    def _few_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        if isinstance(stop, list) and len(stop) > 16:
-            raise ValueError("at most 16 stop strings")
+    def _few_short_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        strings = [stop] if isinstance(stop, str) else stop or []
+        if len(strings) > 16 or any(len(string) > 256 for string in strings):
+            raise ValueError("at most 16 stop strings of at most 256 characters")
         return stop
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_too_cold(cls, temperature: float | None) -> float | None:
+        if temperature is not None and 0 < temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"below {LEAST_TEMPERATURE:g} but not 0; send 0 for the likeliest tokens")
+        return temperature
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

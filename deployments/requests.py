@@ -21,6 +21,8 @@ from taps.sampling import SamplingParams
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _SEED_MASK = 0xFFFFFFFFFFFFFFFF
+_MOST_TOKENS = (1 << 31) - 1  # of any vocabulary
+_MOST_DRAFTERS = 64  # of one answer: each has a bit in its nodes' owners
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,11 @@ class RequestReader:
         self._target = target
         self._tokenizer: Any = AutoTokenizer.from_pretrained(target_path)
         self._end_tokens = _end_tokens(target_path, self._tokenizer)
+        self._longest_token = max(map(len, self._tokenizer.get_vocab()))
 
     def read_chat(self, request: ChatRequest, drafters_up: Collection[str]) -> Generation:
         messages = [message.plain() for message in request.messages]
+        self._refuse_far_too_long(sum(len(message["content"]) for message in messages), "messages")
         try:
             templated = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         except Exception as error:  # templates raise errors of their own about roles and their order
@@ -65,6 +69,7 @@ class RequestReader:
 
     def _tokenize(self, request: CompletionRequest) -> list[int]:
         if isinstance(request.prompt, str):
+            self._refuse_far_too_long(len(request.prompt), "prompt")
             try:
                 ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
             except (TypeError, ValueError) as error:
@@ -74,6 +79,13 @@ class RequestReader:
         if not all(0 <= token < limit for token in request.prompt):
             raise RequestError(f"token ids must lie between 0 and {limit - 1}", "prompt")
         return request.prompt
+
+    def _refuse_far_too_long(self, num_characters: int, where: str) -> None:
+        """Text that cannot fit however it is tokenized: that would take long, and every stream would wait."""
+        limit = self._target["max_tokens"]
+        if num_characters > limit * self._longest_token:
+            reason = f"the maximum context length is {limit} tokens; the prompt has {num_characters} characters"
+            raise RequestError(reason, where, code="context_length_exceeded")
 
     def _generation(
         self,
@@ -122,7 +134,7 @@ class RequestReader:
         chosen = tuple(name for name in dict.fromkeys(wanted) if name in up)
         if strategy == "off":
             return ()
-        return chosen[:1] if strategy == "single" else chosen
+        return chosen[:1] if strategy == "single" else chosen[:_MOST_DRAFTERS]
 
 
 def _end_tokens(path: str, tokenizer: Any) -> frozenset[int]:
@@ -139,7 +151,7 @@ def _sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
     return SamplingParams(
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
-        top_k=max(request.top_k or 0, 0),
+        top_k=min(max(request.top_k or 0, 0), _MOST_TOKENS),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
         seed=secrets.randbits(64) if request.seed is None else request.seed & _SEED_MASK,

@@ -3,6 +3,7 @@
 FastAPI reads the argument types at run time, so annotations are not postponed here.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection
@@ -48,7 +49,7 @@ async def internal_error(_: Request, error: Exception) -> Response:
     return _refusal(RequestError(f"internal error: {type(error).__name__}", status=500))
 
 
-@serve.deployment
+@serve.deployment(max_ongoing_requests=256, ray_actor_options={"num_cpus": 0.2})
 @serve.ingress(api)
 class Router:
     """Reads requests, generates on leased replicas and writes the answers."""
@@ -58,13 +59,14 @@ class Router:
     ) -> None:
         self._args = args
         self._verifier = verifier
-        self._target: dict[str, Any] = await verifier.describe.remote()
+        async with asyncio.timeout(args.start_deadline_s):
+            self._target: dict[str, Any] = await verifier.describe.remote()
         self._model_card = openai.model_card(args.model_name, int(time.time()), self._target["max_tokens"])
         self._reader = RequestReader(target_path(locate(target.path)), self._target, args)
         self._generator = Generator(verifier, args)
         self._observer = Observer()
         core = serve.get_replica_context().app_name
-        self._directory = Directory(self._target, core, args.discovery_interval_s)
+        self._directory = Directory(self._target, core, args.discovery_interval_s, args.drafters or ())
         self._directory.start()
 
     @api.get("/health")
@@ -151,18 +153,18 @@ class Router:
         """The answer piece by piece; failures as request errors, and one record whatever happens."""
         outcome = "cancelled"
         delivery = self._reader.delivery(job)
-        deadline = time.monotonic() + self._args.request_deadline_s
+        deadline = asyncio.get_running_loop().time() + self._args.request_deadline_s
         try:
             async with aclosing(self._generator.steps(job, self._directory.specialists)) as steps:
-                async for step in steps:
+                while True:
+                    async with asyncio.timeout_at(deadline):
+                        step = await anext(steps)
                     delivered = delivery.push(step.verdict.tokens)
                     self._observer.observe_step(step, delivered, record)
                     outcome = delivered.finish_reason or outcome
                     yield delivered
                     if delivered.finish_reason is not None:
                         return
-                    if time.monotonic() > deadline:
-                        raise TimeoutError(f"not finished within {self._args.request_deadline_s:g} s")
         except VerifierBusy as error:
             outcome = "overloaded"
             reason = "the server is at capacity; try again"
@@ -170,7 +172,11 @@ class Router:
         except PromptTooLong as error:
             outcome = "refused"
             raise RequestError(str(error), code="context_length_exceeded") from error
-        except (VerifierGone, TimeoutError) as error:
+        except TimeoutError as error:
+            outcome = "failed"
+            reason = f"the answer was not finished within {self._args.request_deadline_s:g} s"
+            raise RequestError(reason, status=503, code="timeout") from error
+        except VerifierGone as error:
             outcome = "failed"
             raise RequestError(f"the target could not answer: {error}", status=503) from error
         except Exception as error:  # our own bugs, too, end a started stream with an error event

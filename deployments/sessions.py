@@ -10,7 +10,7 @@ from typing import Any
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.channel import ChannelPool, PeerGone, Stream
+from deployments.channel import ChannelPool, NoneFree, PeerGone, Stream
 from deployments.messages import RemoteError, VersionMismatch, from_propose, from_tree, to_tree, to_verdict
 from taps.context import ContextDelta
 from taps.decoding import DrafterGone, VerifierBusy, VerifierGone
@@ -22,7 +22,7 @@ from taps.verdict import PromptTooLong, Verdict
 
 # After these another replica may still answer.
 _VERIFIER_FAILURES = (PeerGone, RemoteError, VersionMismatch)
-_NO_ROOM = (BackPressureError, CacheFull)
+_NO_ROOM = (BackPressureError, CacheFull, NoneFree)
 # A drafter that fails in any of these ways is left out; it never fails a request.
 _DRAFTER_FAILURES = (*_VERIFIER_FAILURES, *_NO_ROOM, PromptTooLong, InvalidTree)
 

@@ -14,7 +14,7 @@ from deployments.messages import Message, from_verdict, to_tree
 from taps.sampling import SamplingParams
 
 
-@serve.deployment
+@serve.deployment(max_ongoing_requests=16, ray_actor_options={"num_cpus": 0.6})
 class Verifier:
     """Serves `taps.local.LocalVerifier` over sessions."""
 

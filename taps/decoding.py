@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from taps.composing import Compose
 from taps.context import Context, ContextDelta
 from taps.drafting.drafter import Ask
 from taps.tree import ProposalTree
@@ -21,8 +22,6 @@ from taps.verdict import Verdict
 
 # Wait before another verifier is tried, doubled each time: eight tries span the restart of a replica.
 _FAILOVER_DELAY_S = 0.2
-
-Compose = Callable[[Sequence[ProposalTree], int, int], ProposalTree]
 
 
 class DrafterGone(ConnectionError):
@@ -143,17 +142,17 @@ class Panel:
         self._patience = patience
         self._known: dict[DrafterSession, int] = dict.fromkeys(drafters, 0)
         self._pending: dict[DrafterSession, asyncio.Task[ProposalTree]] = {}
-        self._left: dict[DrafterSession, asyncio.Event] = {}
+        self._lost: dict[DrafterSession, asyncio.Future[None]] = {}
 
     async def member(self, drafter: DrafterSession) -> None:
-        """Put a drafter on the panel; returns when it is gone."""
-        self._left[drafter] = asyncio.Event()
+        """Put a drafter on the panel until it is lost, which raises its `DrafterGone`, or cancelled."""
+        lost = self._lost[drafter] = asyncio.get_running_loop().create_future()
         self._known[drafter] = 0
         try:
-            await self._left[drafter].wait()
+            await lost
         finally:
             self._known.pop(drafter, None)
-            del self._left[drafter]
+            del self._lost[drafter]
 
     @property
     def drafters(self) -> list[DrafterSession]:
@@ -197,10 +196,10 @@ class Panel:
         """The task's tree; None when the drafter is gone, which takes it off the panel."""
         try:
             return task.result()
-        except DrafterGone:
+        except DrafterGone as error:
             self._known.pop(drafter, None)
-            if drafter in self._left:
-                self._left[drafter].set()
+            if drafter in self._lost:
+                self._lost[drafter].set_exception(error)
             return None
 
     async def close(self) -> None:

@@ -76,8 +76,10 @@ class Delivery:
 
     def _release(self) -> str:
         """The held text without the longest end that may begin a stop string."""
-        keep = max((n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
-        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        held = self._held
+        begun = (n for s in self._stop for n in range(1, min(len(s), len(held) + 1)) if held.endswith(s[:n]))
+        keep = max(begun, default=0)
+        released, self._held = held[: len(held) - keep], held[len(held) - keep :]
         return released
 
     def _end(self, text: str, count: int, reason: FinishReason) -> Delivered:

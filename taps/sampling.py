@@ -21,11 +21,16 @@ _MASK64 = 0xFFFFFFFFFFFFFFFF
 # Tokens this close to the best, nats, are the first to be given noise.
 _NEAR = 5.0
 _NUCLEUS_CANDIDATES = 1024
+# Below it logits divided by the temperature overflow; such a request means greedy decoding.
+LEAST_TEMPERATURE = 1e-3
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the target's next token is chosen. Temperature 0 is greedy decoding."""
+    """How the target's next token is chosen.
+
+    Temperature 0 is greedy decoding; other values begin at `LEAST_TEMPERATURE`.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0

@@ -102,13 +102,15 @@ class Target:
         pieces = self._plan(fitting)
         if pieces:
             features, logits = self._forward(pieces)
-            verify_rows = sum(len(piece.tree) for piece in pieces)
-            outcomes = [self._finish(piece, features, logits) for piece in pieces]
+            outcomes = [self._try_to_finish(piece, features, logits) for piece in pieces]
             ms = (time.perf_counter() - started) * 1e3
-            self._cost.observe(verify_rows, ms)
+            self._cost.observe(len(features), ms)
+            sharing = sum(isinstance(piece.job, VerifyJob) for piece in pieces)
             for piece, outcome in zip(pieces, outcomes, strict=True):
-                if outcome is not None:
-                    results[piece.job] = self._verdict(piece, *outcome, len(pieces), ms)
+                if isinstance(outcome, _Outcome):
+                    results[piece.job] = self._verdict(piece, *outcome, sharing, ms)
+                else:
+                    results[piece.job] = outcome
         return [results[job] for job in jobs]
 
     def _misfit(self, job: Job) -> ValueError | None:
@@ -162,6 +164,13 @@ class Target:
                 keep += range(first, piece.rows.stop)
         step = PackedStep(self.cache, segments, self.model.dtype, self.model.device)
         return self.model.extend(tokens, step, keep)
+
+    def _try_to_finish(self, piece: _Piece, features: Tensor, logits: Tensor) -> _Outcome | Exception | None:
+        """What cannot be sampled from one session's logits (say, not a number) fails that session alone."""
+        try:
+            return self._finish(piece, features, logits)
+        except Exception as error:  # the other sessions of the step go on
+            return error
 
     def _finish(self, piece: _Piece, features: Tensor, logits: Tensor) -> _Outcome | None:
         """Sample, accept and commit; None while the prompt goes on."""

@@ -23,6 +23,6 @@ class Verdict:
     features: Tensor  # [m, H] of the last m positions committed; row -1 is the one before tokens[-1]
     num_nodes: int  # drafted nodes that were checked, the root not counted
     depth: int  # of the tree that was checked
-    batch_size: int  # sessions that shared the pass
+    batch_size: int  # sessions with a tree in the pass
     pass_ms: float
     node_ms: float  # what one further node costs now

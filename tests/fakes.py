@@ -15,8 +15,9 @@ import scipy.stats
 import torch
 from torch import Tensor
 
+from taps.composing import Compose
 from taps.context import Context, ContextDelta
-from taps.decoding import Compose, DrafterGone, DrafterSession, Panel, Step, VerifierBusy, VerifierGone, decode
+from taps.decoding import DrafterGone, DrafterSession, Panel, Step, VerifierBusy, VerifierGone, decode
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams, sample
 from taps.tree import ProposalTree

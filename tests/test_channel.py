@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 
 from deployments import channel
-from deployments.channel import ChannelPool, Handler, PeerGone, SessionServer
-from deployments.messages import Message
+from deployments.channel import ChannelPool, Handler, NoneFree, PeerGone, SessionServer
+from deployments.messages import Message, RemoteError
 from taps.models.cache import CacheFull
 
 PATIENCE_S = 5.0
@@ -160,6 +160,37 @@ async def test_the_end_of_the_lease_ends_the_stream_at_once(turns: int) -> None:
         with pytest.raises(PeerGone):
             await asyncio.wait_for(task, PATIENCE_S)
         await replica.until_free()
+
+
+async def test_no_lease_in_time_is_told_from_a_lost_replica() -> None:
+    async with running(echo) as replica:
+
+        class Crowded(FakeHandle):
+            def remote(self) -> Any:
+                return self
+
+            async def __anext__(self) -> Message:
+                return await silence({})
+
+            def cancel(self) -> None:
+                pass
+
+        with pytest.raises(NoneFree, match="no replica was free"):
+            async with ChannelPool().session(cast(Any, Crowded(replica.server)), {}, 0.05):
+                raise AssertionError("never reached")
+
+
+async def test_an_unexpected_error_is_logged_where_it_happened(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(_: Message) -> Message:
+        raise ZeroDivisionError("as made")
+
+    async with running(broken) as replica:
+        async with ChannelPool().session(replica.handle, {}, PATIENCE_S) as stream:
+            with pytest.raises(RemoteError, match="ZeroDivisionError: as made"):
+                await stream.ask({}, PATIENCE_S)
+        await replica.until_free()
+    (record,) = caplog.records
+    assert record.exc_info is not None
 
 
 async def test_a_cancelled_caller_leaves_nothing_behind() -> None:

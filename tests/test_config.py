@@ -46,6 +46,7 @@ def shipped(request: pytest.FixtureRequest) -> dict[str, Any]:
         (SpecialistArgs, {"name": ""}, "at least 1 character"),
         (SpecialistArgs, {"name": "math"}, "needs `head`"),
         (SpecialistArgs, {"name": "copy", "kind": "ngram", "head": "x"}, "takes none"),
+        (SpecialistArgs, {"name": "copy", "kind": "ngram", "device": "cuda"}, "leave out device"),
         (SpecialistArgs, {"name": "math", "kind": "medusa", "head": "x"}, "eagle"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from taps import decoding
 from taps.composing import STRATEGIES, Compose, concatenated, merged, off, single
 from taps.context import Context
-from taps.decoding import Panel, VerifierBusy, VerifierGone
+from taps.decoding import DrafterGone, Panel, VerifierBusy, VerifierGone
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams
 from tests.fakes import (
@@ -230,7 +230,7 @@ async def test_a_late_drafter_is_left_out_and_asked_again_once_its_answer_has_co
     assert late.deltas[1].start == late.deltas[0].end
 
 
-async def test_a_lost_drafter_leaves_the_panel_and_its_member_call_returns() -> None:
+async def test_a_lost_drafter_leaves_the_panel_and_its_member_call_says_why() -> None:
     panel = panel_of(good(1))
     dying = ScriptedDrafter(0, foresight(TARGET, GREEDY), dies_at=1)
     membership = asyncio.create_task(panel.member(dying))
@@ -238,7 +238,7 @@ async def test_a_lost_drafter_leaves_the_panel_and_its_member_call_returns() -> 
     assert len(await panel.propose(mid_answer(), Ask())) == 2
     assert len(await panel.propose(mid_answer(), Ask())) == 1
     await turns(1)
-    assert membership.done()
+    assert isinstance(membership.exception(), DrafterGone)
     assert dying not in panel.drafters
 
 
@@ -253,7 +253,7 @@ async def test_a_drafter_lost_while_its_answer_is_owed_leaves_the_panel_too() ->
     await turns(2)
     assert len(await panel.propose(mid_answer(), Ask())) == 1
     await turns(1)
-    assert membership.done()
+    assert isinstance(membership.exception(), DrafterGone)
     assert dying not in panel.drafters
 
 

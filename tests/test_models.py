@@ -156,6 +156,14 @@ def test_too_long_a_prompt_fails_alone() -> None:
     assert isinstance(answered, Verdict)
 
 
+def test_what_cannot_be_sampled_fails_alone() -> None:
+    target = Target(CausalLM(build(FAMILIES["llama"])), 2, 64, StepBudget(tree_nodes=8))
+    frozen = PrefillJob(target.open(SamplingParams(temperature=1e-40)), tokens(6))
+    failed, answered = target.step([frozen, PrefillJob(target.open(GREEDY), tokens(6))])
+    assert isinstance(failed, ValueError)
+    assert isinstance(answered, Verdict)
+
+
 def test_slots_are_bounded_and_come_back() -> None:
     target = Target(CausalLM(build(FAMILIES["llama"])), 1, 64)
     session = target.open(GREEDY)

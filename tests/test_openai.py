@@ -140,6 +140,7 @@ def test_a_parameter_that_changes_nothing_is_taken(name: str, value: object) -> 
     [
         ("temperature", -0.1),
         ("temperature", 2.1),
+        ("temperature", 1e-40),
         ("temperature", float("nan")),
         ("temperature", "1"),
         ("top_p", 0.0),
@@ -155,6 +156,7 @@ def test_a_parameter_that_changes_nothing_is_taken(name: str, value: object) -> 
         ("seed", 1.5),
         ("stop", 5),
         ("stop", ["x"] * 17),
+        ("stop", "x" * 257),
         ("stop", [5]),
         ("stream", "yes"),
         ("messages", []),
@@ -172,7 +174,15 @@ def test_a_value_out_of_range_or_of_the_wrong_type_is_refused_and_the_parameter_
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", 0), ("temperature", 2), ("top_p", 1), ("top_k", -1), ("seed", -5), ("stop", ["x"] * 16)],
+    [
+        ("temperature", 0),
+        ("temperature", 1e-3),
+        ("temperature", 2),
+        ("top_p", 1),
+        ("top_k", -1),
+        ("seed", -5),
+        ("stop", ["x"] * 16),
+    ],
 )
 def test_the_edges_of_the_ranges_are_taken(name: str, value: object) -> None:
     assert getattr(chat(**{name: value}), name) == value

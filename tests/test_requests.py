@@ -21,6 +21,9 @@ UP = ["chat", "math"]
 class CharacterTokenizer:
     eos_token_id = 2
 
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(i): i for i in range(100)}
+
     @classmethod
     def from_pretrained(cls, path: str) -> CharacterTokenizer:
         return cls()
@@ -98,6 +101,24 @@ def test_token_ids_are_taken_as_they_are(reader: RequestReader, prompt: list[int
 def test_token_ids_outside_the_vocabulary_are_refused(reader: RequestReader, prompt: list[int]) -> None:
     with pytest.raises(RequestError, match="between 0 and 999"):
         read_completion(reader, prompt)
+
+
+def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(
+    reader: RequestReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(CharacterTokenizer, "__call__")
+    with pytest.raises(RequestError, match="101 characters") as refused:
+        read_completion(reader, "x" * 101)
+    assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(RequestError, match="101 characters"):
+        read_chat(reader, messages=[{"role": "user", "content": "x" * 101}])
+
+
+def test_numbers_beyond_what_travels_are_brought_into_range(reader: RequestReader) -> None:
+    assert read_chat(reader, top_k=10**24).params.top_k == 2**31 - 1
+    many = [f"drafter-{i}" for i in range(70)]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
+    assert len(reader.read_chat(parse_chat(json.dumps(body).encode()), many).drafters) == 64
 
 
 def test_a_prompt_of_no_tokens_is_refused(reader: RequestReader) -> None:

@@ -295,7 +295,8 @@ def test_one_command_goes_from_prompts_to_a_specialist(
     data.write_text("\n".join(json.dumps(row) for row in rows))
     command = [
         "train", "--domain", "adder", "--data", str(data), "--out", str(out), "--work", str(tmp_path / "work"),
-        "--answer-tokens", "60", "--max-new-tokens", "12", "--sessions", "4", "--epochs", "1", "--draft-vocab", "512",
+        "--answer-tokens", "60", "--max-new-tokens", "12", "--sessions", "4", "--epochs", "1",
+        "--draft-vocab", "512",
         "--init", str(PROJECT / "specialists" / "chat"), "--speculate", str(PROJECT / "specialists" / "math"),
     ]  # fmt: skip
     assert main(command) == 0

@@ -50,7 +50,7 @@ class _LayerMasks:
 
     def __init__(self, rule: IndexRule) -> None:
         self.rule = rule
-        self.made: dict[tuple[int, int], Tensor | None] = {}
+        self.made: dict[tuple[int, int, torch.device], Tensor | None] = {}
 
 
 class PackedStep:
@@ -89,8 +89,10 @@ class PackedStep:
         """Write this step's rows to the cache and attend. [heads, rows, d] in, [rows, heads, d_v] out."""
         self.layers_seen.append(layer)
         keys, values = self.cache.layer(layer, key, value)
-        keys[self._slots, :, self._places] = key.transpose(0, 1)
-        values[self._slots, :, self._places] = value.transpose(0, 1)
+        # A device map may put layers on several devices.
+        slots, places = self._slots.to(keys.device), self._places.to(keys.device)
+        keys[slots, :, places] = key.transpose(0, 1)
+        values[slots, :, places] = value.transpose(0, 1)
         outputs = []
         for segment, end in zip(self.segments, self._ends, strict=True):
             rows = query[:, segment.start : segment.start + segment.num_rows]
@@ -119,28 +121,28 @@ class PackedStep:
                 query[None],
                 keys[None],
                 values[None],
-                attn_mask=self._mask(segment, masks, 1),
+                attn_mask=self._mask(segment, masks, 1, query.device),
                 scale=scale,
                 enable_gqa=group > 1,
             )
             return out[0]
         grouped = query.reshape(1, kv_heads, group * n, dim)
-        mask = self._mask(segment, masks, group)
+        mask = self._mask(segment, masks, group, query.device)
         if softcap is None and sinks is None:
             out = F.scaled_dot_product_attention(grouped, keys[None], values[None], attn_mask=mask, scale=scale)
         else:
             out = _eager(grouped[0], keys, values, mask, scale, softcap, sinks)
         return out.reshape(heads, n, values.shape[-1])
 
-    def _mask(self, segment: Segment, masks: _LayerMasks, group: int) -> Tensor | None:
+    def _mask(self, segment: Segment, masks: _LayerMasks, group: int, device: torch.device) -> Tensor | None:
         """[1, 1, group * n, L] additive mask, or None when every key is visible."""
-        made_for = (segment.start, group)
+        made_for = (segment.start, group, device)
         if made_for not in masks.made:
             visible = self._visible(segment, masks.rule)
             mask = None
             if not visible.all():
                 mask = torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, float("-inf"))
-                mask = mask.repeat(group, 1)[None, None].to(self.device)
+                mask = mask.repeat(group, 1)[None, None].to(device)
             masks.made[made_for] = mask
         return masks.made[made_for]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -56,7 +57,7 @@ class CausalLM:
         """
         try:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise UnservableTarget(f"cannot load the target {str(path)!r} as a causal LM: {error}") from error
         return cls(model)
 
@@ -66,7 +67,7 @@ class CausalLM:
 
         Returns features [rows, H] (after the final norm) and logits [len(keep), V] of the rows in `keep`.
         """
-        rows = torch.tensor(keep or [0], device=self.device)
+        rows = torch.tensor(keep or [0])  # on the CPU: the last layer may be on another device than the first
         out = self._model(
             input_ids=torch.tensor([tokens], device=self.device),
             position_ids=step.positions(),
