@@ -61,17 +61,26 @@ def test_the_draft_vocabulary_survives(tmp_path: Path, target: Path) -> None:
     assert torch.equal(head.lm_head.weight, load_target_ends(target)[1][vocabulary])
 
 
+def test_a_saved_config_says_what_eagles_own_loader_reads(saved: Path) -> None:
+    settings = json.loads((saved / "config.json").read_text())
+    assert settings["bias"] is False
+    assert settings["rope_theta"] == (tiny_head().config.rope_parameters or {})["rope_theta"]
+    assert settings["rope_scaling"] is None
+
+
 def test_the_published_eagle_layout_loads(saved: Path, target: Path) -> None:
-    """pytorch_model.bin, embeddings of its own, an fc bias, and a plain Llama config."""
+    """Half-precision pytorch_model.bin, embeddings of its own, an fc bias, and an older plain Llama config."""
     weights = load_file(saved / "model.safetensors")
     weights["embed_tokens.weight"] = load_target_ends(target)[0].clone()
     weights["fc.bias"] = torch.ones(HIDDEN)
     (saved / "model.safetensors").unlink()
-    torch.save(weights, saved / "pytorch_model.bin")
+    torch.save({name: weight.half() for name, weight in weights.items()}, saved / "pytorch_model.bin")
     settings = json.loads((saved / "config.json").read_text())
-    del settings["taps"]
-    (saved / "config.json").write_text(json.dumps(settings | {"architectures": ["LlamaForCausalLM"]}))
+    older = {"architectures": ["LlamaForCausalLM"], "bias": True, "rope_theta": 500000.0, "rope_scaling": None}
+    kept = {name: value for name, value in settings.items() if name not in ("taps", "rope_parameters")}
+    (saved / "config.json").write_text(json.dumps(kept | older))
     head = load_head(saved, target, torch.float32)
+    assert (head.config.rope_parameters or {})["rope_theta"] == 500000.0
     assert head.fc.bias is not None
     assert not torch.equal(predict(head), predict(tiny_head()))
 
@@ -86,6 +95,8 @@ def test_an_input_norm_is_used_where_the_checkpoint_has_one(saved: Path, target:
     [
         ({"fc.weight": None}, {}, "lacks fc.weight"),
         ({"layers.0.mlp.up_proj.weight": None}, {}, "lacks layers.0.mlp.up_proj.weight"),
+        ({"fc.weight": torch.zeros(HIDDEN, 3 * HIDDEN)}, {}, "EAGLE-3 heads"),
+        ({"layers.0.mlp.up_proj.weight": torch.zeros(3, HIDDEN)}, {}, "not those of its config"),
         ({}, {"hidden_size": 64}, "hidden size 64, not 32"),
         ({}, {"vocab_size": 50}, "vocabulary of 50 tokens, the target has 97"),
         ({}, {"taps": {"target_fingerprint": "0000"}}, "trained for another target"),

@@ -1,7 +1,8 @@
 """Draft heads on disk, in the EAGLE layout: config.json beside fc.*, layers.0.* and optional embed_tokens.*.
 
 Two keys are ours: the tensor `draft_vocab` (ids the head drafts from) and, in config.json, `taps` (the
-target's fingerprint and how the head came to be). Other engines ignore both.
+target's fingerprint and how the head came to be). Engines that know no draft vocabulary need a head trained
+with the whole one.
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ def load_head(path_or_id: str | Path, target: str | Path, dtype: torch.dtype) ->
     missing = sorted(head.trained().keys() - weights.keys())
     if missing:
         raise InvalidCheckpoint(f"{directory} lacks {', '.join(missing)}: it is not an EAGLE-2 or HASS head")
-    head.load_state_dict(weights, strict=False)
+    try:
+        head.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise InvalidCheckpoint(f"the weights of {directory} are not those of its config: {error}") from error
     return head.to(dtype).eval()
 
 
@@ -107,9 +111,18 @@ def save_head(head: DraftHead, directory: Path, card: Mapping[str, Any], dtype: 
         "vocab_size": vocab_size,
         "hidden_size": head.config.hidden_size,
         "num_hidden_layers": 1,
+        **_older_names(head),
         "taps": dict(card) | {"target_fingerprint": fingerprint(head.embeddings)},
     }
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _older_names(head: DraftHead) -> dict[str, Any]:
+    """What EAGLE's own loader reads: by default it expects an fc bias, and a rope base of 10,000."""
+    rope = dict(head.config.rope_parameters or {})
+    theta = rope.pop("rope_theta", 10000.0)
+    scaling = rope if rope.get("rope_type", "default") != "default" else None
+    return {"bias": head.fc.bias is not None, "rope_theta": theta, "rope_scaling": scaling}
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -145,9 +158,14 @@ def _check_fit(
     vocab_size, hidden = embeddings.shape
     if "fc.weight" not in weights:
         raise InvalidCheckpoint(f"{directory} lacks fc.weight: it is not an EAGLE-2 or HASS head")
-    if config.hidden_size != hidden or weights["fc.weight"].shape != (hidden, 2 * hidden):
+    if config.hidden_size != hidden:
         raise InvalidCheckpoint(
             f"{directory} was made for a target of hidden size {config.hidden_size}, not {hidden}"
+        )
+    if (shape := tuple(weights["fc.weight"].shape)) != (hidden, 2 * hidden):
+        raise InvalidCheckpoint(
+            f"{directory} has fc.weight of shape {shape}; an EAGLE-2 or HASS head for this target has "
+            f"{(hidden, 2 * hidden)} (EAGLE-3 heads, which read three features, are another kind)"
         )
     if config.vocab_size != vocab_size:
         raise InvalidCheckpoint(
