@@ -47,6 +47,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=1_000_000, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=320, help="per answer (default: %(default)s)")
+    parser.add_argument(
+        "--max-prompt-tokens", type=int, default=512, help="longer prompts are left out (default: %(default)s)"
+    )
     parser.add_argument("--sessions", type=int, default=96, help="answered at once (default: %(default)s)")
     parser.add_argument(
         "--speculate", nargs="+", default=[], metavar="HEAD",
@@ -183,12 +186,13 @@ def _train(args: argparse.Namespace) -> None:
     else:
         answers = [Answers(*part) for part in args.answers]
         provenance = {"prompts": " + ".join(part.directory.name for part in answers)}
+    training = recipe_of(args.preset, **_named(TrainRecipe, args))
     plan = SpecialistPlan(
         args.domain,
         args.target,
         out=args.out or Path("specialists") / args.domain,
-        state=args.work / "train" / args.domain,
-        training=recipe_of(args.preset, **_named(TrainRecipe, args)),
+        state=args.work / "train" / f"{args.domain}-{training.method}",
+        training=training,
         draft_vocab=args.draft_vocab,
         init=args.init,
     )

@@ -15,10 +15,10 @@ from taps.local import LocalDrafter, LocalVerifier
 from taps.models.causal_lm import CausalLM
 from taps.scheduling import StepBudget
 from taps.target import Target
-from taps.training.answers import AnswerRecipe, AnswerRecorder
+from taps.training.answers import AnswerRecipe, AnswerRecorder, refuse_other_answers
 from taps.training.features import TargetFeatures
 from taps.training.shards import Recording, load_shard, shards
-from taps.training.sources import Prompt
+from taps.training.sources import InvalidData, Prompt
 from tests.tiny import VOCAB, tiny_head, tiny_target
 
 RECIPE = AnswerRecipe(max_new_tokens=12, max_prompt_tokens=10, answers_per_prompt=1, sessions=3, shard_size=2)
@@ -37,10 +37,15 @@ class Tokenizer:
 
 
 def record(
-    directory: Path, recipe: AnswerRecipe = RECIPE, eos: int = -1, drafters: Sequence[LocalDrafter] = ()
+    directory: Path,
+    recipe: AnswerRecipe = RECIPE,
+    eos: int = -1,
+    drafters: Sequence[LocalDrafter] = (),
+    prompts: Sequence[Prompt] = PROMPTS,
 ) -> dict[str, Recording]:
     verifier = LocalVerifier(Target(CausalLM(tiny_target()), 3, 64, StepBudget(16, 32)))
-    AnswerRecorder(verifier, Tokenizer(eos), directory, recipe, drafters).run(PROMPTS)  # type: ignore[arg-type]
+    tokenizer: Any = Tokenizer(eos)
+    AnswerRecorder(verifier, tokenizer, directory, recipe, drafters, made_by="us").run(prompts)
     verifier.close()
     return {r.id: r for path in shards(directory) for r in load_shard(path)}
 
@@ -81,6 +86,22 @@ def test_few_prompts_are_answered_several_times_with_other_noise(tmp_path: Path)
     recorded = record(tmp_path, replace(RECIPE, answers_per_prompt=3))
     assert set(recorded) == {f"p{i}{turn}" for i in range(6) for turn in ("", "#1", "#2")}
     assert recorded["p0#1"].tokens.tolist() != recorded["p0#2"].tokens.tolist()
+
+
+def test_a_sampled_answer_does_not_depend_on_what_else_is_answered(tmp_path: Path) -> None:
+    sampled = replace(RECIPE, temperatures=(1.0,))
+    every, one = record(tmp_path / "every", sampled), record(tmp_path / "one", sampled, prompts=PROMPTS[3:4])
+    assert torch.equal(one["p3"].tokens, every["p3"].tokens)
+
+
+def test_answers_of_another_target_or_to_other_prompts_are_not_taken_for_these(tmp_path: Path) -> None:
+    record(tmp_path)
+    tokenizer = Tokenizer()
+    refuse_other_answers(tmp_path, "us", tokenizer, [*PROMPTS[:3], Prompt("new", PROMPTS[0].messages)])
+    with pytest.raises(InvalidData, match="of another target"):
+        refuse_other_answers(tmp_path, "them", tokenizer, PROMPTS)
+    with pytest.raises(InvalidData, match="another prompt with the id p1"):
+        refuse_other_answers(tmp_path, "us", tokenizer, [Prompt("p1", PROMPTS[2].messages)])
 
 
 def test_greedy_answers_are_not_repeated(tmp_path: Path) -> None:

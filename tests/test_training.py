@@ -131,7 +131,7 @@ def test_recordings_survive_a_shard(tmp_path: Path) -> None:
     saved = [recording([1, 2, 3, 4], 2, "a"), recording([5, 6], 1, "b"), recording([7, 8, 9], 3, "c")]
     save_shard(tmp_path / "shard-00000.safetensors", saved)
     assert shards(tmp_path) == list(tmp_path.iterdir()), "no partial file is left"
-    assert shard_header(shards(tmp_path)[0]) == {"ids": ["a", "b", "c"], "answer_tokens": 3}
+    assert shard_header(shards(tmp_path)[0]) == {"target": "", "ids": ["a", "b", "c"], "answer_tokens": 3}
     for before, after in zip(saved, load_shard(shards(tmp_path)[0]), strict=True):
         assert (after.id, after.answer_start) == (before.id, before.answer_start)
         assert torch.equal(after.tokens, before.tokens)
@@ -182,6 +182,21 @@ def test_all_answers_to_a_prompt_are_held_out_together(tmp_path: Path) -> None:
     data = RecordedData([Answers(saved(tmp_path / "answers", *many(120), *again))])
     held_out = {row.id.partition("#")[0] for row in data.held_out}
     assert not held_out & {row.id.partition("#")[0] for row in data.training}
+
+
+def test_every_part_of_a_mixture_is_held_out_from(tmp_path: Path) -> None:
+    parts = [[recording([9, i, 1], 1, f"{part}{i}") for i in range(4000)] for part in "ab"]
+    data = RecordedData([Answers(saved(tmp_path / part[0].id, *part)) for part in parts])
+    held_out = [row.id for row in data.held_out]
+    assert len(held_out) == 48
+    assert 16 < sum(name.startswith("a") for name in held_out) < 32
+    assert len(data.training) == 8000 - 48, "what is not measured with is trained on"
+
+
+def test_answers_come_in_the_order_of_their_prompts(tmp_path: Path) -> None:
+    rows = [recording([9, 1, 2], 1, name) for name in ("c", "a#1", "b", "other", "a")]
+    answers = Answers(saved(tmp_path / "answers", *rows), prompts=("a", "b", "c"))
+    assert [row.id for row in answers.rows()] == ["a", "b", "c", "a#1"]
 
 
 def test_answers_are_taken_up_to_a_number_of_tokens(tmp_path: Path) -> None:
@@ -285,6 +300,8 @@ def test_the_state_of_another_run_is_not_overwritten(data: RecordedData, tmp_pat
     trained(data, tmp_path / "state", TrainRecipe(epochs=1, batch_size=8))
     with pytest.raises(InvalidState, match="another training run"):
         trained(data, tmp_path / "state", TrainRecipe(epochs=2, batch_size=8))
+    with pytest.raises(InvalidState, match="another training run"):
+        Trainer(tiny_head(), data, TrainRecipe(epochs=1, batch_size=8), tmp_path / "state", {"init": "x"}).run()
 
 
 def test_one_command_goes_from_prompts_to_a_specialist(

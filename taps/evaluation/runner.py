@@ -28,7 +28,7 @@ from taps.metrics import SpeculationCounts
 from taps.models.checkpoints import load_head
 from taps.models.embedded import target_path
 from taps.sampling import SamplingParams
-from taps.training.answers import AnswerRecipe
+from taps.training.answers import AnswerRecipe, answer_sampling
 from taps.training.shards import Recording, load_shard, shards
 from taps.training.sources import Prompt
 from taps.training.specialist import answer_prompts
@@ -76,9 +76,9 @@ def record(target: str, questions: Sequence[Question], work: Path, plan: Evaluat
         directory = work / f"turn-{turn + 1}"
         answer_prompts(target, prompts, directory, recipe)
         answered = {r.id: r for path in shards(directory) for r in load_shard(path)}
-        for choice, question in enumerate(asked):
+        for question in asked:
             if (recording := answered.get(question.id)) is not None:
-                params = SamplingParams(plan.temperature, seed=plan.seed, choice=choice)
+                params = answer_sampling(question.id, plan.temperature, plan.seed)
                 runs.append(Run(question.id, recording, params))
                 answer = recording.tokens[recording.answer_start :].tolist()
                 text = tokenizer.decode(answer, skip_special_tokens=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
@@ -23,8 +24,16 @@ from taps.decoding import Panel, decode
 from taps.drafting.drafter import Ask
 from taps.local import LocalDrafter, LocalVerifier
 from taps.sampling import SamplingParams
-from taps.training.shards import Recording, save_shard, shard_header, shards
-from taps.training.sources import Prompt
+from taps.training.shards import (
+    ANSWER_MARK,
+    Recording,
+    load_tokens,
+    save_shard,
+    shard_header,
+    shard_rows,
+    shards,
+)
+from taps.training.sources import InvalidData, Prompt
 
 _UNBOUNDED = 1 << 30
 _PATIENT_S = 600.0  # generation waits for its drafters
@@ -36,7 +45,7 @@ class AnswerRecipe:
 
     answer_tokens: int = 1_000_000  # stop once this many were generated
     max_new_tokens: int = 320
-    max_prompt_tokens: int = 160  # longer prompts are left out
+    max_prompt_tokens: int = 512  # longer prompts are left out
     temperatures: tuple[float, ...] = (0.0, 0.0, 1.0)  # taken in turn
     answers_per_prompt: int = (
         8  # at most; further ones, all sampled, are asked for once the prompts are through
@@ -55,6 +64,34 @@ class _Question(NamedTuple):
     params: SamplingParams
 
 
+def answer_sampling(row_id: str, temperature: float, seed: int) -> SamplingParams:
+    """How the answer `row_id` is sampled: its noise depends on its own id, not on what else is answered."""
+    return SamplingParams(temperature, seed=seed, choice=zlib.crc32(row_id.encode()))
+
+
+def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The prompt as the target sees it."""
+    ids: list[int] = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True)[
+        "input_ids"
+    ]
+    return ids
+
+
+def refuse_other_answers(directory: Path, made_by: str, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+    """Raise `InvalidData` where `directory` holds answers of another target, or to other prompts than these."""
+    asked = {prompt.id: prompt for prompt in prompts}
+    hint = f"{directory} holds answers {{}}; give another --work, or remove it"
+    for path in shards(directory):
+        if shard_header(path).get("target", made_by) not in (made_by, ""):
+            raise InvalidData(hint.format("of another target"))
+        for row in shard_rows(path):
+            prompt = asked.get(row.prompt[0])
+            if prompt is None:
+                continue
+            if load_tokens(row)[: row.answer_start].tolist() != prompt_tokens(tokenizer, prompt):
+                raise InvalidData(hint.format(f"to another prompt with the id {prompt.id}"))
+
+
 class AnswerRecorder:
     """Generates answers into `directory`; what is already there is not generated again."""
 
@@ -66,14 +103,20 @@ class AnswerRecorder:
         recipe: AnswerRecipe,
         drafters: Sequence[LocalDrafter] = (),
         ask: Ask | None = None,
+        made_by: str = "",
     ) -> None:
-        """With `drafters` generation is speculative: faster where there is compute to spare, the same text."""
+        """With `drafters` generation is speculative: faster where there is compute to spare, the same text.
+
+        Args: made_by: the target's fingerprint, kept with its answers.
+        """
         self._verifier = verifier
         self._tokenizer: Any = tokenizer
         self._directory = directory
         self._recipe = recipe
         self._drafters = drafters
         self._ask = ask or Ask()
+        self._made_by = made_by
+        self._left_out = 0
         self._unsaved: list[Recording] = []
         directory.mkdir(parents=True, exist_ok=True)
         headers = [shard_header(shard) for shard in shards(directory)]
@@ -89,13 +132,10 @@ class AnswerRecorder:
         temperatures = self._recipe.temperatures
         for turn in range(self._recipe.answers_per_prompt):
             for i, prompt in enumerate(prompts):
-                row_id = f"{prompt.id}#{turn}" if turn else prompt.id
+                row_id = f"{prompt.id}{ANSWER_MARK}{turn}" if turn else prompt.id
                 temperature = max(temperatures) if turn else temperatures[i % len(temperatures)]
                 if row_id not in self._done and (temperature or not turn):
-                    choice = turn * len(prompts) + i
-                    yield _Question(
-                        row_id, prompt, SamplingParams(temperature, seed=self._recipe.seed, choice=choice)
-                    )
+                    yield _Question(row_id, prompt, answer_sampling(row_id, temperature, self._recipe.seed))
 
     async def _run(self, questions: Iterator[_Question]) -> None:
         started, before, shown = time.monotonic(), self.num_tokens, 0.0
@@ -117,13 +157,14 @@ class AnswerRecorder:
         finally:
             self._save()
         print(f"answers: {self.num_tokens:,} tokens in {self._directory}", flush=True)
+        if self._left_out:
+            most = self._recipe.max_prompt_tokens
+            print(f"answers: {self._left_out:,} prompts of more than {most} tokens were left out", flush=True)
 
     async def _answer(self, question: _Question) -> None:
-        template = self._tokenizer.apply_chat_template(
-            list(question.prompt.messages), add_generation_prompt=True
-        )
-        ids: list[int] = template["input_ids"]
+        ids = prompt_tokens(self._tokenizer, question.prompt)
         if len(ids) > self._recipe.max_prompt_tokens:
+            self._left_out += 1
             return
         context = Context(ids, _UNBOUNDED)
         async with AsyncExitStack() as stack:
@@ -155,5 +196,9 @@ class AnswerRecorder:
 
     def _save(self) -> None:
         if self._unsaved:
-            save_shard(self._directory / f"shard-{len(shards(self._directory)):05d}.safetensors", self._unsaved)
+            save_shard(
+                self._directory / f"shard-{len(shards(self._directory)):05d}.safetensors",
+                self._unsaved,
+                self._made_by,
+            )
             self._unsaved = []

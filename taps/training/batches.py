@@ -61,11 +61,17 @@ class Answers(NamedTuple):
 
     directory: Path
     tokens: int | None = None
+    prompts: tuple[str, ...] | None = None  # only answers to these, in this order
 
     def rows(self) -> list[ShardRow]:
-        """The recordings, in the order they were made."""
+        """The recordings, in the order of `prompts` or else in the order they were made."""
         taken, tokens = [], 0
-        for row in (row for path in shards(self.directory) for row in shard_rows(path)):
+        recorded = [row for path in shards(self.directory) for row in shard_rows(path)]
+        if self.prompts is not None:
+            place = {name: i for i, name in enumerate(self.prompts)}
+            known = [row for row in recorded if row.prompt[0] in place]
+            recorded = sorted(known, key=lambda row: (row.prompt[1], place[row.prompt[0]]))
+        for row in recorded:
             if self.tokens is not None and tokens >= self.tokens:
                 break
             taken.append(row)
@@ -78,14 +84,22 @@ class RecordedData:
 
     def __init__(self, answers: Sequence[Answers], compute_features: ComputeFeatures | None = None) -> None:
         usable = [row for part in answers for row in part.rows() if row.length > 2]
-        held_out = [row for row in usable if _is_held_out(row)]
-        self.held_out = held_out[:_HELD_OUT_MOST]
-        self.training = [row for row in usable if not _is_held_out(row)] if held_out else usable
+        first_answers = [row for row in usable if _is_held_out(row) and row.prompt[1] == 0]
+        most = min(_HELD_OUT_MOST, len(first_answers))
+        # Evenly over all of them: a mixture's parts follow each other.
+        self.held_out = [first_answers[i * len(first_answers) // most] for i in range(most)]
+        kept_away = {row.prompt[0] for row in self.held_out}
+        self.training = [row for row in usable if row.prompt[0] not in kept_away]
         self._compute_features = compute_features
 
     @property
     def num_answer_tokens(self) -> int:
         return sum(row.num_answer_tokens for row in self.training)
+
+    @property
+    def fingerprint(self) -> int:
+        """Which recordings are trained on."""
+        return zlib.crc32("\n".join(row.id for row in self.training).encode())
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[list[ShardRow]]:
         """Every training recording once: neighbours in length share a batch, batches come in random order."""
@@ -113,7 +127,7 @@ class RecordedData:
 
 def _is_held_out(row: ShardRow) -> bool:
     """By the prompt's id: all answers to one prompt are on the same side."""
-    return zlib.crc32(row.id.partition("#")[0].encode()) % _HELD_OUT_SHARE == 0
+    return zlib.crc32(row.prompt[0].encode()) % _HELD_OUT_SHARE == 0
 
 
 def draft_vocabulary(rows: Sequence[ShardRow], size: int, vocab_size: int) -> Tensor | None:

@@ -16,6 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+# Between a prompt's id and the number of a further answer to it.
+ANSWER_MARK = "#"
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -35,9 +38,10 @@ def shards(directory: Path) -> list[Path]:
     return sorted(directory.glob("shard-*.safetensors"))
 
 
-def save_shard(path: Path, recordings: Sequence[Recording]) -> None:
-    """Write recordings to one file, whole or not at all."""
+def save_shard(path: Path, recordings: Sequence[Recording], target: str = "") -> None:
+    """Write recordings to one file, whole or not at all. Args: target: the fingerprint of who answered."""
     header = {
+        "target": target,
         "ids": [r.id for r in recordings],
         "answer_tokens": sum(r.num_answer_tokens for r in recordings),
     }
@@ -54,7 +58,7 @@ def save_shard(path: Path, recordings: Sequence[Recording]) -> None:
 
 
 def shard_header(path: Path) -> dict[str, Any]:
-    """{"ids", "answer_tokens"} of a shard, without reading its tensors."""
+    """{"target", "ids", "answer_tokens"} of a shard, without reading its tensors."""
     with safe_open(path, "pt") as file:
         header: dict[str, Any] = json.loads(file.metadata()["header"])
     return header
@@ -74,6 +78,12 @@ class ShardRow:
     @property
     def num_answer_tokens(self) -> int:
         return self.length - self.answer_start
+
+    @property
+    def prompt(self) -> tuple[str, int]:
+        """The prompt's id, and which of its answers this is."""
+        name, mark, turn = self.id.rpartition(ANSWER_MARK)
+        return (name, int(turn)) if mark and turn.isdecimal() else (self.id, 0)
 
 
 def shard_rows(path: Path) -> list[ShardRow]:
@@ -98,6 +108,13 @@ def load_row(row: ShardRow) -> Recording:
             start = row.first - row.number
             features = file.get_slice("features")[start : start + row.length - 1]
     return Recording(row.id, tokens, row.answer_start, features)
+
+
+def load_tokens(row: ShardRow) -> Tensor:
+    """The tokens of one recording [n], prompt and answer."""
+    with safe_open(row.shard, "pt") as file:
+        tokens: Tensor = file.get_slice("tokens")[row.first : row.first + row.length]
+    return tokens
 
 
 def load_shard(path: Path) -> list[Recording]:

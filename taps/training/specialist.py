@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,12 @@ from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
 from taps.local import LocalDrafter, LocalVerifier
 from taps.models.causal_lm import CausalLM
-from taps.models.checkpoints import load_head, load_target_ends, save_head
+from taps.models.checkpoints import load_head, load_target_ends, save_head, target_fingerprint
 from taps.models.draft_head import DraftHead, draft_config
 from taps.models.embedded import target_path
 from taps.scheduling import StepBudget
 from taps.target import Target
-from taps.training.answers import AnswerRecipe, AnswerRecorder
+from taps.training.answers import AnswerRecipe, AnswerRecorder, refuse_other_answers
 from taps.training.batches import Answers, RecordedData, draft_vocabulary
 from taps.training.features import TargetFeatures
 from taps.training.shards import load_row, shard_header, shards
@@ -30,6 +32,7 @@ from taps.training.sources import InvalidData, Prompt, load_prompts
 from taps.training.trainer import Trainer, TrainRecipe
 from taps.training.validation import Validation
 
+_GENERATION_TIMEOUT = timedelta(days=7)
 _TREE = Ask(num_nodes=8, depth=3, top_k=3)  # of speculative generation
 
 
@@ -53,9 +56,11 @@ def answer_sources(
 
     Args: heads: draft heads to generate with, directories or Hugging Face ids; none is plain decoding.
     """
-    with PartialState().main_process_first():
-        answer_prompts(target_path(target), load_prompts(sources, recipe.seed), work, recipe, heads)
-    return [Answers(work)]
+    prompts = load_prompts(sources, recipe.seed)
+    # The other processes wait while the first one generates.
+    with PartialState(timeout=_GENERATION_TIMEOUT).main_process_first():
+        answer_prompts(target_path(target), prompts, work, recipe, heads)
+    return [Answers(work, recipe.answer_tokens, tuple(prompt.id for prompt in prompts))]
 
 
 def recorded_tokens(work: Path) -> int:
@@ -65,7 +70,13 @@ def recorded_tokens(work: Path) -> int:
 def answer_prompts(
     target: str, prompts: Sequence[Prompt], work: Path, recipe: AnswerRecipe, heads: Sequence[str] = ()
 ) -> None:
-    """Record the target's answers into `work`, up to `recipe.answer_tokens` in all."""
+    """Record the target's answers into `work`, up to `recipe.answer_tokens` in all.
+
+    Raises `InvalidData` when `work` holds other answers than these would be.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    made_by = target_fingerprint(target)
+    refuse_other_answers(work, made_by, tokenizer, prompts)
     done = {row_id for shard in shards(work) for row_id in shard_header(shard)["ids"]}
     if recorded_tokens(work) >= recipe.answer_tokens:
         return
@@ -82,8 +93,7 @@ def answer_prompts(
         for name in heads
     ]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(target)
-        AnswerRecorder(verifier, tokenizer, work, recipe, drafters, _TREE).run(prompts)
+        AnswerRecorder(verifier, tokenizer, work, recipe, drafters, _TREE, made_by).run(prompts)
     finally:
         verifier.close()
         for drafter in drafters:
@@ -111,7 +121,12 @@ def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenanc
     head = _new_head(plan, path, draft_vocabulary(rows, plan.draft_vocab, _vocab_size(path)), data)
     weights = sum(p.numel() for p in head.parameters() if p.requires_grad)
     print(f"training {plan.domain}: {weights:,} weights, {data.num_answer_tokens:,} answer tokens", flush=True)
-    measured = Trainer(head, data, plan.training, plan.state).run()
+    identity = {
+        "target": target_fingerprint(path),
+        "init": plan.init,
+        "draft_vocab": zlib.crc32(head.draft_vocab.numpy().tobytes()),
+    }
+    measured = Trainer(head, data, plan.training, plan.state, identity).run()
     if PartialState().is_main_process:
         made = _provenance(plan, data, measured) | dict(provenance)
         save_head(head, plan.out, made, torch.bfloat16)

@@ -10,12 +10,13 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
 from taps.models.draft_head import DraftHead
@@ -26,7 +27,7 @@ from taps.training.validation import Validation, validate
 
 Method = Literal["eagle-2", "hass"]
 _SAVE_EVERY = 100  # updates
-_VALIDATE_EVERY = 500  # updates
+_VALIDATIONS = 10  # during a run
 _SHOW_EVERY_S = 15.0
 
 
@@ -72,14 +73,23 @@ PRESETS = {
 class Trainer:
     """Trains a head in place, shows how it goes, and resumes from `state` what was interrupted."""
 
-    def __init__(self, head: DraftHead, data: RecordedData, recipe: TrainRecipe, state: Path) -> None:
-        """Raises `InvalidState` when `state` holds the state of another run."""
+    def __init__(
+        self, head: DraftHead, data: RecordedData, recipe: TrainRecipe, state: Path,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Args: identity: what else tells this run from others (JSON): where the weights come from.
+
+        Raises `InvalidState` when `state` holds the state of another run.
+        """
         self._head = head
         self._data = data
         self._recipe = recipe
         self._state = state
         self._accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision, gradient_accumulation_steps=recipe.accumulation
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_steps=recipe.accumulation,
+            # The buffers are the target's frozen ends, the same everywhere.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         trained = [p for p in head.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -94,6 +104,7 @@ class Trainer:
         self._identity = {
             "recipe": asdict(recipe), "processes": self._accelerator.num_processes,
             "conversations": len(data.training), "answer_tokens": data.num_answer_tokens,
+            "data": data.fingerprint, **(identity or {}),
         }  # fmt: skip
 
     def run(self) -> Validation | None:
@@ -110,7 +121,7 @@ class Trainer:
                 self._show(loss, rows / elapsed)
             if self._update % _SAVE_EVERY == 0 or self._update == self.num_updates:
                 self._save()
-            if self._update % _VALIDATE_EVERY == 0:
+            if self._update % max(1, self.num_updates // _VALIDATIONS) == 0:
                 self._validate()
         self._head.eval()
         return self._validate()
@@ -188,6 +199,7 @@ class Trainer:
         """The state after this update, whole or not at all, in place of older ones."""
         partial, final = self._state / "partial", self._state / f"update-{self._update:08d}"
         self._accelerator.save_state(str(partial))
+        self._accelerator.wait_for_everyone()  # each process writes its part
         if self._accelerator.is_main_process:
             (partial / "run.json").write_text(json.dumps(self._identity))
             shutil.rmtree(final, ignore_errors=True)
