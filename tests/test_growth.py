@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -60,3 +61,10 @@ def test_every_frontier_node_needs_its_candidates() -> None:
     growth = Growth(9, Ask())
     with pytest.raises(ValueError, match="shorter"):
         growth.extend([], [[-0.1]], [0.0])
+
+
+def test_children_that_cannot_be_sampled_are_not_drafted() -> None:
+    growth = Growth(9, Ask(num_nodes=10, depth=1, top_k=3))
+    growth.extend([[5, 6, 7]], [[-0.1, -math.inf, -math.inf]], [0.0])
+    growth.extend([[1, 2, 3]], [[-0.2, -0.3, -math.inf]], [0.0])
+    assert growth.tree().tokens == (9, 5, 1, 2)

@@ -8,6 +8,7 @@ Knows the candidates' probabilities; nothing of how they were computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from taps.drafting.drafter import Ask
@@ -38,13 +39,14 @@ class Growth:
     ) -> None:
         """Add the children of every frontier node, best first, and move the frontier to the best of them.
 
-        Args: tokens, logprobs: [frontier, k] candidates and their draft log-probability, nats; entropies
-        [frontier] of the distributions they come from, nats.
+        Args: tokens, logprobs: [frontier, k] candidates and their draft log-probability, nats, -inf for those
+        that cannot be sampled; entropies [frontier] of the distributions they come from, nats.
         """
         first = len(self._nodes) + 1
         for node, children, scores in zip(self.frontier, tokens, logprobs, strict=True):
             base = self._score(node)
-            self._nodes += [(t, node, base + s, 0) for t, s in zip(children, scores, strict=True)]
+            possible = ((t, s) for t, s in zip(children, scores, strict=True) if s > -math.inf)
+            self._nodes += [(t, node, base + s, 0) for t, s in possible]
         self._entropies += entropies
         newest = range(first, len(self._nodes) + 1)
         self.frontier = sorted(newest, key=self._score, reverse=True)[: self.ask.top_k]
