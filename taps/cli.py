@@ -50,6 +50,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-prompt-tokens", type=int, default=512, help="longer prompts are left out (default: %(default)s)"
     )
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", help="taken in turn by the answers (default: 0 0 1)"
+    )
+    parser.add_argument(
+        "--answers-per-prompt",
+        type=int,
+        default=8,
+        help="at most, for few prompts (default: %(default)s)",
+    )
     parser.add_argument("--sessions", type=int, default=96, help="answered at once (default: %(default)s)")
     parser.add_argument(
         "--speculate", nargs="+", default=[], metavar="HEAD",
@@ -66,9 +75,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="conversations per process (default: the preset's)")
     parser.add_argument("--accumulation", type=int, help="batches per update (default: the preset's)")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: the preset's")
+    parser.add_argument("--feature-noise", type=float, help="width of uniform noise (default: the preset's)")
+    parser.add_argument("--num-passes", type=int, help="drafting steps HASS aligns (default: the preset's)")
+    parser.add_argument("--seed", type=int, help="of answers and training (default: 0)")
     parser.add_argument("--init", help="a head to start from: a directory or Hugging Face id")
     parser.add_argument(
-        "--draft-vocab", type=int, default=8192, help="tokens it drafts from (default: %(default)s)"
+        "--draft-vocab",
+        type=int,
+        help="so many, the most frequent, it drafts from (default: the preset's)",
     )
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.set_defaults(run=_train)
@@ -193,7 +207,6 @@ def _train(args: argparse.Namespace) -> None:
         out=args.out or Path("specialists") / args.domain,
         state=args.work / "train" / f"{args.domain}-{training.method}",
         training=training,
-        draft_vocab=args.draft_vocab,
         init=args.init,
     )
     train_specialist(plan, answers, provenance)

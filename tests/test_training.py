@@ -51,7 +51,8 @@ def saved(directory: Path, *recordings: Recording) -> Path:
 
 
 def loss_of(predicted: Tensor, features: Tensor, lm_head: Tensor, weights: LossWeights) -> DraftLoss:
-    return draft_loss(predicted, features, target_distribution(features, lm_head), lm_head, weights)
+    target = target_distribution(features, lm_head, weights)
+    return draft_loss(predicted, features, target, lm_head, weights)
 
 
 def test_the_loss_of_a_case_worked_by_hand() -> None:
@@ -325,6 +326,7 @@ def test_one_command_goes_from_prompts_to_a_specialist(
 def test_a_preset_changes_only_where_it_is_told_to() -> None:
     recipe = recipe_of("paper", epochs=3, method=None)
     assert (recipe.epochs, recipe.learning_rate, recipe.batch_size) == (3, 3e-5, 8)
+    assert recipe.draft_vocab is None, "the whole vocabulary"
 
 
 def test_an_average_lies_between_its_heads_and_drafts_from_both_vocabularies() -> None:

@@ -130,12 +130,12 @@ def _is_held_out(row: ShardRow) -> bool:
     return zlib.crc32(row.prompt[0].encode()) % _HELD_OUT_SHARE == 0
 
 
-def draft_vocabulary(rows: Sequence[ShardRow], size: int, vocab_size: int) -> Tensor | None:
-    """The `size` most frequent tokens of recorded answers, sorted by id; None for the whole vocabulary.
+def draft_vocabulary(rows: Sequence[ShardRow], size: int | None, vocab_size: int) -> Tensor | None:
+    """The `size` most frequent tokens of recorded answers, sorted by id; None is the whole vocabulary.
 
     Ids never seen fill up in id order: byte-pair merges put frequent tokens first.
     """
-    if size >= vocab_size:
+    if size is None or size >= vocab_size:
         return None
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     counts -= torch.arange(vocab_size) / (2.0 * vocab_size)

@@ -45,7 +45,6 @@ class SpecialistPlan:
     out: Path  # where the head goes
     state: Path  # where training is resumed from
     training: TrainRecipe
-    draft_vocab: int  # tokens it drafts from
     init: str | None = None  # a head to start from
 
 
@@ -118,7 +117,7 @@ def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenanc
         raise InvalidData(f"no recorded answers in {', '.join(str(part.directory) for part in answers)}")
     kept = bool(load_row(rows[0]).features.numel())
     data = RecordedData(answers, None if kept else TargetFeatures(_load_target(path)))
-    head = _new_head(plan, path, draft_vocabulary(rows, plan.draft_vocab, _vocab_size(path)), data)
+    head = _new_head(plan, path, draft_vocabulary(rows, plan.training.draft_vocab, _vocab_size(path)), data)
     weights = sum(p.numel() for p in head.parameters() if p.requires_grad)
     print(f"training {plan.domain}: {weights:,} weights, {data.num_answer_tokens:,} answer tokens", flush=True)
     identity = {

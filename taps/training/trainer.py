@@ -50,6 +50,7 @@ class TrainRecipe:
     feature_noise: float = 0.0  # uniform in [-x, x] / 2 times 512 / row length, as EAGLE adds; 0 adds none
     num_passes: int = 3  # of HASS: drafting steps that are aligned
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    draft_vocab: int | None = 8192  # the most frequent tokens, which it drafts from; None is all of them
     seed: int = 0
 
     @property
@@ -65,7 +66,12 @@ PRESETS = {
     "embedded": TrainRecipe(),
     # As TAPS trained its heads (2603.27027, section 4).
     "paper": TrainRecipe(
-        epochs=20, learning_rate=3e-5, batch_size=8, feature_noise=0.2, mixed_precision="bf16"
+        epochs=20,
+        learning_rate=3e-5,
+        batch_size=8,
+        feature_noise=0.2,
+        mixed_precision="bf16",
+        draft_vocab=None,
     ),
 }
 
@@ -156,7 +162,7 @@ class Trainer:
         lm_head = self._head.lm_head.weight
         labels = batch.labels[batch.counts]
         with self._accelerator.autocast():
-            target = target_distribution(labels, lm_head)
+            target = target_distribution(labels, lm_head, self._recipe.weights)
             total: Tensor | float = 0.0
             features = self._noisy(batch.features, index)
             for predicted in aligned_passes(self._model, batch.tokens, features, self._recipe.passes):
