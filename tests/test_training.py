@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import multiprocessing
+import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -288,6 +291,49 @@ def test_an_interrupted_run_ends_at_the_same_weights(
         run.run()
     resumed = trained(data, tmp_path / "state", recipe)
     assert all(torch.equal(w, resumed.trained()[name]) for name, w in unbroken.trained().items())
+
+
+RESUMABLE = TrainRecipe("hass", epochs=2, batch_size=8, feature_noise=0.1)
+
+
+def train_slowly(answers: Path, state: Path, out: Path) -> None:
+    """Train in a process of its own, slowly enough to be killed on the way."""
+    step = Trainer._step
+
+    def slow(self: Trainer) -> tuple[DraftLoss, int]:
+        time.sleep(0.05)
+        return step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_SAVE_EVERY", 2)
+        patch.setattr(Trainer, "_step", slow)
+        head = trained(RecordedData([Answers(answers)]), state, RESUMABLE)
+    torch.save(head.trained(), out)
+
+
+def test_a_process_that_is_killed_ends_at_the_same_weights_when_started_again(
+    data: RecordedData, tmp_path: Path
+) -> None:
+    answers, state, out = tmp_path / "answers", tmp_path / "state", tmp_path / "weights.pt"
+    unbroken = trained(data, tmp_path / "unbroken", RESUMABLE)
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=train_slowly, args=(answers, state, out))
+    process.start()
+    deadline = time.monotonic() + 120
+    while len(list(state.glob("update-0000000[4-9]"))) == 0:
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)  # polling another process, bounded by the deadline
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not out.exists()
+    again = spawn.Process(target=train_slowly, args=(answers, state, out))
+    again.start()
+    again.join(120)
+    assert again.exitcode == 0
+    resumed = torch.load(out, weights_only=True)
+    assert all(torch.equal(w, resumed[name]) for name, w in unbroken.trained().items())
 
 
 def test_a_finished_run_is_not_trained_again(data: RecordedData, tmp_path: Path) -> None:
