@@ -1,28 +1,46 @@
 """Wall-clock benchmark of a running cluster over HTTP: speculation against plain decoding, interleaved.
 
     python -m cluster.bench --data gsm8k.jsonl --temperature 0
+    python -m cluster.bench --data gsm8k.jsonl --taps '{"num_nodes": 4}' --taps '{"num_nodes": 8}'
 
-Each question is asked with `off` and with the strategy, one right after the other, in changing order; the ratio
-of their speeds is taken per question, so a machine whose speed drifts does not matter. The last line printed is
-one JSON document.
+Every question is asked with `off` and with each setting, one right after the other, in changing order; ratios
+of speeds are taken per question, so a machine whose speed drifts does not matter. One stream at a time; times
+are those of the client, the prefill included.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import time
 import urllib.request
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from taps.evaluation.questions import load_questions
+from taps.evaluation.runner import commit, write_result
+
+PLAIN: dict[str, Any] = {"strategy": "off"}
 
 
-def ask(
-    url: str, model: str, question: str, args: argparse.Namespace, taps: dict[str, Any]
-) -> dict[str, float]:
-    """Tokens per second, and tokens per verify pass, of one answer."""
+class Answered(NamedTuple):
+    """One answer."""
+
+    tokens: int
+    passes: int  # verify passes
+    verified_tokens: float  # committed by them
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+def ask(url: str, model: str, question: str, args: argparse.Namespace, taps: dict[str, Any]) -> Answered:
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],
@@ -38,11 +56,49 @@ def ask(
     with urllib.request.urlopen(request, timeout=600) as response:
         answer = json.load(response)
     seconds = time.perf_counter() - started
-    speculation = answer["metrics"]["speculative_decoding"]
+    counts = answer["metrics"]["speculative_decoding"]
+    passes = counts["num_spec_steps"]
+    return Answered(
+        answer["usage"]["completion_tokens"], passes, counts["mean_acceptance_length"] * passes, seconds
+    )
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{args.url}/v1/models", timeout=30) as response:
+        model = json.load(response)["data"][0]["id"]
+    settings = [PLAIN, *(args.taps or [{}])]
+    for taps in settings:
+        ask(args.url, model, "Say hello.", args, taps)
+    answers: list[list[Answered]] = [[] for _ in settings]
+    for number, question in enumerate(load_questions(args.data, args.questions)):
+        for i in range(len(settings)):
+            which = (number + i) % len(settings)
+            answers[which].append(ask(args.url, model, question.turns[0], args, settings[which]))
+        plain = answers[0][-1].tokens_per_second
+        ratios = ", ".join(f"{rows[-1].tokens_per_second / plain:.2f}" for rows in answers[1:])
+        print(f"{number + 1}: off {plain:.1f} tokens/s, ratios {ratios}", flush=True)
     return {
-        "tokens": answer["usage"]["completion_tokens"],
-        "seconds": seconds,
-        "acceptance_length": speculation["mean_acceptance_length"],
+        "data": Path(args.data).name,
+        "questions": len(answers[0]),
+        "max_tokens": args.max_tokens,
+        "temperature": args.temperature,
+        "model": model,
+        "made_with": {"commit": commit(), "cores": os.cpu_count(), "machine": platform.machine()},
+        "rows": [_row(taps, rows, answers[0]) for taps, rows in zip(settings, answers, strict=True)],
+    }
+
+
+def _row(taps: dict[str, Any], rows: Sequence[Answered], plain: Sequence[Answered]) -> dict[str, Any]:
+    ratios = [a.tokens_per_second / b.tokens_per_second for a, b in zip(rows, plain, strict=True)]
+    return {
+        "taps": taps,
+        "ratio_median": round(statistics.median(ratios), 4),
+        "ratio_quartiles": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
+        "faster_than_off": f"{sum(ratio > 1 for ratio in ratios)} of {len(ratios)} questions",
+        "tokens_per_second_median": round(statistics.median(row.tokens_per_second for row in rows), 2),
+        "acceptance_length": round(
+            sum(row.verified_tokens for row in rows) / sum(row.passes for row in rows), 4
+        ),
     }
 
 
@@ -50,39 +106,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--data", required=True, help="questions, FastChat's JSONL format")
-    parser.add_argument("--questions", type=int, default=20)
+    parser.add_argument("--questions", type=int, default=20, help="at least 2 (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--taps", type=json.loads, default={}, help='for example {"num_nodes": 12}')
+    parser.add_argument(
+        "--taps", type=json.loads, action="append", help="a setting to measure (default: the server's own)"
+    )
+    parser.add_argument("--out", type=Path, help="where the result goes, JSON")
     args = parser.parse_args()
-    with urllib.request.urlopen(f"{args.url}/v1/models", timeout=30) as response:
-        model = json.load(response)["data"][0]["id"]
-    settings = {"off": {"strategy": "off"}, "taps": args.taps}
-    ask(args.url, model, "Say hello.", args, {})
-    ratios: list[float] = []
-    lengths: list[float] = []
-    rates: dict[str, list[float]] = {"off": [], "taps": []}
-    for number, question in enumerate(load_questions(args.data, args.questions)):
-        order = ("off", "taps") if number % 2 else ("taps", "off")
-        seen = {name: ask(args.url, model, question.turns[0], args, settings[name]) for name in order}
-        for name, rows in rates.items():
-            rows.append(seen[name]["tokens"] / seen[name]["seconds"])
-        ratios.append(rates["taps"][-1] / rates["off"][-1])
-        lengths.append(seen["taps"]["acceptance_length"])
+    result = measure(args)
+    for row in result["rows"][1:]:
         print(
-            f"{number + 1}: {rates['off'][-1]:.1f} -> {rates['taps'][-1]:.1f} tokens/s, ratio {ratios[-1]:.2f}"
+            f"{json.dumps(row['taps'])}: {row['ratio_median']:.2f} times as fast as off "
+            f"(quartiles {row['ratio_quartiles'][0]:.2f} to {row['ratio_quartiles'][2]:.2f}), "
+            f"{row['acceptance_length']:.2f} tokens per pass"
         )
-    result = {
-        "questions": len(ratios),
-        "temperature": args.temperature,
-        "taps": args.taps,
-        "ratio_median": statistics.median(ratios),
-        "ratio_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios,
-        "tokens_per_second_median": {name: statistics.median(rows) for name, rows in rates.items()},
-        "acceptance_length_mean": statistics.mean(lengths),
-    }
-    print(json.dumps(result))
+    if args.out:
+        write_result(result, args.out)
 
 
 if __name__ == "__main__":
