@@ -22,7 +22,8 @@ class SpeculationCounts:
     num_accepted: int = 0  # drafted tokens accepted
     max_depth: int = 0  # the deepest draft that was checked, tokens
     accepted_lengths: Counter[int] = field(default_factory=Counter)  # accepted tokens -> passes
-    accepted_by_drafter: Counter[int] = field(default_factory=Counter)  # drafter -> accepted tokens it proposed
+    # (drafter, depth from 1) -> accepted tokens it proposed there
+    accepted_at: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def observe(self, verdict: Verdict, delivered: int) -> None:
         """Count one verify pass; tokens beyond the first `delivered` were cut and do not count."""
@@ -33,8 +34,8 @@ class SpeculationCounts:
         self.num_accepted += accepted
         self.max_depth = max(self.max_depth, verdict.depth)
         self.accepted_lengths[accepted] += 1
-        for owners in verdict.owners[:accepted]:
-            self.accepted_by_drafter.update(drafters_in(owners))
+        for depth, owners in enumerate(verdict.owners[:accepted], 1):
+            self.accepted_at.update((drafter, depth) for drafter in drafters_in(owners))
 
     def __add__(self, other: SpeculationCounts) -> SpeculationCounts:
         """Counts of both: ratios are taken at the edge."""
@@ -45,13 +46,21 @@ class SpeculationCounts:
             self.num_accepted + other.num_accepted,
             max(self.max_depth, other.max_depth),
             self.accepted_lengths + other.accepted_lengths,
-            self.accepted_by_drafter + other.accepted_by_drafter,
+            self.accepted_at + other.accepted_at,
         )
 
     @property
     def acceptance_length(self) -> float:
         """τ, tokens per verify pass; 0 when there was none."""
         return self.num_tokens / self.num_passes if self.num_passes else 0.0
+
+    @property
+    def accepted_by_drafter(self) -> Counter[int]:
+        """Drafter -> accepted tokens it proposed."""
+        sums: Counter[int] = Counter()
+        for (drafter, _), n in self.accepted_at.items():
+            sums[drafter] += n
+        return sums
 
     @property
     def draft_acceptance_rate(self) -> float:

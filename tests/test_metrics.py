@@ -45,6 +45,7 @@ def test_an_accepted_token_counts_for_every_drafter_that_proposed_it() -> None:
     counts = SpeculationCounts()
     counts.observe(make_verdict([1, 2, 3, 4], owners=[0b011, 0b100, 0b101], num_nodes=8, depth=3), 4)
     assert counts.accepted_by_drafter == {0: 2, 1: 1, 2: 2}
+    assert counts.accepted_at == {(0, 1): 1, (1, 1): 1, (2, 2): 1, (0, 3): 1, (2, 3): 1}
     assert counts.num_accepted == 3
 
 

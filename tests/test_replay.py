@@ -67,5 +67,5 @@ def test_replay_counts_what_live_decoding_counts(strategy: str) -> None:
     assert replayed.num_tokens == counts.num_tokens == NEW_TOKENS - 1
     assert replayed.num_passes == counts.num_passes
     assert replayed.accepted_lengths == counts.accepted_lengths
-    assert replayed.accepted_by_drafter == counts.accepted_by_drafter
+    assert replayed.accepted_at == counts.accepted_at
     assert counts.num_accepted > 0

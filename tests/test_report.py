@@ -15,9 +15,12 @@ from taps.evaluation.report import (
     acceptance_table,
     claims,
     compare,
+    compare_means,
     coupling_table,
+    depth_shift,
     load_results,
     routing_table,
+    row_of,
 )
 
 LENGTHS = {
@@ -44,7 +47,9 @@ def canned(
             "strategy": name, "drafters": ["math-hass"], "coupled": coupled, "num_nodes": 60,
             "acceptance_length": length + 0.5 * coupled, "interval_95": [length - 0.1, length + 0.1],
             "per_question_mean": length, "nodes_per_pass": 59.0, "histogram": [10, 20, 10],
-            "accepted_by_drafter": {}, "chosen": {"math-hass": 30, "chat-hass": 10},
+            "per_question_interval_95": [length - 0.1, length + 0.1],
+            "accepted_by_depth": {"math-hass": [50, 400, 600], "chat-hass": [50, 200, 200]},
+            "chosen": {"math-hass": 30, "chat-hass": 10},
             "questions": [[round(100 * (length + 0.5 * coupled)) * (i + 1), 100 * (i + 1)] for i in range(20)],
         }
         for coupled in ((False, True) if temperature else (False,))
@@ -88,6 +93,36 @@ def test_a_comparison_pairs_questions_and_names_heads_without_their_method() -> 
     assert comparison.ratio == pytest.approx(1.5)
     assert comparison.interval == pytest.approx((1.5, 1.5))
     assert compare(KEY, canned(), "math", "code") is None
+
+
+def test_the_share_of_the_specialist_deep_down_is_compared_with_its_share_at_the_top() -> None:
+    shift = depth_shift(KEY, canned())
+    assert shift is not None
+    assert shift.ratio == pytest.approx((600 / 800) / (50 / 100))
+    assert shift.interval.low < shift.ratio < shift.interval.high
+    assert verdict(canned(), "Depth shifts") == "reproduced"
+    assert depth_shift(Key("hass", "humaneval", 0.0), canned("humaneval")) is None
+
+
+def test_means_over_benchmarks_are_compared_with_a_paired_interval() -> None:
+    other = Key("hass", "mt_bench", 0.0)
+    results = {KEY: canned(), other: canned("mt_bench", lengths={"merged": 2.2})}
+    comparison = compare_means(results, "hass", 0.0, "merged", "math")
+    assert comparison is not None
+    assert comparison.ratio == pytest.approx((3.2 + 2.2) / 6.0)
+    assert comparison.interval == pytest.approx((0.9, 0.9))
+    assert comparison.holds is False
+    assert compare_means(results, "hass", 0.0, "merged", "mixed-half") is None
+
+
+def test_a_row_of_another_size_is_found_by_its_size() -> None:
+    result = canned()
+    result["rows"].append(result["rows"][0] | {"num_nodes": 8, "acceptance_length": 2.5})
+    assert row_of(result, "math") == result["rows"][0]
+    small = row_of(result, "math", num_nodes=8)
+    assert small is not None
+    assert small["acceptance_length"] == 2.5
+    assert "| math | 8 | 2.50" in acceptance_table({KEY: result}, "hass", 0.0)
 
 
 def test_the_tables_hold_what_was_measured() -> None:

@@ -6,12 +6,20 @@ Everything it says is computed from the files. Knows results; nothing of models.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from taps.evaluation.statistics import Interval, QuestionCounts, bootstrap_ratio, pooled
+from taps.evaluation.statistics import (
+    Interval,
+    QuestionCounts,
+    bootstrap_mean_ratio,
+    bootstrap_ratio,
+    mean_ratio,
+    pooled,
+)
 
 Row = dict[str, Any]
 _ORDER = ("mt_bench", "gsm8k", "humaneval", "math_500", "svamp")
@@ -59,10 +67,16 @@ def _place(key: Key) -> tuple[str, float, int, str]:
     return key.method, key.temperature, rank, key.benchmark
 
 
-def row_of(result: dict[str, Any], strategy: str, coupled: bool = False) -> Row | None:
-    """The row of a strategy; heads go by their names without the method."""
+def row_of(
+    result: dict[str, Any], strategy: str, coupled: bool = False, num_nodes: int | None = None
+) -> Row | None:
+    """The row of a strategy; heads go by their names without the method.
+
+    Args: num_nodes: the size of its trees; None is the largest, which comes first in a result.
+    """
     for row in result["rows"]:
-        if plain_name(row["strategy"]) == strategy and row["coupled"] == coupled:
+        wanted = num_nodes is None or row["num_nodes"] == num_nodes
+        if plain_name(row["strategy"]) == strategy and row["coupled"] == coupled and wanted:
             found: Row = row
             return found
     return None
@@ -112,6 +126,45 @@ def compare(
     return Comparison(key, ours, theirs, pooled(counts(one)) / pooled(counts(other)), interval)
 
 
+def compare_means(
+    results: Results, method: str, temperature: float, ours: str, theirs: str, coupled: bool = False
+) -> Comparison | None:
+    """The same for the means over all benchmarks on which both were measured; None where there are none."""
+    rows = [
+        (row_of(result, ours, coupled), row_of(result, theirs, coupled))
+        for key, result in results.items()
+        if (key.method, key.temperature) == (method, temperature)
+    ]
+    both = [(counts(one), counts(other)) for one, other in rows if one is not None and other is not None]
+    if not both:
+        return None
+    one_side, other_side = [pair[0] for pair in both], [pair[1] for pair in both]
+    key = Key(method, f"mean of {len(both)} benchmarks" + ", coupled" * coupled, temperature)
+    interval = bootstrap_mean_ratio(one_side, other_side)
+    return Comparison(key, ours, theirs, mean_ratio(one_side, other_side), interval)
+
+
+def depth_shift(key: Key, result: dict[str, Any]) -> Comparison | None:
+    """The specialist's share of the accepted tokens of the paper's merged tree, deep down against at the top.
+
+    A token that both drafters proposed counts for both. None where the specialist was not measured.
+    """
+    row = row_of(result, "concatenated")
+    own = _SPECIALIST_OF.get(key.benchmark, "")
+    by_depth = {plain_name(name): n for name, n in (row or {}).get("accepted_by_depth", {}).items()}
+    if own not in by_depth or len(by_depth) < 2:
+        return None
+    total = [sum(column) for column in zip(*by_depth.values(), strict=True)]
+    first, deep = (by_depth[own][0], total[0]), (sum(by_depth[own][2:]), sum(total[2:]))
+    if not first[0] or not deep[0]:
+        return None
+    ratio = (deep[0] / deep[1]) / (first[0] / first[1])
+    # The logarithm of a ratio of two shares is about normal (Katz et al. 1978).
+    spread = 1.96 * math.sqrt(1 / deep[0] - 1 / deep[1] + 1 / first[0] - 1 / first[1])
+    interval = Interval(ratio * math.exp(-spread), ratio * math.exp(spread))
+    return Comparison(key, f"share of {own} at depth 3 and more", "its share at depth 1", ratio, interval)
+
+
 @dataclass(frozen=True)
 class Claim:
     """One of the paper's claims and the comparisons that bear on it."""
@@ -149,6 +202,12 @@ def claims(results: Results) -> list[Claim]:
         own = _SPECIALIST_OF.get(key.benchmark)
         return [("mixed-half", other) for other in ("math", "chat") if other != own]
 
+    def means(ours: str, *others: str) -> list[Comparison]:
+        runs = dict.fromkeys((k.method, k.temperature, coupled) for k in results for coupled in (False, True))
+        found = [compare_means(results, m, t, ours, other, c) for m, t, c in runs for other in others]
+        return [comparison for comparison in found if comparison is not None]
+
+    shifts = [shift for k, r in results.items() if (shift := depth_shift(k, r)) is not None]
     return [
         Claim("Training specialises: each specialist is best on its own domain", gather(specialists)),
         Claim("Mixed data is robust: the mixed head beats the specialist of the other domain", gather(mixed)),
@@ -160,6 +219,12 @@ def claims(results: Results) -> list[Claim]:
               gather(lambda _: [("concatenated", "confidence")])),
         Claim("Ours: merging within the same 60 nodes beats confidence routing",
               gather(lambda _: [("merged", "confidence")])),
+        Claim("Depth shifts towards the specialist: its share of the accepted tokens grows", shifts),
+        Claim("Ours: within the same 60 nodes, on average over the benchmarks, merging beats each specialist",
+              means("merged", "math", "chat", "code")),
+        Claim("Ours: within the same 60 nodes, on average over the benchmarks, merging beats the mixed heads",
+              means("merged", "mixed-half", "mixed-full")),
+        Claim("60 merged nodes against all nodes of all trees", means("merged", "concatenated")),
     ]  # fmt: skip
 
 
@@ -171,16 +236,17 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def acceptance_table(results: Results, method: str, temperature: float, coupled: bool = False) -> str:
     """τ with its interval: strategies down, benchmarks across, and their mean."""
     chosen = {k: r for k, r in results.items() if (k.method, k.temperature) == (method, temperature)}
-    names: dict[str, Any] = {}
-    for result in chosen.values():
-        names |= {
-            plain_name(row["strategy"]): row["num_nodes"] for row in result["rows"] if row["coupled"] == coupled
-        }
+    measured = dict.fromkeys(
+        (plain_name(row["strategy"]), row["num_nodes"])
+        for result in chosen.values()
+        for row in result["rows"]
+        if row["coupled"] == coupled
+    )
     lines = []
-    for name, num_nodes in names.items():
+    for name, num_nodes in measured:
         cells, lengths = [], []
         for result in chosen.values():
-            row = row_of(result, name, coupled)
+            row = row_of(result, name, coupled, num_nodes)
             cells.append("" if row is None else _cell(row))
             lengths += [] if row is None else [row["acceptance_length"]]
         mean = f"{sum(lengths) / len(lengths):.2f}" if len(lengths) == len(chosen) else ""
@@ -277,12 +343,14 @@ def write_report(source: Path, out: Path) -> None:
 
 def report(results: Results, live: Sequence[dict[str, Any]], plots: Mapping[str, str]) -> str:
     """The text. Args: plots: caption -> file name."""
-    first = next(iter(results.values()))["plan"]
+    plans = [result["plan"] for result in results.values()]
+    asked = {plan["benchmark"]: f"{plan['questions']} of {plan['benchmark']}" for plan in plans}
+    first = plans[0]
     parts = [
         "# Specialists: what they buy\n\n"
         "Made by `taps report` from the files in `docs/results/study`; nothing here is written by hand.\n\n"
-        f"Acceptance length τ: tokens per verify pass, the bonus token included, pooled over a benchmark's "
-        f"{first['questions']} questions of {first['new_tokens']} new tokens a turn; in brackets 95 % "
+        f"Acceptance length τ: tokens per verify pass, the bonus token included, pooled over the questions of "
+        f"a benchmark ({', '.join(asked.values())}), {first['new_tokens']} new tokens a turn; in brackets 95 % "
         f"bootstrap intervals over questions. Trees of {first['num_nodes']} nodes, depth {first['depth']}, "
         f"top-k {first['top_k']} where no other size is given.\n",
         "## The paper's claims\n\n" + claims_section(claims(results)),

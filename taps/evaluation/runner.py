@@ -23,7 +23,13 @@ from taps.drafting.eagle import EagleDrafter
 from taps.evaluation.analysis import DrafterAnalysis
 from taps.evaluation.questions import Question, load_questions
 from taps.evaluation.replay import Strategy, grow_trees, replay
-from taps.evaluation.statistics import QuestionCounts, bootstrap, per_question_mean, pooled
+from taps.evaluation.statistics import (
+    QuestionCounts,
+    bootstrap,
+    bootstrap_mean,
+    per_question_mean,
+    pooled,
+)
 from taps.metrics import SpeculationCounts
 from taps.models.checkpoints import load_head
 from taps.models.embedded import target_path
@@ -33,6 +39,7 @@ from taps.training.shards import Recording, load_shard, shards
 from taps.training.sources import Prompt
 from taps.training.specialist import answer_prompts
 
+SMALL_TREES = (8, 16)  # what one stream on two cores can afford
 _UNBOUNDED = 1 << 20
 
 
@@ -86,15 +93,24 @@ def record(target: str, questions: Sequence[Question], work: Path, plan: Evaluat
     return runs
 
 
-def strategies_for(combined: Sequence[str], alone: Sequence[str], num_nodes: int) -> list[Strategy]:
+def strategies_for(
+    combined: Sequence[str], alone: Sequence[str], num_nodes: int, small: Sequence[int] = SMALL_TREES
+) -> list[Strategy]:
     """Each head alone, every way to combine the first ones, the paper's concatenation, and the oracle.
 
-    All at `num_nodes`, except `union` (no budget) and `concatenated` (every node of every tree).
+    All at `num_nodes`, except `union` (no budget) and `concatenated` (every node of every tree). Heads alone
+    and merged also at the `small` sizes, which are prefixes of the same trees.
     """
     together = tuple(range(len(combined)))
     composed: dict[str, Compose | None] = {n: STRATEGIES[n] for n in ("confidence", "entropy", "merged")}
-    rows = [Strategy(name, (i,), STRATEGIES["single"], num_nodes) for i, name in enumerate([*combined, *alone])]
+    singles = [
+        Strategy(name, (i,), STRATEGIES["single"], num_nodes) for i, name in enumerate([*combined, *alone])
+    ]
+    rows = [*singles]
     rows += [Strategy(name, together, c, num_nodes) for name, c in (composed | {"oracle": None}).items()]
+    merging = next(row for row in rows if row.name == "merged")
+    sizes = [size for size in small if size < num_nodes]
+    rows += [replace(row, num_nodes=size) for size in sizes for row in (*singles, merging)]
     rows.append(Strategy("union", together, STRATEGIES["merged"], _UNBOUNDED))
     return [*rows, Strategy("concatenated", together, concatenated, len(combined) * (num_nodes - 1) + 1)]
 
@@ -108,6 +124,11 @@ class _Row:
     totals: SpeculationCounts = field(default_factory=SpeculationCounts)
     chosen: Counter[int] = field(default_factory=Counter)
     questions: dict[str, QuestionCounts] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        size = self.strategy.num_nodes
+        return f"{self.strategy.name}{'*' * self.coupled}" + ("" if size == _UNBOUNDED else f"@{size}")
 
     def add(self, question: str, counts: SpeculationCounts, chosen: Counter[int]) -> None:
         self.totals += counts
@@ -125,9 +146,13 @@ class _Row:
             "acceptance_length": round(pooled(questions), 4),
             "interval_95": [round(edge, 4) for edge in bootstrap(questions)],
             "per_question_mean": round(per_question_mean(questions), 4),
+            "per_question_interval_95": [round(edge, 4) for edge in bootstrap_mean(questions)],
             "nodes_per_pass": round(totals.num_draft_tokens / max(totals.num_passes, 1), 2),
             "histogram": totals.histogram(),
-            "accepted_by_drafter": {names[i]: n for i, n in sorted(totals.accepted_by_drafter.items())},
+            "accepted_by_depth": {
+                names[i]: [totals.accepted_at[i, depth] for depth in range(1, totals.max_depth + 1)]
+                for i in self.strategy.drafters
+            },
             "chosen": {names[i]: n for i, n in sorted(self.chosen.items())},
             "questions": questions,
         }
@@ -162,9 +187,7 @@ def evaluate(
                 for analysis, trees in zip(analyses, grown, strict=True):
                     if not coupled:
                         analysis.observe(run.recording, trees[i])
-        shown = ", ".join(
-            f"{row.strategy.name}{'*' * row.coupled} {row.totals.acceptance_length:.2f}" for row in rows
-        )
+        shown = ", ".join(f"{row.label} {row.totals.acceptance_length:.2f}" for row in rows)
         print(f"{plan.benchmark} {start + len(batch)}/{len(runs)}: {shown}", flush=True)
     return {
         "plan": asdict(plan),

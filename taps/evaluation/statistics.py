@@ -49,12 +49,38 @@ def bootstrap_ratio(
     return _middle(tokens / passes / (other_tokens / other_passes))
 
 
+def bootstrap_mean(questions: Sequence[QuestionCounts], seed: int = 0) -> Interval:
+    """The 95 % interval of `per_question_mean`, questions resampled with replacement."""
+    ratios = torch.tensor([q.tokens / q.passes for q in questions if q.passes], dtype=torch.float64)
+    return _middle(ratios[_drawn(len(ratios), seed)].mean(1))
+
+
+def mean_ratio(ours: Sequence[Sequence[QuestionCounts]], theirs: Sequence[Sequence[QuestionCounts]]) -> float:
+    """Ratio of the means over benchmarks of `pooled`."""
+    return sum(map(pooled, ours)) / sum(map(pooled, theirs))
+
+
+def bootstrap_mean_ratio(
+    ours: Sequence[Sequence[QuestionCounts]], theirs: Sequence[Sequence[QuestionCounts]], seed: int = 0
+) -> Interval:
+    """The 95 % interval of `mean_ratio`, the same questions of each benchmark resampled for both."""
+
+    def lengths(of: Sequence[Sequence[QuestionCounts]]) -> torch.Tensor:
+        sums = [_resampled(questions, seed + number) for number, questions in enumerate(of)]
+        return torch.stack([tokens / passes for tokens, passes in sums]).mean(0)
+
+    return _middle(lengths(ours) / lengths(theirs))
+
+
+def _drawn(count: int, seed: int) -> torch.Tensor:
+    """Indices [resamples, count], drawn with replacement."""
+    return torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(seed))
+
+
 def _resampled(questions: Sequence[QuestionCounts], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of tokens and passes [resamples]; the same seed draws the same questions."""
-    draw = torch.Generator().manual_seed(seed)
-    taken = torch.randint(len(questions), (_RESAMPLES, len(questions)), generator=draw)
     counts = torch.tensor(questions, dtype=torch.float64)
-    sums = counts[taken].sum(1)
+    sums = counts[_drawn(len(questions), seed)].sum(1)
     return sums[:, 0], sums[:, 1].clamp_min(1)
 
 
