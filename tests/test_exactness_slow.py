@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from taps.composing import STRATEGIES
+from taps.evaluation.runner import commit
 from taps.local import LocalDrafter, LocalVerifier
 from taps.models.causal_lm import CausalLM
 from taps.target import Target
@@ -48,26 +48,34 @@ def asked(tokenizer: Any) -> list[Question]:
     return questions(tokenizer, PROMPTS, SAMPLINGS)
 
 
+class Report:
+    """The figures so far, on disk after every row."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, what: str, dtype: str, found: list[Divergence], asked: list[Question]) -> None:
+        tokens = len(asked) * NEW_TOKENS
+        divergences = [{"position": d.position, "margin": d.margin} for d in found]
+        self.rows.append(
+            {"what": what, "dtype": dtype, "answers": len(asked), "tokens": tokens, "divergences": divergences}
+        )
+        RESULTS.parent.mkdir(parents=True, exist_ok=True)
+        RESULTS.write_text(json.dumps(self._header() | {"rows": self.rows}, indent=1) + "\n")
+
+    def _header(self) -> dict[str, Any]:
+        machine = platform.processor() or platform.machine()
+        made_with = {"torch": torch.__version__, "machine": machine, "commit": commit()}
+        return {"prompts": len(PROMPTS), "new_tokens": NEW_TOKENS, "made_with": made_with}
+
+
 @pytest.fixture(scope="module")
-def report() -> Iterator[dict[str, Any]]:
-    found: dict[str, Any] = {
-        "prompts": len(PROMPTS), "new_tokens": NEW_TOKENS, "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(), "rows": [],
-    }  # fmt: skip
-    yield found
-    RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def row(what: str, dtype: str, found: list[Divergence], asked: list[Question]) -> dict[str, Any]:
-    return {
-        "what": what, "dtype": dtype, "answers": len(asked), "tokens": len(asked) * NEW_TOKENS,
-        "divergences": [{"position": d.position, "margin": d.margin} for d in found],
-    }  # fmt: skip
+def report() -> Report:
+    return Report()
 
 
 def test_float32_text_is_the_targets_own(
-    reference: Any, report: dict[str, Any], asked: list[Question],
+    reference: Any, report: Report, asked: list[Question],
     verifier: LocalVerifier, drafters: list[LocalDrafter],
 ) -> None:  # fmt: skip
     sampled = [question for question in asked if question.params != GREEDY]
@@ -78,14 +86,14 @@ def test_float32_text_is_the_targets_own(
     for strategy, num_drafters in COMPOSITIONS:
         texts = answer_all(asked, verifier, rotated(drafters, num_drafters), STRATEGIES[strategy], NEW_TOKENS)
         found = divergences(reference, asked, texts, plain)
-        report["rows"].append(row(f"{strategy}, {num_drafters} drafters", "float32", found, asked))
+        report.add(f"{strategy}, {num_drafters} drafters", "float32", found, asked)
         every += found
     assert all(divergence.margin < NEAR_TIE for divergence in every)
-    assert len(every) <= 1 + sum(r["tokens"] for r in report["rows"]) // TOKENS_PER_NEAR_TIE
+    assert len(every) <= 1 + sum(r["tokens"] for r in report.rows) // TOKENS_PER_NEAR_TIE
 
 
 def test_bfloat16_diverges_only_at_near_ties(
-    reference: Any, report: dict[str, Any], asked: list[Question],
+    reference: Any, report: Report, asked: list[Question],
     target_directory: Path, drafters: list[LocalDrafter],
 ) -> None:  # fmt: skip
     verifier = LocalVerifier(Target(CausalLM.load(target_directory, torch.bfloat16), SESSIONS, 512))
@@ -93,6 +101,6 @@ def test_bfloat16_diverges_only_at_near_ties(
     for strategy in ("single", "confidence", "entropy", "merged"):
         texts = answer_all(asked, verifier, rotated(drafters, 2), STRATEGIES[strategy], NEW_TOKENS)
         found = divergences(reference, asked, texts, plain)
-        report["rows"].append(row(f"{strategy}, 2 drafters", "bfloat16", found, asked))
+        report.add(f"{strategy}, 2 drafters", "bfloat16", found, asked)
         assert all(divergence.margin < BFLOAT16_NEAR_TIE for divergence in found)
     verifier.close()
