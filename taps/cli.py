@@ -129,6 +129,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--data", help="questions, a JSONL file (default: the benchmark of that name on the hub)"
     )
     parser.add_argument("--heads", required=True, nargs="+", type=Path, help="specialists, alone and combined")
+    parser.add_argument("--alone", default=[], nargs="+", type=Path, help="further heads, not combined")
     parser.add_argument("--out", required=True, type=Path, help="the result file, JSON")
     parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=10, help="default: %(default)s")
@@ -146,7 +147,7 @@ def _bench(args: argparse.Namespace) -> None:
     from taps.evaluation.runner import write_result
 
     plan = LivePlan(**_named(LivePlan, args))
-    write_result(measure(args.target, args.heads, args.data or args.benchmark, plan), args.out)
+    write_result(measure(args.target, args.heads, args.alone, args.data or args.benchmark, plan), args.out)
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

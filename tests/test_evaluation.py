@@ -174,10 +174,11 @@ def test_speed_is_a_ratio_to_plain_decoding_of_the_same_questions(tmp_path: Path
     questions = written(tmp_path / "q.jsonl", {"question_id": 1, "turns": ["What is 2 + 2?"]})
     head = str(PROJECT / "specialists" / "math")
     command = ["bench", "--benchmark", "small", "--data", str(questions), "--heads", head]
+    command += ["--alone", str(PROJECT / "specialists" / "chat")]
     command += ["--new-tokens", "8", "--num-nodes", "4", "--out", str(tmp_path / "result.json")]
     assert main(command) == 0
     rows = {row["strategy"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
-    assert list(rows) == ["off", "math", "confidence", "entropy", "merged"]
+    assert list(rows) == ["off", "math", "chat", "confidence", "entropy", "merged", "concatenated"]
     assert (rows["off"]["speed_ratio_median"], rows["off"]["acceptance_length"]) == (1.0, 1.0)
     assert rows["math"]["acceptance_length"] >= 1.0
     assert rows["math"]["nodes_per_pass"] == 3.0

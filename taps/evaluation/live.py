@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from taps import __version__
-from taps.composing import STRATEGIES
+from taps.composing import STRATEGIES, Compose, concatenated
 from taps.context import Context
 from taps.decoding import Panel, decode
 from taps.drafting.drafter import Ask
@@ -33,6 +33,7 @@ from taps.models.checkpoints import load_head
 from taps.models.embedded import target_path
 from taps.sampling import SamplingParams
 from taps.target import Target
+from taps.tree import ProposalTree
 
 PLAIN = "off"
 _MAX_LEN = 2048
@@ -67,7 +68,7 @@ class Timed(NamedTuple):
 
 
 async def time_answer(
-    prompt: Sequence[int], verifier: LocalVerifier, drafters: Sequence[LocalDrafter], strategy: str,
+    prompt: Sequence[int], verifier: LocalVerifier, drafters: Sequence[LocalDrafter], compose: Compose,
     ask: Ask, params: SamplingParams, new_tokens: int,
 ) -> Timed:  # fmt: skip
     """Decode one answer of `new_tokens` tokens; end tokens do not end it, so that all answers are as long."""
@@ -76,7 +77,7 @@ async def time_answer(
     async with AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(drafters)]
         panel = Panel(sessions, _PATIENT_S)
-        steps = decode(context, lambda: verifier.session(params), panel, STRATEGIES[strategy], ask)
+        steps = decode(context, lambda: verifier.session(params), panel, compose, ask)
         async with aclosing(steps):
             async for step in steps:
                 if step.is_prefill:
@@ -90,17 +91,25 @@ async def time_answer(
     return Timed(seconds, draft_ms, verify_ms, counts)
 
 
-def measure(target: str, heads: Sequence[Path], data: str | Path, plan: LivePlan) -> dict[str, Any]:
-    """Speed of each head alone and of every way to combine them, as ratios to plain decoding."""
+def measure(
+    target: str, heads: Sequence[Path], alone: Sequence[Path], data: str | Path, plan: LivePlan
+) -> dict[str, Any]:
+    """Speed of each head alone and of every way to combine the first ones, as ratios to plain decoding.
+
+    Args: heads: those that are combined; alone: further ones, timed by themselves.
+    """
     path = target_path(target)
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
     verifier = LocalVerifier(Target(CausalLM.load(path, torch.bfloat16), 2, _MAX_LEN))
     drafters = [
-        LocalDrafter(head.name, EagleDrafter(load_head(head, path, torch.bfloat16), 2)) for head in heads
+        LocalDrafter(head.name, EagleDrafter(load_head(head, path, torch.bfloat16), 2))
+        for head in (*heads, *alone)
     ]
-    settings: dict[str, tuple[str, list[LocalDrafter]]] = {PLAIN: (PLAIN, [])}
-    settings |= {drafter.name: ("single", [drafter]) for drafter in drafters}
-    settings |= {name: (name, drafters) for name in ("confidence", "entropy", "merged")}
+    together = drafters[: len(heads)]
+    settings: dict[str, tuple[Compose, list[LocalDrafter]]] = {PLAIN: (STRATEGIES["off"], [])}
+    settings |= {drafter.name: (STRATEGIES["single"], [drafter]) for drafter in drafters}
+    settings |= {name: (STRATEGIES[name], together) for name in ("confidence", "entropy", "merged")}
+    settings["concatenated"] = (_every_node, together)
     timed: dict[str, list[Timed]] = {name: [] for name in settings}
     for number, question in enumerate(load_questions(data, plan.questions)):
         messages = [{"role": "user", "content": question.turns[0]}]
@@ -108,8 +117,8 @@ def measure(target: str, heads: Sequence[Path], data: str | Path, plan: LivePlan
         params = SamplingParams(plan.temperature, seed=plan.seed, choice=number)
         ask = Ask(plan.num_nodes, plan.depth, plan.top_k, params)
         for name in _turned(list(settings), number):
-            strategy, panel = settings[name]
-            answer = time_answer(prompt, verifier, panel, strategy, ask, params, plan.new_tokens)
+            compose, panel = settings[name]
+            answer = time_answer(prompt, verifier, panel, compose, ask, params, plan.new_tokens)
             timed[name].append(asyncio.run(answer))
         shown = ", ".join(
             f"{name} {rows[-1].tokens_per_second / timed[PLAIN][-1].tokens_per_second:.2f}"
@@ -122,6 +131,11 @@ def measure(target: str, heads: Sequence[Path], data: str | Path, plan: LivePlan
         "threads": torch.get_num_threads(),
         "rows": [_row(name, rows, timed[PLAIN]) for name, rows in timed.items()],
     }
+
+
+def _every_node(trees: Sequence[ProposalTree], root: int, _: int) -> ProposalTree:
+    """The paper's merging: all nodes of all trees, duplicates too."""
+    return concatenated(trees, root)
 
 
 def _turned(names: list[str], number: int) -> list[str]:
