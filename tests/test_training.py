@@ -6,9 +6,12 @@ import copy
 import json
 import math
 import multiprocessing
+import os
 import signal
+import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -334,6 +337,36 @@ def test_a_process_that_is_killed_ends_at_the_same_weights_when_started_again(
     assert again.exitcode == 0
     resumed = torch.load(out, weights_only=True)
     assert all(torch.equal(w, resumed[name]) for name, w in unbroken.trained().items())
+
+
+def train_as_rank(rank: int, port: int, answers: Path, state: Path, out: Path) -> None:
+    """One of two processes that train a head together."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    head = trained(RecordedData([Answers(answers)]), state, RESUMABLE)
+    torch.save(head.trained(), out / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one_that_accumulates_two_batches(data: RecordedData, tmp_path: Path) -> None:
+    alone = trained(data, tmp_path / "alone", replace(RESUMABLE, accumulation=2))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    args = (port, tmp_path / "answers", tmp_path / "state", tmp_path)
+    spawn = multiprocessing.get_context("spawn")
+    ranks = [spawn.Process(target=train_as_rank, args=(rank, *args)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(180)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, weight in alone.trained().items():
+        assert torch.equal(one[name], other[name])
+        torch.testing.assert_close(one[name], weight, atol=1e-4, rtol=1e-3)
 
 
 def test_a_finished_run_is_not_trained_again(data: RecordedData, tmp_path: Path) -> None:
