@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -107,10 +108,20 @@ def test_entropy_takes_the_lowest_and_the_first_of_equals() -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_merged_is_the_union_of_all_paths_each_once_with_all_its_owners_and_the_best_score(seed: int) -> None:
     trees = random_trees(seed)
-    union = merged(trees, 0, 1 << 30)
+    sure = [replace(tree, entropy=0.3) for tree in trees]
+    union = merged(sure, 0, 1 << 30)
     paths = [union.token_path(node) for node in range(1, len(union))]
     assert len(paths) == len(set(paths))
-    assert by_path([union]) == by_path(trees)
+    assert by_path([union]) == by_path(sure)
+
+
+def test_a_drafter_that_is_unsure_is_discounted_by_its_excess_entropy() -> None:
+    sure, unsure = replace(chain(5, score=-0.9), entropy=0.5), replace(chain(6, score=-0.2), entropy=1.5)
+    union = merged([sure, unsure], 0, 8)
+    assert union.tokens == (0, 5, 6)
+    assert union.scores == pytest.approx((0.0, -0.9, -1.2))
+    silent = ProposalTree.root_only(0)
+    assert merged([silent, unsure], 0, 8) == replace(unsure, entropy=0.0), "who says nothing is not the surest"
 
 
 def test_merging_a_tree_with_itself_changes_only_the_owners() -> None:

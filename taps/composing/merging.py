@@ -10,11 +10,15 @@ from taps.tree import ROOT, ProposalTree
 def merged(trees: Sequence[ProposalTree], root: int, num_nodes: int) -> ProposalTree:
     """The best `num_nodes` of the union as a trie, where a node's token path is its identity.
 
-    Drafters that propose the same path give one node that all of them own, scored by the most confident.
+    Drafters that propose the same path give one node that all of them own, with the best of their scores. A
+    drafter outside its domain is overconfident in its paths but knows that it is unsure: each tree's scores are
+    discounted by its mean entropy, as far as that exceeds the surest tree's.
     """
+    surest = min((tree.entropy for tree in trees if len(tree) > 1), default=0.0)
     place: dict[tuple[int, int], int] = {}  # (merged parent, token) -> merged node
     tokens, parents, scores, owners = [root], [-1], [0.0], [0]
     for tree in trees:
+        discount = tree.entropy - surest
         merged_at = [ROOT] * len(tree)
         for i in range(1, len(tree)):
             parent, token = merged_at[tree.parents[i]], tree.tokens[i]
@@ -23,10 +27,10 @@ def merged(trees: Sequence[ProposalTree], root: int, num_nodes: int) -> Proposal
             if node == len(tokens):
                 tokens.append(token)
                 parents.append(parent)
-                scores.append(tree.scores[i])
+                scores.append(tree.scores[i] - discount)
                 owners.append(tree.owners[i])
             else:
-                scores[node] = max(scores[node], tree.scores[i])
+                scores[node] = max(scores[node], tree.scores[i] - discount)
                 owners[node] |= tree.owners[i]
     union = list(zip(tokens, parents, scores, owners, strict=True))[1:]
     return ProposalTree.ordered(root, union, num_nodes)

@@ -11,6 +11,14 @@ from collections.abc import Sequence
 from taps.drafting.drafter import DraftJob
 from taps.tree import ProposalTree
 
+_OTHERS = 100  # tokens that what is left of the probability is thought to be spread over
+
+
+def _entropy(sure: float) -> float:
+    """Nats, of a distribution that gives one token the probability `sure`."""
+    rest = 1.0 - sure
+    return -sure * math.log(sure) - (rest * math.log(rest / _OTHERS) if rest else 0.0)
+
 
 class NgramDrafter:
     """Looks the longest known suffix up in the session's own tokens."""
@@ -36,11 +44,10 @@ class NgramDrafter:
         start, matched = self._lookup(tokens)
         drafted = tokens[start : start + length] if matched else []
         # A longer match is a surer one; the score is a guess that orders these nodes among others'.
-        step = math.log(matched / (matched + 1)) if matched else 0.0
+        sure = matched / (matched + 1) if matched else 1.0
         n = len(drafted) + 1
-        return ProposalTree(
-            (tokens[-1], *drafted), tuple(range(-1, n - 1)), tuple(step * i for i in range(n)), (0,) * n
-        )
+        scores = tuple(math.log(sure) * i for i in range(n))
+        return ProposalTree((tokens[-1], *drafted), tuple(range(-1, n - 1)), scores, (0,) * n, _entropy(sure))
 
     def _lookup(self, tokens: Sequence[int]) -> tuple[int, int]:
         """Where the latest earlier occurrence of the longest suffix ends, and that suffix's length."""
