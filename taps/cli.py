@@ -101,44 +101,35 @@ def _add_average(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_average)
 
 
-def _add_eval(parser: argparse.ArgumentParser) -> None:
+def _add_measuring(
+    parser: argparse.ArgumentParser, questions: int, num_nodes: int, depth: int, top_k: int
+) -> None:
+    """What `eval` and `bench` share: which heads on which questions, and the trees' defaults."""
     parser.add_argument("--benchmark", required=True, help="its name in the result")
     parser.add_argument(
         "--data", help="questions, a JSONL file (default: the benchmark of that name on the hub)"
     )
     parser.add_argument("--heads", required=True, nargs="+", type=Path, help="specialists, alone and combined")
     parser.add_argument("--alone", default=[], nargs="+", type=Path, help="further heads, not combined")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--out", required=True, type=Path, help="the result file, JSON")
+    parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=128, help="per turn (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s")
+    sizes = {"seed": 0, "questions": questions, "num-nodes": num_nodes, "depth": depth, "top-k": top_k}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    _add_measuring(parser, questions=80, num_nodes=60, depth=5, top_k=10)
     parser.add_argument(
         "--work", type=Path, default=Path(".work/eval"), help="for answers (default: %(default)s)"
     )
-    parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=80, help="default: %(default)s")
-    parser.add_argument("--new-tokens", type=int, default=128, help="per turn (default: %(default)s)")
-    parser.add_argument("--num-nodes", type=int, default=60, help="default: %(default)s")
-    parser.add_argument("--depth", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--top-k", type=int, default=10, help="default: %(default)s")
     parser.set_defaults(run=_eval)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--benchmark", required=True, help="its name in the result")
-    parser.add_argument(
-        "--data", help="questions, a JSONL file (default: the benchmark of that name on the hub)"
-    )
-    parser.add_argument("--heads", required=True, nargs="+", type=Path, help="specialists, alone and combined")
-    parser.add_argument("--alone", default=[], nargs="+", type=Path, help="further heads, not combined")
-    parser.add_argument("--out", required=True, type=Path, help="the result file, JSON")
-    parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=10, help="default: %(default)s")
-    parser.add_argument("--new-tokens", type=int, default=128, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--num-nodes", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--depth", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--top-k", type=int, default=3, help="default: %(default)s")
+    _add_measuring(parser, questions=10, num_nodes=8, depth=3, top_k=3)
     parser.set_defaults(run=_bench)
 
 

@@ -166,10 +166,12 @@ class Target:
         return self.model.extend(tokens, step, keep)
 
     def _try_to_finish(self, piece: _Piece, features: Tensor, logits: Tensor) -> _Outcome | Exception | None:
-        """What cannot be sampled from one session's logits (say, not a number) fails that session alone."""
+        """What one session's sampling raises is that session's answer."""
         try:
             return self._finish(piece, features, logits)
-        except Exception as error:  # the other sessions of the step go on
+        # Logits that are no numbers fail in whatever operation meets them first, each with an error of its own;
+        # raised from here any of them would fail every session of the step. The session's caller gets it.
+        except Exception as error:
             return error
 
     def _finish(self, piece: _Piece, features: Tensor, logits: Tensor) -> _Outcome | None:

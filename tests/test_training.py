@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -299,17 +298,18 @@ def test_an_interrupted_run_ends_at_the_same_weights(
 RESUMABLE = TrainRecipe("hass", epochs=2, batch_size=8, feature_noise=0.1)
 
 
-def train_slowly(answers: Path, state: Path, out: Path) -> None:
-    """Train in a process of its own, slowly enough to be killed on the way."""
+def train_until_killed(answers: Path, state: Path, out: Path, dies_after: int | None) -> None:
+    """Train in a process of its own, which SIGKILL ends in its `dies_after`-th update from the start."""
     step = Trainer._step
 
-    def slow(self: Trainer) -> tuple[DraftLoss, int]:
-        time.sleep(0.05)
+    def dies(self: Trainer) -> tuple[DraftLoss, int]:
+        if self._update == dies_after:
+            os.kill(os.getpid(), signal.SIGKILL)
         return step(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "_SAVE_EVERY", 2)
-        patch.setattr(Trainer, "_step", slow)
+        patch.setattr(Trainer, "_step", dies)
         head = trained(RecordedData([Answers(answers)]), state, RESUMABLE)
     torch.save(head.trained(), out)
 
@@ -320,21 +320,12 @@ def test_a_process_that_is_killed_ends_at_the_same_weights_when_started_again(
     answers, state, out = tmp_path / "answers", tmp_path / "state", tmp_path / "weights.pt"
     unbroken = trained(data, tmp_path / "unbroken", RESUMABLE)
     spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=train_slowly, args=(answers, state, out))
-    process.start()
-    deadline = time.monotonic() + 120
-    while len(list(state.glob("update-0000000[4-9]"))) == 0:
-        assert process.is_alive()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)  # polling another process, bounded by the deadline
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not out.exists()
-    again = spawn.Process(target=train_slowly, args=(answers, state, out))
-    again.start()
-    again.join(120)
-    assert again.exitcode == 0
+    for dies_after, exit_code in ((5, -signal.SIGKILL), (None, 0)):
+        process = spawn.Process(target=train_until_killed, args=(answers, state, out, dies_after))
+        process.start()
+        process.join(120)
+        assert process.exitcode == exit_code
+        assert out.exists() == (dies_after is None)
     resumed = torch.load(out, weights_only=True)
     assert all(torch.equal(w, resumed[name]) for name, w in unbroken.trained().items())
 
