@@ -1,224 +1,34 @@
-"""Training: losses by hand, alignment against drafting, batches that keep every token, exact resume."""
+"""Training: it drafts better, is resumed exactly, on one process or two, and ends as a served specialist."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
 import multiprocessing
 import os
 import signal
 import socket
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from taps.cli import main
-from taps.models.attention import PackedStep, Segment
-from taps.models.cache import SlotCache
 from taps.models.checkpoints import InvalidCheckpoint, load_head
 from taps.models.draft_head import DraftHead
 from taps.training import trainer
-from taps.training.alignment import aligned_mask, aligned_passes
 from taps.training.averaging import average
-from taps.training.batches import Answers, RecordedData, collate, draft_vocabulary
-from taps.training.losses import DraftLoss, LossWeights, draft_loss, target_distribution
+from taps.training.batches import Answers, RecordedData
+from taps.training.losses import DraftLoss
 from taps.training.shards import (
     Recording,
-    load_row,
-    load_shard,
-    save_shard,
-    shard_header,
-    shard_rows,
-    shards,
 )
 from taps.training.trainer import InvalidState, Method, Trainer, TrainRecipe, recipe_of
 from taps.training.validation import validate
 from tests.conftest import PROJECT
+from tests.recordings import saved
 from tests.tiny import HIDDEN, VOCAB, tiny_head
-
-
-def recording(tokens: Sequence[int], answer_start: int, name: str = "r") -> Recording:
-    """Feature i is (i, -i)."""
-    positions = torch.arange(len(tokens) - 1, dtype=torch.bfloat16)
-    features = torch.stack([positions, -positions], dim=1)
-    return Recording(name, torch.tensor(tokens, dtype=torch.int32), answer_start, features)
-
-
-def saved(directory: Path, *recordings: Recording) -> Path:
-    directory.mkdir(exist_ok=True)
-    save_shard(directory / f"shard-{len(shards(directory)):05d}.safetensors", recordings)
-    return directory
-
-
-def loss_of(predicted: Tensor, features: Tensor, lm_head: Tensor, weights: LossWeights) -> DraftLoss:
-    target = target_distribution(features, lm_head, weights)
-    return draft_loss(predicted, features, target, lm_head, weights)
-
-
-def test_the_loss_of_a_case_worked_by_hand() -> None:
-    """p = (3/4, 1/4), q = (1/2, 1/2), so the cross-entropy is ln 2; features differ by ln 3 > 1 and by 0."""
-    loss = loss_of(torch.zeros(1, 2), torch.tensor([[math.log(3), 0.0]]), torch.eye(2), LossWeights(2.0, 0.5))
-    feature = (math.log(3) - 0.5) / 2
-    assert float(loss.feature) == pytest.approx(feature)
-    assert float(loss.token) == pytest.approx(math.log(2))
-    assert float(loss.total) == pytest.approx(2.0 * feature + 0.5 * math.log(2))
-
-
-def test_the_top_k_loss_of_a_case_worked_by_hand() -> None:
-    """p = (4, 2, 1, 1) / 8 and q is even: the two likeliest tokens carry 6/8 of ln 4."""
-    features = torch.tensor([[math.log(4), math.log(2), 0.0, 0.0]])
-    loss = loss_of(torch.zeros(1, 4), features, torch.eye(4), LossWeights(0.0, 0.0, 3.0, k=2))
-    assert float(loss.top_k) == pytest.approx(0.75 * math.log(4))
-    assert float(loss.total) == pytest.approx(3 * 0.75 * math.log(4))
-
-
-def test_small_feature_errors_cost_half_their_square() -> None:
-    loss = loss_of(torch.tensor([[0.4, 0.0]]), torch.zeros(1, 2), torch.eye(2), LossWeights(1.0, 0.0))
-    assert float(loss.total) == pytest.approx(0.5 * 0.4**2 / 2)
-
-
-def test_the_perfect_prediction_costs_the_targets_entropy_and_has_no_gradient() -> None:
-    draw = torch.Generator().manual_seed(0)
-    features, lm_head = torch.randn(5, 3, generator=draw), torch.randn(7, 3, generator=draw)
-    predicted = features.clone().requires_grad_()
-    loss = loss_of(predicted, features, lm_head, LossWeights())
-    p = (features @ lm_head.T).softmax(-1)
-    assert float(loss.feature.detach()) == 0.0
-    assert float(loss.token.detach()) == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-5)
-    (gradient,) = torch.autograd.grad(loss.total, predicted)
-    assert gradient.abs().max() < 1e-6
-
-
-def test_the_mask_of_a_third_pass_worked_by_hand() -> None:
-    """The newest position from this pass, the one before it from the second, older ones from the first."""
-    first, second, third = torch.split(aligned_mask(3, 4).int(), 4, dim=1)
-    assert first.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
-    assert second.tolist() == [[0, 0, 0, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]
-    assert third.tolist() == torch.eye(4).int().tolist()
-
-
-def drafted_chain(head: DraftHead, tokens: Tensor, features: Tensor, root: int, depth: int) -> list[Tensor]:
-    """Features predicted by drafting the recorded tokens from pair `root` on, pair by pair, as serving does."""
-    cache = SlotCache(1, 64)
-    slot = cache.acquire()
-
-    def extend(pairs: slice, inputs: Tensor) -> Tensor:
-        count = len(inputs)
-        step = PackedStep(cache, [Segment(slot, 0, torch.arange(count), None)], inputs.dtype, inputs.device)
-        hidden: Tensor = head(tokens[None, pairs], inputs[None], step.positions(), step)[0]
-        cache.commit(slot, range(count))
-        return hidden[-1]
-
-    chain = [extend(slice(0, root + 1), features[: root + 1])]
-    for pair in range(root + 1, root + depth):
-        chain.append(extend(slice(pair, pair + 1), chain[-1][None]))
-    return chain
-
-
-def test_an_aligned_pass_sees_exactly_what_drafting_sees() -> None:
-    head, depth = tiny_head(), 4
-    draw = torch.Generator().manual_seed(5)
-    tokens = torch.randint(0, VOCAB, (1, 9), generator=draw)
-    features = torch.randn(1, 9, HIDDEN, generator=draw)
-    with torch.no_grad():
-        passes = list(aligned_passes(head, tokens, features, depth))
-        for root in range(9 - depth + 1):
-            chain = drafted_chain(head, tokens[0], features[0], root, depth)
-            for j, drafted in enumerate(chain):
-                torch.testing.assert_close(passes[j][0, root + j], drafted, atol=1e-5, rtol=1e-4)
-
-
-def test_recordings_survive_a_shard(tmp_path: Path) -> None:
-    saved = [recording([1, 2, 3, 4], 2, "a"), recording([5, 6], 1, "b"), recording([7, 8, 9], 3, "c")]
-    save_shard(tmp_path / "shard-00000.safetensors", saved)
-    assert shards(tmp_path) == list(tmp_path.iterdir()), "no partial file is left"
-    assert shard_header(shards(tmp_path)[0]) == {"target": "", "ids": ["a", "b", "c"], "answer_tokens": 3}
-    for before, after in zip(saved, load_shard(shards(tmp_path)[0]), strict=True):
-        assert (after.id, after.answer_start) == (before.id, before.answer_start)
-        assert torch.equal(after.tokens, before.tokens)
-        assert torch.equal(after.features, before.features)
-        assert after.features.dtype == torch.bfloat16
-
-
-def test_a_batch_pairs_each_token_with_the_feature_before_it_and_labels_it_with_the_one_at_it() -> None:
-    batch = collate([recording([10, 11, 12, 13, 14], answer_start=3), recording([20, 21, 22], answer_start=1)])
-    assert batch.tokens.tolist() == [[11, 12, 13], [21, 0, 0]]
-    assert batch.features[..., 0].tolist() == [[0, 1, 2], [0, 0, 0]]
-    assert batch.labels[..., 0].tolist() == [[1, 2, 3], [1, 0, 0]]
-    assert batch.labels[..., 1].tolist() == [[-1, -2, -3], [-1, 0, 0]]
-
-
-def test_only_pairs_that_predict_an_answer_token_count_and_no_padding_does() -> None:
-    batch = collate([recording([10, 11, 12, 13, 14], answer_start=3), recording([20, 21, 22], answer_start=1)])
-    assert batch.counts.tolist() == [[False, True, True], [True, False, False]]
-
-
-def test_rows_are_read_by_themselves(tmp_path: Path) -> None:
-    recordings = [recording([1, 2, 3, 4], 2, "a"), recording([5, 6], 1, "b"), recording([7, 8, 9], 3, "c")]
-    (path,) = shards(saved(tmp_path / "answers", *recordings))
-    for row, whole in zip(reversed(shard_rows(path)), reversed(recordings), strict=True):
-        alone = load_row(row)
-        assert (row.length, row.num_answer_tokens) == (len(whole.tokens), whole.num_answer_tokens)
-        assert torch.equal(alone.tokens, whole.tokens)
-        assert torch.equal(alone.features, whole.features)
-
-
-def many(count: int) -> list[Recording]:
-    return [recording([9, i, *range(i % 3 + 1)], 1, f"r{i}") for i in range(count)]
-
-
-def test_an_epoch_takes_every_recording_once_except_those_held_out_or_too_short(tmp_path: Path) -> None:
-    directory = saved(tmp_path / "answers", *many(120), recording([9, 999], 1, "short"))
-    data = RecordedData([Answers(directory)])
-    assert 0 < len(data.held_out) < 12
-    epoch = data.epoch(4, seed=0, epoch=0)
-    ids = [row.id for batch in epoch for row in batch]
-    assert sorted(ids) == sorted({r.id for r in many(120)} - {row.id for row in data.held_out})
-    assert max(map(len, epoch)) == 4
-    assert epoch == data.epoch(4, 0, 0) != data.epoch(4, 0, 1)
-
-
-def test_all_answers_to_a_prompt_are_held_out_together(tmp_path: Path) -> None:
-    again = [recording([9, 1, 2, 3], 1, f"r{i}#{turn}") for i in range(120) for turn in (1, 2)]
-    data = RecordedData([Answers(saved(tmp_path / "answers", *many(120), *again))])
-    held_out = {row.id.partition("#")[0] for row in data.held_out}
-    assert not held_out & {row.id.partition("#")[0] for row in data.training}
-
-
-def test_every_part_of_a_mixture_is_held_out_from(tmp_path: Path) -> None:
-    parts = [[recording([9, i, 1], 1, f"{part}{i}") for i in range(4000)] for part in "ab"]
-    data = RecordedData([Answers(saved(tmp_path / part[0].id, *part)) for part in parts])
-    held_out = [row.id for row in data.held_out]
-    assert len(held_out) == 48
-    assert 16 < sum(name.startswith("a") for name in held_out) < 32
-    assert len(data.training) == 8000 - 48, "what is not measured with is trained on"
-
-
-def test_answers_come_in_the_order_of_their_prompts(tmp_path: Path) -> None:
-    rows = [recording([9, 1, 2], 1, name) for name in ("c", "a#1", "b", "other", "a")]
-    answers = Answers(saved(tmp_path / "answers", *rows), prompts=("a", "b", "c"))
-    assert [row.id for row in answers.rows()] == ["a", "b", "c", "a#1"]
-
-
-def test_answers_are_taken_up_to_a_number_of_tokens(tmp_path: Path) -> None:
-    one, other = saved(tmp_path / "one", *many(10)), saved(tmp_path / "other", *many(10))
-    rows = [*Answers(one, 7).rows(), *Answers(other).rows()]
-    assert [row.id for row in rows[:3]] == ["r0", "r1", "r2"]
-    assert [sum(row.num_answer_tokens for row in part) for part in (rows[:-10], rows[-10:])] == [9, 29]
-
-
-def test_the_draft_vocabulary_is_what_answers_use_most_then_the_lowest_ids(tmp_path: Path) -> None:
-    rows = [recording([6, 6, 6, 6, 7, 7, 4], answer_start=4), recording([6, 9, 9, 9], answer_start=1)]
-    answers = Answers(saved(tmp_path / "answers", *rows)).rows()
-    vocabulary = draft_vocabulary(answers, 5, vocab_size=10)
-    assert vocabulary is not None
-    assert vocabulary.tolist() == [0, 1, 4, 7, 9]
-    assert draft_vocabulary(answers, 10, vocab_size=10) is None
 
 
 def test_a_fresh_head_sees_tokens_as_well_as_features() -> None:
