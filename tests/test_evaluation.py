@@ -27,6 +27,7 @@ from taps.evaluation.statistics import (
 from taps.training.shards import Recording
 from taps.tree import ProposalTree
 from tests.conftest import PROJECT
+from tests.tiny import tiny_head
 
 FORMATS = {
     "FastChat": ({"question_id": 81, "turns": ["One?", "Two?"]}, ("81", ("One?", "Two?"))),
@@ -118,14 +119,25 @@ def text(*tokens: int) -> Recording:
 def test_nodes_on_the_targets_path_are_hits_in_the_bin_of_their_probability() -> None:
     analysis = DrafterAnalysis()
     drafted = tree((5, 0, 0.82), (6, 1, 0.61), (7, 0, 0.12), (8, 2, 0.02))
-    analysis.observe(text(5, 8), {2: drafted})
+    analysis.observe_trees(text(5, 8), {2: drafted})
     assert (analysis.nodes[16], analysis.hits[16]) == (1, 1)
     assert (analysis.nodes[12], analysis.hits[12]) == (1, 0)
     assert (analysis.nodes[2], analysis.hits[2]) == (1, 0)
     assert sum(analysis.nodes) == 3, "the fourth lies beyond the recording"
-    assert analysis.confidence["accepted"][16] == 1
-    assert analysis.entropy["accepted"][2] == 1
-    assert sum(analysis.confidence["rejected"]) == 0
+    assert sum(analysis.tree_confidence["accepted"]) == 1
+    assert analysis.tree_entropy["accepted"][2] == 1
+    assert sum(analysis.tree_confidence["rejected"]) == 0
+
+
+def test_likeliest_tokens_are_counted_by_their_probability_and_their_distributions_entropy() -> None:
+    undecided = tiny_head(draft_vocab=torch.tensor([7, 5]))  # both at 0.5, the entropy is log 2
+    undecided.fc.weight.data.zero_()
+    tokens = torch.tensor([0, 9, 7, 5, 7])
+    recording = Recording("r", tokens, 2, torch.ones(4, undecided.config.hidden_size))
+    analysis = DrafterAnalysis()
+    analysis.observe_tokens(undecided, [recording])
+    assert (analysis.confidence["accepted"][10], analysis.confidence["rejected"][10]) == (2, 1)
+    assert (analysis.entropy["accepted"][1], analysis.entropy["rejected"][1]) == (2, 1)
 
 
 def test_the_oracle_takes_the_drafter_that_is_right() -> None:

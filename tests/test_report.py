@@ -9,19 +9,9 @@ from typing import Any
 import pytest
 
 from taps.cli import main
-from taps.evaluation.report import (
-    InvalidResults,
-    Key,
-    acceptance_table,
-    claims,
-    compare,
-    compare_means,
-    coupling_table,
-    depth_shift,
-    load_results,
-    routing_table,
-    row_of,
-)
+from taps.evaluation.claims import claims, compare, compare_means, depth_shift
+from taps.evaluation.report import acceptance_table, averaging_table, coupling_table, routing_table
+from taps.evaluation.results import InvalidResults, Key, blends, load_results, row_of
 
 LENGTHS = {
     "math-hass": 3.0,
@@ -59,7 +49,7 @@ def canned(
         "benchmark": benchmark, "questions": 20, "new_tokens": 128, "temperature": temperature,
         "num_nodes": 60, "depth": 5, "top_k": 10,
     }  # fmt: skip
-    heads = {name: {"training": {"method": "hass"}} for name in ("math-hass", "chat-hass")}
+    heads: dict[str, Any] = {n: {"training": {"method": "hass"}} for n in ("math-hass", "chat-hass")}
     return {"plan": plan, "heads": heads, "rows": rows, "analysis": dict.fromkeys(heads, analysis)}
 
 
@@ -134,17 +124,34 @@ def test_the_tables_hold_what_was_measured() -> None:
     assert "| confidence | math 75%, chat 25% |" in routing_table(results)
 
 
+def test_averages_stand_between_their_heads_by_weight() -> None:
+    result = canned(lengths={"averaged-hass": 1.5, "averaged-0.2-hass": 1.8})
+    for name, weight in (("averaged-hass", 0.5), ("averaged-0.2-hass", 0.2)):
+        result["heads"][name] = {"averaged": {"made/math-hass": weight, "made/chat-hass": 1 - weight}}
+    assert [(b.heads, b.weight, b.row["acceptance_length"]) for b in blends(result)] == [
+        (("math", "chat"), 0.0, 2.0),
+        (("math", "chat"), 0.2, 1.8),
+        (("math", "chat"), 0.5, 1.5),
+        (("math", "chat"), 1.0, 3.0),
+    ]
+    assert "| math and chat | 0.2 | 1.80 (1.70 to 1.90) |" in averaging_table({KEY: result})
+    assert verdict(result, "Averaging") == "reproduced"
+    assert blends(canned()) == []
+
+
 def test_one_command_writes_the_page_and_every_plot_it_shows(tmp_path: Path) -> None:
     source = tmp_path / "results"
     source.mkdir()
     for benchmark in ("gsm8k", "mt_bench"):
         for temperature in (0.0, 1.0):
             name = f"eval-{benchmark}-t{temperature:g}.json"
-            (source / name).write_text(json.dumps(canned(benchmark, temperature)))
+            result = canned(benchmark, temperature, {"averaged-hass": 1.5})
+            result["heads"]["averaged-hass"] = {"averaged": {"math-hass": 0.5, "chat-hass": 0.5}}
+            (source / name).write_text(json.dumps(result))
     assert main(["report", "--results", str(source), "--out", str(tmp_path / "study")]) == 0
     page = (tmp_path / "study" / "README.md").read_text()
     plots = {path.name for path in (tmp_path / "study").glob("*.svg")}
-    assert len(plots) == 10
+    assert len(plots) == 12
     assert all(f"]({name})" in page for name in plots)
     assert page.index("mt_bench") < page.index("gsm8k", page.index("## Acceptance length"))
 

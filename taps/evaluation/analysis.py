@@ -1,6 +1,6 @@
-"""How sure a drafter is, and how right: over its trees at every position of recorded answers.
+"""How sure a drafter is, and how right: at every position of recorded answers.
 
-Knows recordings and trees; nothing of strategies.
+Knows recordings, heads and trees; nothing of strategies.
 """
 
 from __future__ import annotations
@@ -10,8 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from taps.composing.routing import confidence_score
 from taps.evaluation.replay import TreesByEnd
+from taps.models.draft_head import DraftHead
+from taps.training.alignment import aligned_passes
+from taps.training.batches import collate
 from taps.training.shards import Recording
 from taps.tree import ProposalTree
 
@@ -30,12 +35,30 @@ class DrafterAnalysis:
     nodes: list[int] = field(default_factory=_histogram)  # drafted nodes by path probability
     hits: list[int] = field(default_factory=_histogram)  # those on the target's path
     probability: list[float] = field(default_factory=lambda: [0.0] * _BINS)  # summed, for the bins' means
-    confidence: dict[str, list[int]] = field(default_factory=lambda: _by_outcome())  # of the first token
-    entropy: dict[str, list[int]] = field(default_factory=lambda: _by_outcome())  # mean over the tree
+    # Of the likeliest next token, by whether it is the target's: its probability, its distribution's entropy.
+    confidence: dict[str, list[int]] = field(default_factory=lambda: _by_outcome())
+    entropy: dict[str, list[int]] = field(default_factory=lambda: _by_outcome())
+    # Of the whole tree, as routers see it, by the outcome of its first node.
     tree_confidence: dict[str, list[int]] = field(default_factory=lambda: _by_outcome())
+    tree_entropy: dict[str, list[int]] = field(default_factory=lambda: _by_outcome())
 
-    def observe(self, recording: Recording, trees: TreesByEnd) -> None:
-        """Count every position of one recording."""
+    @torch.inference_mode()
+    def observe_tokens(self, head: DraftHead, recordings: Sequence[Recording]) -> None:
+        """Count the token the head finds likeliest at every position of the answers."""
+        batch = collate(recordings)
+        predicted = next(aligned_passes(head, batch.tokens, batch.features, 1))
+        logprobs = head.lm_head(predicted[batch.counts]).float().log_softmax(-1)
+        best = logprobs.max(-1)
+        entropies = -(logprobs.exp() * logprobs).sum(-1)
+        accepted = head.draft_vocab[best.indices] == batch.next_tokens[batch.counts]
+        measured = zip(accepted.tolist(), best.values.exp().tolist(), entropies.tolist(), strict=True)
+        for hit, probability, entropy in measured:
+            outcome = "accepted" if hit else "rejected"
+            self.confidence[outcome][_bin(probability)] += 1
+            self.entropy[outcome][_bin(entropy / _MAX_ENTROPY)] += 1
+
+    def observe_trees(self, recording: Recording, trees: TreesByEnd) -> None:
+        """Count the trees at every position of one recording."""
         tokens: list[int] = recording.tokens.tolist()
         for end, tree in trees.items():
             if len(tree) > 1:
@@ -54,9 +77,8 @@ class DrafterAnalysis:
             self.hits[where] += on_path[i]
             self.probability[where] += probability
         outcome = "accepted" if on_path[1] else "rejected"
-        self.confidence[outcome][_bin(math.exp(tree.scores[1]))] += 1
-        self.entropy[outcome][_bin(tree.entropy / _MAX_ENTROPY)] += 1
         self.tree_confidence[outcome][_bin(confidence_score(tree))] += 1
+        self.tree_entropy[outcome][_bin(tree.entropy / _MAX_ENTROPY)] += 1
 
     def as_json(self) -> dict[str, Any]:
         return vars(self) | {"probability": [round(p, 4) for p in self.probability]}

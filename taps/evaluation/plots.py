@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from taps.evaluation.report import InvalidResults, Key, plain_name, row_of
+from taps.evaluation.results import InvalidResults, Results, blends, plain_name, row_of
 
 try:
     import matplotlib
@@ -23,8 +22,6 @@ _BAR_ROWS = (
 )  # fmt: skip
 _ACCEPTED, _REJECTED = "#4c9a6a", "#c44e52"
 
-Results = Mapping[Key, dict[str, Any]]
-
 
 def draw_all(results: Results, out: Path) -> dict[str, str]:
     """Draw every plot that the results allow. Caption -> file name."""
@@ -37,11 +34,13 @@ def draw_all(results: Results, out: Path) -> dict[str, str]:
             stem = f"{method}-t{temperature:g}"
             drawn[f"Acceptance length, {where}"] = _save(_bars(chosen), out / f"acceptance-{stem}.svg")
             drawn[f"Accepted by depth, {where}"] = _save(_depths(chosen), out / f"depth-{stem}.svg")
+            if any(blends(result) for result in chosen.values()):
+                drawn[f"Averaged weights, {where}"] = _save(_averages(chosen), out / f"averaging-{stem}.svg")
             drawn[f"Calibration, {where}"] = _save(_calibration(chosen), out / f"calibration-{stem}.svg")
             drawn[f"Confidence of accepted and rejected tokens, {where}"] = _save(
                 _outcomes(chosen, "confidence", 1.0), out / f"confidence-{stem}.svg"
             )
-            drawn[f"Entropy of accepted and rejected trees, nats, {where}"] = _save(
+            drawn[f"Entropy where the first token is accepted and where it is rejected, nats, {where}"] = _save(
                 _outcomes(chosen, "entropy", 8.0), out / f"entropy-{stem}.svg"
             )
     return drawn
@@ -88,6 +87,25 @@ def _depths(results: Results) -> Any:
                 axis.plot(range(len(passes)), reached, marker="o", markersize=3, color=colour, label=name)
         axis.set_xlabel("drafted tokens accepted, at least")
     axes[0].set_ylabel("share of the passes")
+    axes[-1].legend(frameon=False)
+    return figure
+
+
+def _averages(results: Results) -> Any:
+    figure, axes = _panels(results)
+    for axis, result in zip(axes, results.values(), strict=True):
+        found = blends(result)
+        for heads in dict.fromkeys(blend.heads for blend in found):
+            line = [blend for blend in found if blend.heads == heads]
+            lengths = [blend.row["acceptance_length"] for blend in line]
+            low, high = zip(*(blend.row["interval_95"] for blend in line), strict=True)
+            spread = [[t - edge for t, edge in zip(lengths, low, strict=True)],
+                      [edge - t for t, edge in zip(lengths, high, strict=True)]]  # fmt: skip
+            axis.errorbar([blend.weight for blend in line], lengths, yerr=spread, marker="o", markersize=3,
+                          capsize=2, label=" and ".join(heads))  # fmt: skip
+        axis.set_xlabel("λ, the first head's weight")
+        axis.set_ylim(1)
+    axes[0].set_ylabel("tokens per verify pass")
     axes[-1].legend(frameon=False)
     return figure
 

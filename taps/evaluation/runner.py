@@ -177,6 +177,8 @@ def evaluate(
     analyses = [DrafterAnalysis() for _ in drafters]
     for start in range(0, len(runs), plan.batch_size):
         batch = runs[start : start + plan.batch_size]
+        for analysis, head in zip(analyses, heads, strict=True):
+            analysis.observe_tokens(head, [run.recording for run in batch])
         for coupled in couplings:
             grown = [_grow(drafter, batch, plan, coupled, i) for i, drafter in enumerate(drafters)]
             of_coupling = [row for row in rows if row.coupled == coupled]
@@ -186,7 +188,7 @@ def evaluate(
                     row.add(run.question, counts, chosen)
                 for analysis, trees in zip(analyses, grown, strict=True):
                     if not coupled:
-                        analysis.observe(run.recording, trees[i])
+                        analysis.observe_trees(run.recording, trees[i])
         shown = ", ".join(f"{row.label} {row.totals.acceptance_length:.2f}" for row in rows)
         print(f"{plan.benchmark} {start + len(batch)}/{len(runs)}: {shown}", flush=True)
     return {

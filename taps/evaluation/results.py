@@ -1,0 +1,100 @@
+"""Result files of `taps eval`: which there are, and their rows. Knows files; nothing of models or claims."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from taps.evaluation.statistics import QuestionCounts
+
+Row = dict[str, Any]
+_ORDER = ("mt_bench", "gsm8k", "humaneval", "math_500", "svamp")
+# Heads that belong to one study row whatever the method that trained them.
+_SUFFIXES = ("-eagle-2", "-hass")
+
+
+class InvalidResults(ValueError):
+    """Result files that cannot be reported on; the message says which and why."""
+
+
+class Key(NamedTuple):
+    """One result file: a method's heads on a benchmark at a temperature."""
+
+    method: str
+    benchmark: str
+    temperature: float
+
+
+Results = Mapping[Key, dict[str, Any]]
+
+
+def load_results(directory: Path) -> dict[Key, dict[str, Any]]:
+    """Every evaluation in `directory`, in the order tables have. Raises `InvalidResults`."""
+    found: dict[Key, dict[str, Any]] = {}
+    for path in sorted(directory.glob("eval-*.json")):
+        try:
+            result = json.loads(path.read_text())
+            plan, heads = result["plan"], result["heads"]
+            methods = {head["training"]["method"] for head in heads.values() if "training" in head}
+            key = Key("+".join(sorted(methods)), plan["benchmark"], plan["temperature"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InvalidResults(f"{path} is not a result of `taps eval`: {error!r}") from error
+        if key in found:
+            raise InvalidResults(f"{path} measures {key} a second time")
+        found[key] = result
+    if not found:
+        raise InvalidResults(f"{directory} holds no eval-*.json; make some with `taps eval --out`")
+    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+
+
+def _place(key: Key) -> tuple[str, float, int, str]:
+    rank = _ORDER.index(key.benchmark) if key.benchmark in _ORDER else len(_ORDER)
+    return key.method, key.temperature, rank, key.benchmark
+
+
+def row_of(
+    result: dict[str, Any], strategy: str, coupled: bool = False, num_nodes: int | None = None
+) -> Row | None:
+    """The row of a strategy; heads go by their names without the method.
+
+    Args: num_nodes: the size of its trees; None is the largest, which comes first in a result.
+    """
+    for row in result["rows"]:
+        wanted = num_nodes is None or row["num_nodes"] == num_nodes
+        if plain_name(row["strategy"]) == strategy and row["coupled"] == coupled and wanted:
+            found: Row = row
+            return found
+    return None
+
+
+def plain_name(strategy: str) -> str:
+    for suffix in _SUFFIXES:
+        strategy = strategy.removesuffix(suffix)
+    return strategy
+
+
+def counts(row: Row) -> list[QuestionCounts]:
+    return [QuestionCounts(*question) for question in row["questions"]]
+
+
+class Blend(NamedTuple):
+    """An average of two heads' weights as it was measured; the heads themselves are its ends."""
+
+    heads: tuple[str, str]
+    weight: float  # λ, of the first head
+    row: Row
+
+
+def blends(result: dict[str, Any], coupled: bool = False) -> list[Blend]:
+    """Every average in the result, with its two ends where they were measured, by λ."""
+    averages = {name: made["averaged"] for name, made in result["heads"].items() if "averaged" in made}
+    found: dict[tuple[tuple[str, str], float], Row] = {}
+    for name, parts in averages.items():
+        first, second = (plain_name(Path(head).name) for head in parts)
+        measured = ((plain_name(name), next(iter(parts.values()))), (first, 1.0), (second, 0.0))
+        for strategy, weight in measured:
+            if (row := row_of(result, strategy, coupled)) is not None:
+                found[(first, second), weight] = row
+    return [Blend(heads, weight, row) for (heads, weight), row in sorted(found.items(), key=lambda kv: kv[0])]
