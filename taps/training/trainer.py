@@ -23,6 +23,7 @@ from taps.models.draft_head import DraftHead
 from taps.training.alignment import aligned_passes
 from taps.training.batches import Batch, RecordedData
 from taps.training.losses import DraftLoss, LossWeights, draft_loss, target_distribution
+from taps.training.optimizers import Optimizer, optimizers
 from taps.training.validation import Validation, validate
 
 Method = Literal["eagle-2", "hass"]
@@ -41,8 +42,9 @@ class TrainRecipe:
 
     method: Method = "eagle-2"
     epochs: int = 4
+    optimizer: Optimizer = "muon"
     learning_rate: float = 2e-3
-    batch_size: int = 4  # conversations, per process: few, for many updates from little data
+    batch_size: int = 8  # conversations, per process
     accumulation: int = 1  # batches per update
     warmup: float = 0.01  # share of the updates; after it the rate falls to 0 along a line
     weight_decay: float = 0.01
@@ -67,6 +69,7 @@ PRESETS = {
     # As TAPS trained its heads (2603.27027, section 4).
     "paper": TrainRecipe(
         epochs=20,
+        optimizer="adamw",
         learning_rate=3e-5,
         batch_size=8,
         feature_noise=0.2,
@@ -97,11 +100,8 @@ class Trainer:
             # The buffers are the target's frozen ends, the same everywhere.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        trained = [p for p in head.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
-        )
-        self._model, self._optimizer = cast(Any, self._accelerator.prepare(head, optimizer))
+        updating = optimizers(head, recipe.optimizer, recipe.weight_decay)
+        self._model, *self._optimizers = cast(Any, self._accelerator.prepare(head, *updating))
         self._epoch = (0, data.epoch(recipe.batch_size, recipe.seed, 0))
         self._per_epoch = len(self._epoch[1])
         self._batches_per_update = recipe.accumulation * self._accelerator.num_processes
@@ -134,8 +134,9 @@ class Trainer:
 
     def _step(self) -> tuple[DraftLoss, int]:
         """One update. The last pass's loss, and how many positions it was taken over in this process."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._recipe.learning_rate * self._schedule()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._recipe.learning_rate * self._schedule()
         counted = 0
         for number in range(self._recipe.accumulation):
             first = self._update * self._batches_per_update + number * self._accelerator.num_processes
@@ -145,8 +146,9 @@ class Trainer:
                 loss = self._backward(batch, index)
                 if self._accelerator.sync_gradients:
                     self._accelerator.clip_grad_norm_(self._model.parameters(), self._recipe.max_grad_norm)
-                self._optimizer.step()
-                self._optimizer.zero_grad()
+                for optimizer in self._optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
             counted += int(batch.counts.sum())
         self._update += 1
         return loss, counted
