@@ -77,6 +77,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accumulation", type=int, help="batches per update (default: the preset's)")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: the preset's")
     parser.add_argument("--feature-noise", type=float, help="width of uniform noise (default: the preset's)")
+    parser.add_argument(
+        "--learn-prompts", action=argparse.BooleanOptionalAction,
+        help="learn from the prompts' positions too (default: the preset's)",
+    )  # fmt: skip
     parser.add_argument("--num-passes", type=int, help="drafting steps HASS aligns (default: the preset's)")
     parser.add_argument("--seed", type=int, help="of answers and training (default: 0)")
     parser.add_argument("--init", help="a head to start from: a directory or Hugging Face id")

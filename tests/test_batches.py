@@ -39,9 +39,10 @@ def test_a_batch_pairs_each_token_with_the_feature_before_it_and_labels_it_with_
     assert batch.labels[..., 1].tolist() == [[-1, -2, -3], [-1, 0, 0]]
 
 
-def test_only_pairs_that_predict_an_answer_token_count_and_no_padding_does() -> None:
+def test_pairs_with_a_label_are_known_and_those_that_predict_an_answer_token_are_marked() -> None:
     batch = collate([recording([10, 11, 12, 13, 14], answer_start=3), recording([20, 21, 22], answer_start=1)])
-    assert batch.counts.tolist() == [[False, True, True], [True, False, False]]
+    assert batch.known.tolist() == [[True, True, True], [True, False, False]]
+    assert batch.answers.tolist() == [[False, True, True], [True, False, False]]
 
 
 def test_rows_are_read_by_themselves(tmp_path: Path) -> None:

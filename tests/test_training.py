@@ -10,6 +10,7 @@ import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from taps.models.draft_head import DraftHead
 from taps.training import trainer
 from taps.training.averaging import average
 from taps.training.batches import Answers, RecordedData
-from taps.training.losses import DraftLoss
+from taps.training.losses import DraftLoss, draft_loss
 from taps.training.optimizers import Optimizer, optimizers
 from taps.training.shards import Recording
 from taps.training.trainer import InvalidState, Method, Trainer, TrainRecipe, recipe_of
@@ -112,6 +113,24 @@ def test_muon_takes_the_matrices_and_adamw_the_rest() -> None:
     assert count == [8, 1], "fc, q, k, v, o, gate, up, down; and the norm between attention and MLP"
     (alone,) = optimizers(tiny_head(), "adamw", 0.01)
     assert sum(len(group["params"]) for group in alone.param_groups) == 9
+
+
+@pytest.mark.parametrize("learn_prompts", [True, False])
+def test_prompts_are_learned_from_by_choice(
+    learn_prompts: bool, data: RecordedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[int] = []
+
+    def counting(predicted: torch.Tensor, *rest: Any) -> DraftLoss:
+        rows.append(len(predicted))
+        return draft_loss(predicted, *rest)
+
+    monkeypatch.setattr(trainer, "draft_loss", counting)
+    trained(data, tmp_path / "state", TrainRecipe(epochs=1, batch_size=8, learn_prompts=learn_prompts))
+    pairs = sum(
+        row.length - 2 if learn_prompts else row.length - max(row.answer_start, 2) for row in data.training
+    )
+    assert sum(rows) == pairs
 
 
 RESUMABLE = TrainRecipe("hass", epochs=2, batch_size=8, feature_noise=0.1)

@@ -47,10 +47,10 @@ class DrafterAnalysis:
         """Count the token the head finds likeliest at every position of the answers."""
         batch = collate(recordings)
         predicted = next(aligned_passes(head, batch.tokens, batch.features, 1))
-        logprobs = head.lm_head(predicted[batch.counts]).float().log_softmax(-1)
+        logprobs = head.lm_head(predicted[batch.answers]).float().log_softmax(-1)
         best = logprobs.max(-1)
         entropies = -(logprobs.exp() * logprobs).sum(-1)
-        accepted = head.draft_vocab[best.indices] == batch.next_tokens[batch.counts]
+        accepted = head.draft_vocab[best.indices] == batch.next_tokens[batch.answers]
         measured = zip(accepted.tolist(), best.values.exp().tolist(), entropies.tolist(), strict=True)
         for hit, probability, entropy in measured:
             outcome = "accepted" if hit else "rejected"

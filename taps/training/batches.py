@@ -31,7 +31,8 @@ class Batch(NamedTuple):
     features: Tensor  # [B, T, H]
     labels: Tensor  # [B, T, H]: f_{i+1}
     next_tokens: Tensor  # [B, T]: t_{i+2}, which the head's distribution after labels[i] is about
-    counts: Tensor  # [B, T] bool: the label belongs to the answer
+    known: Tensor  # [B, T] bool: there is a label, no padding
+    answers: Tensor  # [B, T] bool: the label belongs to the answer
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device) for tensor in self))
@@ -45,15 +46,17 @@ def collate(recordings: Sequence[Recording]) -> Batch:
     next_tokens = torch.zeros(len(recordings), longest, dtype=torch.long)
     features = torch.zeros(len(recordings), longest, hidden)
     labels = torch.zeros(len(recordings), longest, hidden)
-    counts = torch.zeros(len(recordings), longest, dtype=torch.bool)
+    known = torch.zeros(len(recordings), longest, dtype=torch.bool)
+    answers = torch.zeros(len(recordings), longest, dtype=torch.bool)
     for row, recording in enumerate(recordings):
         n = len(recording.tokens) - 2
         tokens[row, :n] = recording.tokens[1:-1]
         next_tokens[row, :n] = recording.tokens[2:]
         features[row, :n] = recording.features[:-1]
         labels[row, :n] = recording.features[1:]
-        counts[row, max(recording.answer_start - 2, 0) : n] = True
-    return Batch(tokens, features, labels, next_tokens, counts)
+        known[row, :n] = True
+        answers[row, max(recording.answer_start - 2, 0) : n] = True
+    return Batch(tokens, features, labels, next_tokens, known, answers)
 
 
 class Answers(NamedTuple):

@@ -50,6 +50,7 @@ class TrainRecipe:
     weight_decay: float = 0.01
     max_grad_norm: float = 0.5
     feature_noise: float = 0.0  # uniform in [-x, x] / 2 times 512 / row length, as EAGLE adds; 0 adds none
+    learn_prompts: bool = True  # from the prompts' positions too; EAGLE takes the answers' only
     num_passes: int = 3  # of HASS: drafting steps that are aligned
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     draft_vocab: int | None = 8192  # the most frequent tokens, which it drafts from; None is all of them
@@ -73,6 +74,7 @@ PRESETS = {
         learning_rate=3e-5,
         batch_size=8,
         feature_noise=0.2,
+        learn_prompts=False,
         mixed_precision="bf16",
         draft_vocab=None,
     ),
@@ -133,7 +135,7 @@ class Trainer:
         return self._validate()
 
     def _step(self) -> tuple[DraftLoss, int]:
-        """One update. The last pass's loss, and how many positions it was taken over in this process."""
+        """One update. The last pass's loss, and how many answer tokens it took in this process."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._recipe.learning_rate * self._schedule()
@@ -149,7 +151,7 @@ class Trainer:
                 for optimizer in self._optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
-            counted += int(batch.counts.sum())
+            counted += int(batch.answers.sum())
         self._update += 1
         return loss, counted
 
@@ -162,13 +164,14 @@ class Trainer:
     def _backward(self, batch: Batch, index: int) -> DraftLoss:
         """Gradients of the mean over the passes. The last pass's loss."""
         lm_head = self._head.lm_head.weight
-        labels = batch.labels[batch.counts]
+        learned = batch.known if self._recipe.learn_prompts else batch.answers
+        labels = batch.labels[learned]
         with self._accelerator.autocast():
             target = target_distribution(labels, lm_head, self._recipe.weights)
             total: Tensor | float = 0.0
             features = self._noisy(batch.features, index)
             for predicted in aligned_passes(self._model, batch.tokens, features, self._recipe.passes):
-                loss = draft_loss(predicted[batch.counts], labels, target, lm_head, self._recipe.weights)
+                loss = draft_loss(predicted[learned], labels, target, lm_head, self._recipe.weights)
                 total = total + loss.total / self._recipe.passes
         self._accelerator.backward(cast(Tensor, total))
         return DraftLoss(*(part.detach() for part in loss))

@@ -35,10 +35,10 @@ def validate(head: DraftHead, data: RecordedData, depth: int = 5) -> Validation:
     for start in range(0, len(data.held_out), _BATCH):
         batch = data.load(data.held_out[start : start + _BATCH]).to(head.lm_head.weight.device)
         hits = _hits(head, batch, depth)
-        hit_sums = [total + int(h[batch.counts].sum()) for total, h in zip(hit_sums, hits, strict=True)]
-        positions += int(batch.counts.sum())
+        hit_sums = [total + int(h[batch.answers].sum()) for total, h in zip(hit_sums, hits, strict=True)]
+        positions += int(batch.answers.sum())
         for row in range(len(batch.tokens)):
-            more_tokens, more_passes = _walk([h[row].tolist() for h in hits], batch.counts[row].tolist())
+            more_tokens, more_passes = _walk([h[row].tolist() for h in hits], batch.answers[row].tolist())
             tokens, passes = tokens + more_tokens, passes + more_passes
     head.train(was_training)
     accuracy = tuple(total / max(positions, 1) for total in hit_sums)
