@@ -1,4 +1,4 @@
-"""The `taps` command: prepare the embedded target; train, average and evaluate specialists."""
+"""The `taps` command: prepare the embedded target; record answers; train, average and evaluate specialists."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepare = commands.add_parser("prepare", help="fetch and convert the embedded target")
     prepare.set_defaults(run=lambda _: print(embedded_target()))
     _add_train(commands.add_parser("train", help="train a specialist from prompts"))
+    _add_answer(commands.add_parser("answer", help="record the target's answers to prompts, to train on later"))
     _add_average(commands.add_parser("average", help="average two specialists' weights"))
     _add_eval(commands.add_parser("eval", help="acceptance length of specialists on a benchmark"))
     _add_bench(
@@ -44,6 +45,39 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--work", type=Path, default=Path(".work"), help="for answers and state (default: %(default)s)"
     )
+    _add_answering(parser)
+    parser.add_argument("--preset", choices=("embedded", "paper"), default="embedded")
+    parser.add_argument("--method", choices=("eagle-2", "hass"), help="default: the preset's")
+    parser.add_argument("--epochs", type=int, help="default: the preset's")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="default: the preset's")
+    parser.add_argument("--learning-rate", type=float, help="default: the preset's")
+    parser.add_argument("--batch-size", type=int, help="conversations per process (default: the preset's)")
+    parser.add_argument("--accumulation", type=int, help="batches per update (default: the preset's)")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: the preset's")
+    parser.add_argument("--feature-noise", type=float, help="width of uniform noise (default: the preset's)")
+    parser.add_argument(
+        "--learn-prompts", action=argparse.BooleanOptionalAction,
+        help="learn from the prompts' positions too (default: the preset's)",
+    )  # fmt: skip
+    parser.add_argument("--num-passes", type=int, help="drafting steps HASS aligns (default: the preset's)")
+    parser.add_argument("--init", help="a head to start from: a directory or Hugging Face id")
+    parser.add_argument(
+        "--draft-vocab",
+        type=int,
+        help="so many, the most frequent, it drafts from (default: the preset's)",
+    )
+    parser.set_defaults(run=_train)
+
+
+def _add_answer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", required=True, help="prompts, as for `taps train`")
+    parser.add_argument("--out", required=True, type=Path, help="where the answers go")
+    _add_answering(parser)
+    parser.set_defaults(run=_answer)
+
+
+def _add_answering(parser: argparse.ArgumentParser) -> None:
+    """What `train` and `answer` share: how the target answers prompts."""
     parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=1_000_000, help="default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=320, help="per answer (default: %(default)s)")
@@ -68,29 +102,8 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--no-features", dest="keep_features", action="store_false",
         help="keep token ids only and compute features in training: less disk, more compute",
     )  # fmt: skip
-    parser.add_argument("--preset", choices=("embedded", "paper"), default="embedded")
-    parser.add_argument("--method", choices=("eagle-2", "hass"), help="default: the preset's")
-    parser.add_argument("--epochs", type=int, help="default: the preset's")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="default: the preset's")
-    parser.add_argument("--learning-rate", type=float, help="default: the preset's")
-    parser.add_argument("--batch-size", type=int, help="conversations per process (default: the preset's)")
-    parser.add_argument("--accumulation", type=int, help="batches per update (default: the preset's)")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: the preset's")
-    parser.add_argument("--feature-noise", type=float, help="width of uniform noise (default: the preset's)")
-    parser.add_argument(
-        "--learn-prompts", action=argparse.BooleanOptionalAction,
-        help="learn from the prompts' positions too (default: the preset's)",
-    )  # fmt: skip
-    parser.add_argument("--num-passes", type=int, help="drafting steps HASS aligns (default: the preset's)")
     parser.add_argument("--seed", type=int, help="of answers and training (default: 0)")
-    parser.add_argument("--init", help="a head to start from: a directory or Hugging Face id")
-    parser.add_argument(
-        "--draft-vocab",
-        type=int,
-        help="so many, the most frequent, it drafts from (default: the preset's)",
-    )
     parser.add_argument("--threads", type=int, help="torch threads")
-    parser.set_defaults(run=_train)
 
 
 def _answers(text: str) -> tuple[Path, int | None]:
@@ -177,8 +190,19 @@ def _average(args: argparse.Namespace) -> None:
     print(f"saved {args.out}")
 
 
-def _train(args: argparse.Namespace) -> None:
+def _answer(args: argparse.Namespace) -> None:
     # Heavy imports wait until they are needed: `taps --help` answers at once.
+    import torch
+
+    from taps.training.answers import AnswerRecipe
+    from taps.training.specialist import answer_sources
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    answer_sources(args.data, args.target, args.out, AnswerRecipe(**_named(AnswerRecipe, args)), args.speculate)
+
+
+def _train(args: argparse.Namespace) -> None:
     import torch
 
     from taps.training.answers import AnswerRecipe

@@ -213,22 +213,42 @@ def test_the_state_of_another_run_is_not_overwritten(data: RecordedData, tmp_pat
         Trainer(tiny_head(), data, TrainRecipe(epochs=1, batch_size=8), tmp_path / "state", {"init": "x"}).run()
 
 
+def questions(path: Path) -> str:
+    rows = [{"messages": [{"role": "user", "content": f"What is {i} plus {i}?"}]} for i in range(6)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+SHORT = ["--answer-tokens", "60", "--max-new-tokens", "12", "--sessions", "4"]
+
+
 def test_one_command_goes_from_prompts_to_a_specialist(
     tmp_path: Path, target_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"messages": [{"role": "user", "content": f"What is {i} plus {i}?"}]} for i in range(6)]
-    data, out = tmp_path / "prompts.jsonl", tmp_path / "adder"
-    data.write_text("\n".join(json.dumps(row) for row in rows))
+    data, out = questions(tmp_path / "prompts.jsonl"), tmp_path / "adder"
     command = [
-        "train", "--domain", "adder", "--data", str(data), "--out", str(out), "--work", str(tmp_path / "work"),
-        "--answer-tokens", "60", "--max-new-tokens", "12", "--sessions", "4", "--epochs", "1",
-        "--draft-vocab", "512",
+        "train", "--domain", "adder", "--data", data, "--out", str(out), "--work", str(tmp_path / "work"),
+        *SHORT, "--epochs", "1", "--draft-vocab", "512",
         "--init", str(PROJECT / "specialists" / "chat"), "--speculate", str(PROJECT / "specialists" / "math"),
     ]  # fmt: skip
     assert main(command) == 0
     assert f"args: {{name: adder, head: {out}}}" in capsys.readouterr().out
     assert "| prompts | prompts.jsonl |" in (out / "README.md").read_text()
     assert load_head(out, target_directory, torch.float32).draft_vocab.numel() == 512
+
+
+def test_answers_are_recorded_apart_and_trained_on_up_to_a_number_of_tokens(tmp_path: Path) -> None:
+    answers, out = tmp_path / "answers", tmp_path / "adder"
+    record = ["answer", "--data", questions(tmp_path / "prompts.jsonl"), "--out", str(answers), *SHORT]
+    assert main(record) == 0
+    train = [
+        "train", "--domain", "adder", "--answers", f"{answers}:30", "--out", str(out),
+        "--work", str(tmp_path / "work"), "--epochs", "1", "--draft-vocab", "512",
+    ]  # fmt: skip
+    assert main(train) == 0
+    made = json.loads((out / "config.json").read_text())["taps"]
+    assert made["prompts"] == "answers"
+    assert 30 <= made["answer_tokens"] < 42
 
 
 def test_a_preset_changes_only_where_it_is_told_to() -> None:
