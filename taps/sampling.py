@@ -25,6 +25,10 @@ _NUCLEUS_CANDIDATES = 1024
 LEAST_TEMPERATURE = 1e-3
 
 
+class InvalidLogits(ArithmeticError):
+    """The best of a position's logits is no finite number, so no token can be decided there."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the target's next token is chosen.
@@ -147,8 +151,12 @@ def sample(logits: Tensor, params: SamplingParams, position: int, counts: Mappin
     """The token the target decides at absolute `position`.
 
     Args: logits [V]; counts: generated tokens on the way here. Ties go to the lowest token id.
+    Raises InvalidLogits.
     """
     shaped = shape_logits(logits, params, counts)
+    best = shaped.max()  # NaN if any logit is
+    if not math.isfinite(best):
+        raise InvalidLogits(f"the best logit at position {position} is {best:g}: has the target overflowed?")
     if params.greedy:
         return first_argmax(shaped)
     hashed = _hash32(
@@ -157,7 +165,7 @@ def sample(logits: Tensor, params: SamplingParams, position: int, counts: Mappin
         position,
         torch.arange(shaped.numel(), dtype=torch.int32, device=shaped.device),
     )
-    likely = shaped >= (edge := shaped.max() - _NEAR)
+    likely = shaped >= (edge := best - _NEAR)
     near = likely.nonzero()[:, 0]
     lead = (shaped[near].double() + _gumbel(hashed[near])).max()
     # Of the others few have noise enough to pass the leader; leaving the rest out changes nothing.

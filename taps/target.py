@@ -17,7 +17,7 @@ from torch import Tensor
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import SlotCache
 from taps.models.causal_lm import CausalLM
-from taps.sampling import SamplingParams, sample
+from taps.sampling import InvalidLogits, SamplingParams, sample
 from taps.scheduling import CostModel, StepBudget, share_nodes, share_prefill
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
@@ -165,13 +165,13 @@ class Target:
         step = PackedStep(self.cache, segments, self.model.dtype, self.model.device)
         return self.model.extend(tokens, step, keep)
 
-    def _try_to_finish(self, piece: _Piece, features: Tensor, logits: Tensor) -> _Outcome | Exception | None:
-        """What one session's sampling raises is that session's answer."""
+    def _try_to_finish(
+        self, piece: _Piece, features: Tensor, logits: Tensor
+    ) -> _Outcome | InvalidLogits | None:
+        """One session's logits that cannot be sampled are that session's answer, not the whole step's."""
         try:
             return self._finish(piece, features, logits)
-        # Logits that are no numbers fail in whatever operation meets them first, each with an error of its own;
-        # raised from here any of them would fail every session of the step. The session's caller gets it.
-        except Exception as error:
+        except InvalidLogits as error:
             return error
 
     def _finish(self, piece: _Piece, features: Tensor, logits: Tensor) -> _Outcome | None:

@@ -23,7 +23,7 @@ from transformers import (
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import CacheFull, SlotCache
 from taps.models.causal_lm import CausalLM, UnservableTarget
-from taps.sampling import SamplingParams
+from taps.sampling import InvalidLogits, SamplingParams
 from taps.scheduling import StepBudget
 from taps.target import PrefillJob, Target, VerifyJob
 from taps.tree import ProposalTree
@@ -160,7 +160,7 @@ def test_what_cannot_be_sampled_fails_alone() -> None:
     target = Target(CausalLM(build(FAMILIES["llama"])), 2, 64, StepBudget(tree_nodes=8))
     frozen = PrefillJob(target.open(SamplingParams(temperature=1e-40)), tokens(6))
     failed, answered = target.step([frozen, PrefillJob(target.open(GREEDY), tokens(6))])
-    assert isinstance(failed, ValueError)
+    assert isinstance(failed, InvalidLogits)
     assert isinstance(answered, Verdict)
 
 

@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from taps.sampling import SamplingParams, first_argmax, gumbel_noise, sample, shape_logits
+from taps.sampling import InvalidLogits, SamplingParams, first_argmax, gumbel_noise, sample, shape_logits
 from tests.fakes import chi_square_p
 
 LOGITS = torch.tensor([1.0, 0.2, -0.5, 2.0, 0.7, -3.0, 1.5, 0.0])
@@ -52,6 +52,13 @@ def test_greedy_takes_the_best_token_and_ties_go_to_the_lowest_id() -> None:
     assert sample(torch.tensor([0.0, 3.0, 1.0, 3.0]), greedy, 0, {}) == 1
     assert sample(torch.zeros(5), greedy, 0, {}) == 0
     assert first_argmax(torch.tensor([-math.inf, -1.0, -1.0])) == 1
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {}, {"top_k": 2}, {"top_p": 0.5}])
+def test_logits_that_are_no_numbers_decide_no_token(wrong: float, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidLogits, match=f"position 7 is {wrong}"):
+        sample(torch.tensor([0.0, wrong, 1.0]), SamplingParams(**options), 7, {})
 
 
 def test_greedy_ignores_seed_top_p_and_top_k() -> None:
