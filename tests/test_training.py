@@ -31,15 +31,32 @@ from tests.recordings import saved
 from tests.tiny import HIDDEN, VOCAB, tiny_head
 
 
-def test_a_fresh_head_sees_tokens_as_well_as_features() -> None:
-    head = tiny_head()
-    features = 50 * head.embeddings[torch.randint(0, VOCAB, (3, 7))]
-    features[0, 4:] = 0.0
-    before = head.fc.weight.detach().clone()
-    head.balance_inputs(features)
-    ratio = head.fc.weight.detach() / before
-    assert 40 < float(ratio[:, :HIDDEN].mean()) < 60
-    assert torch.equal(ratio[:, HIDDEN:], torch.ones(HIDDEN, HIDDEN))
+def test_a_fresh_head_begins_with_the_line_through_its_examples() -> None:
+    draw = torch.Generator().manual_seed(3)
+    head, line = tiny_head(), torch.randn(2 * HIDDEN, HIDDEN, generator=draw)
+    features = 50 * torch.randn(4, 100, HIDDEN, generator=draw)
+    features[..., 0] = 0.0  # an input that never varies
+    tokens = torch.randint(0, VOCAB, (4, 100), generator=draw)
+    labels = torch.cat([head.embeddings[tokens], features], -1) @ line
+    head.fit_inputs(zip(tokens, features, labels, strict=True))
+    fitted = head.fc(torch.cat([head.embeddings[tokens], features], -1)).detach()
+    assert float((fitted - labels).norm() / labels.norm()) < 0.02
+    assert head.fc.weight.isfinite().all()
+
+
+def test_there_is_no_line_through_nothing() -> None:
+    with pytest.raises(ValueError, match="there is none"):
+        tiny_head().fit_inputs([])
+
+
+def test_pairs_come_evenly_from_all_training_recordings(data: RecordedData) -> None:
+    every = [pair for pairs in data.pairs(10**6) for pair in zip(*pairs, strict=True)]
+    assert len(every) == sum(row.length - 2 for row in data.training)
+    some = [pair for pairs in data.pairs(len(every) // 10) for pair in zip(*pairs, strict=True)]
+    assert len(every) // 20 < len(some) < len(every) // 5
+    batch = data.load(data.training[:1])
+    token, feature, label = every[0]
+    assert (token, *feature, *label) == (batch.tokens[0, 0], *batch.features[0, 0], *batch.labels[0, 0])
 
 
 @pytest.fixture

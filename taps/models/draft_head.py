@@ -9,12 +9,15 @@ Knows tensors; nothing of trees or files.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+_RIDGE = 0.01  # of each input's own variance
 
 
 class HeadAttention(Protocol):
@@ -59,16 +62,25 @@ class DraftHead(nn.Module):
         self.register_buffer("draft_vocab", ids, persistent=False)
 
     @torch.no_grad()
-    def balance_inputs(self, features: Tensor) -> None:
-        """Scale fresh weights so that token embeddings weigh as much as features do at the start.
+    def fit_inputs(self, examples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Set fresh input weights to the linear map nearest to the next feature, by ridge regression.
 
-        Features after the final norm are often ten times larger than embeddings; a head that begins nearly
-        blind to the token learns slowly. Args: features [..., H] of the target; all-zero rows are padding.
+        From there the layer learns what a line misses; from random weights it first has to find out that
+        features are larger than embeddings and how they follow each other. Raises ValueError without examples.
+
+        Args: examples: batches of tokens [n]: t_{i+1}; features [n, H]: feature_i; labels [n, H]: the next one.
         """
-        rows = features.flatten(0, -2)
-        hidden = rows.shape[-1]
-        spread = rows[rows.abs().amax(-1) > 0].float().std()
-        self.fc.weight[:, :hidden] *= spread / self.embeddings.float().std()
+        hidden = self.embeddings.shape[1]
+        inputs, products = torch.zeros(2 * hidden, 2 * hidden), torch.zeros(2 * hidden, hidden)
+        for tokens, features, labels in examples:
+            x = torch.cat([nn.functional.embedding(tokens, self.embeddings), features], dim=-1).float()
+            inputs += x.T @ x
+            products += x.T @ labels.float()
+        if not inputs.any():
+            raise ValueError("the input weights of a head are fitted to examples, and there is none")
+        variances = inputs.diagonal()
+        variances += _RIDGE * variances.clamp_min(float(variances.max()) * 1e-6)
+        self.fc.weight.copy_(torch.linalg.solve(inputs.double(), products.double()).T)
 
     def forward(self, tokens: Tensor, features: Tensor, positions: Tensor, attention: HeadAttention) -> Tensor:
         """Predicted features [B, T, H].

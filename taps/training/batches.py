@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from taps.training.shards import Recording, ShardRow, load_row, shard_rows, shards
 
 _POOL_BATCHES = 32  # recordings are sorted by length within so many batches
+_PAIRS_BATCH = 8  # recordings
 _HELD_OUT_SHARE = 50  # one conversation in so many is kept for validation
 _HELD_OUT_MOST = 48
 
@@ -116,6 +117,14 @@ class RecordedData:
             batches += [pooled[i : i + batch_size] for i in range(0, len(pooled), batch_size)]
         order.shuffle(batches)
         return batches
+
+    def pairs(self, wanted: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """About `wanted` pairs, evenly from all training recordings: tokens [n], features and labels [n, H]."""
+        stride = max(1, sum(row.length for row in self.training) // wanted)
+        rows = self.training[::stride]
+        for start in range(0, len(rows), _PAIRS_BATCH):
+            batch = self.load(rows[start : start + _PAIRS_BATCH])
+            yield batch.tokens[batch.known], batch.features[batch.known], batch.labels[batch.known]
 
     def load(self, rows: Sequence[ShardRow]) -> Batch:
         recordings = [load_row(row) for row in rows]

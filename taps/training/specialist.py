@@ -34,6 +34,7 @@ from taps.training.validation import Validation
 
 _GENERATION_TIMEOUT = timedelta(days=7)
 _TREE = Ask(num_nodes=8, depth=3, top_k=3)  # of speculative generation
+_PAIRS_PER_INPUT = 50  # that the line a fresh head begins with is drawn through
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _new_head(
     if plan.init is None:
         config = draft_config(AutoConfig.from_pretrained(target))
         head = DraftHead(config, embeddings.float(), lm_head.float(), vocabulary)
-        head.balance_inputs(data.load(data.training[:8]).features)
+        head.fit_inputs(data.pairs(_PAIRS_PER_INPUT * head.fc.in_features))
         return head
     start = load_head(plan.init, target, torch.float32)
     weights = start.trained()
