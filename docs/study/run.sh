@@ -14,11 +14,14 @@ answers=$work/answers heads=$work/heads
 
 wanted() { [[ $run == all || $run == "$1" ]]; }
 
-train_head() { # NAME METHOD ANSWERS...: one head, unless it is there
-    local name=$1 method=$2
-    shift 2
-    [[ -f $heads/$name/README.md ]] ||
-        "$taps" train --domain "$name" --method "$method" --epochs 2 --answers "$@" --work "$work" --out "$heads/$name"
+train_heads() { # NAME ANSWERS...: an EAGLE-2 head, and from it a HASS head, unless they are there
+    local eagle=$1-eagle-2 hass=$1-hass
+    shift
+    [[ -f $heads/$eagle/README.md ]] ||
+        "$taps" train --domain "$eagle" --epochs 2 --answers "$@" --work "$work" --out "$heads/$eagle"
+    [[ -f $heads/$hass/README.md ]] ||
+        "$taps" train --domain "$hass" --method hass --init "$heads/$eagle" --epochs 1 --learning-rate 3e-4 \
+            --answers "$@" --work "$work" --out "$heads/$hass"
 }
 
 average() { # NAME METHOD WEIGHT: of the math head
@@ -30,11 +33,11 @@ if wanted heads; then
     for domain in math chat; do
         "$taps" answer --data "$train/$domain.jsonl" --out "$answers/$domain" --answer-tokens 1000000
     done
+    train_heads math "$answers/math:500000"
+    train_heads chat "$answers/chat:500000"
+    train_heads mixed-half "$answers/math:250000" "$answers/chat:250000"
+    train_heads mixed-full "$answers/math:500000" "$answers/chat:500000"
     for method in eagle-2 hass; do
-        train_head "math-$method" $method "$answers/math:500000"
-        train_head "chat-$method" $method "$answers/chat:500000"
-        train_head "mixed-half-$method" $method "$answers/math:250000" "$answers/chat:250000"
-        train_head "mixed-full-$method" $method "$answers/math:500000" "$answers/chat:500000"
         average "averaged-$method" $method 0.5
         average "averaged-0.25-$method" $method 0.25
         average "averaged-0.75-$method" $method 0.75

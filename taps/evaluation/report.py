@@ -88,16 +88,9 @@ def depth_table(results: Results) -> str:
 def averaging_table(results: Results) -> str:
     """What averaging two heads' weights costs, from one head alone (λ = 0) to the other (λ = 1)."""
     lines = [
-        [
-            key.method,
-            key.benchmark,
-            f"{key.temperature:g}",
-            " and ".join(b.heads),
-            f"{b.weight:g}",
-            _cell(b.row),
-        ]
+        [key.method, key.benchmark, f"{key.temperature:g}", " and ".join(of), f"{weight:g}", _cell(row)]
         for key, result in results.items()
-        for b in blends(result)
+        for of, weight, row in blends(result)
     ]
     return table(["method", "benchmark", "temperature", "heads", "λ of the first", "τ"], lines)
 

@@ -42,9 +42,9 @@ class TrainRecipe:
 
     method: Method = "eagle-2"
     epochs: int = 4
-    optimizer: Optimizer = "muon"
-    learning_rate: float = 2e-3
-    batch_size: int = 8  # conversations, per process
+    optimizer: Optimizer = "adamw"
+    learning_rate: float = 1e-3
+    batch_size: int = 4  # conversations, per process
     accumulation: int = 1  # batches per update
     warmup: float = 0.01  # share of the updates; after it the rate falls to 0 along a line
     weight_decay: float = 0.01
@@ -70,7 +70,6 @@ PRESETS = {
     # As TAPS trained its heads (2603.27027, section 4).
     "paper": TrainRecipe(
         epochs=20,
-        optimizer="adamw",
         learning_rate=3e-5,
         batch_size=8,
         feature_noise=0.2,
