@@ -11,14 +11,15 @@ from torch import Tensor
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import SlotCache
 from taps.models.draft_head import DraftHead
+from taps.training import losses
 from taps.training.alignment import aligned_mask, aligned_passes
-from taps.training.losses import DraftLoss, LossWeights, draft_loss, target_distribution
+from taps.training.losses import DraftLoss, LossWeights, draft_loss
 from tests.tiny import HIDDEN, VOCAB, tiny_head
 
 
 def loss_of(predicted: Tensor, features: Tensor, lm_head: Tensor, weights: LossWeights) -> DraftLoss:
-    target = target_distribution(features, lm_head, weights)
-    return draft_loss(predicted, features, target, lm_head, weights)
+    """Of one pass."""
+    return draft_loss(predicted[None], features, lm_head, weights)
 
 
 def test_the_loss_of_a_case_worked_by_hand() -> None:
@@ -53,6 +54,30 @@ def test_the_perfect_prediction_costs_the_targets_entropy_and_has_no_gradient() 
     assert float(loss.token.detach()) == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-5)
     (gradient,) = torch.autograd.grad(loss.total, predicted)
     assert gradient.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("chunk_logits", [1, 21, 1 << 20])
+@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(0.5, 0.2, 2.0, k=3)])
+def test_loss_and_gradient_are_those_of_the_formula(
+    weights: LossWeights, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", (chunk_logits, chunk_logits))
+    draw = torch.Generator().manual_seed(2)
+    features, lm_head = torch.randn(5, 3, generator=draw), torch.randn(7, 3, generator=draw)
+    predicted = torch.randn(2, 5, 3, generator=draw, requires_grad=True)
+    p = (features @ lm_head.T).softmax(-1)
+    best = p.topk(3).indices
+    parts = []
+    for of_pass in predicted:
+        log_q = (of_pass @ lm_head.T).log_softmax(-1)
+        token, top_k = -(p * log_q).sum(-1), -(p * log_q).gather(-1, best).sum(-1)
+        feature = torch.nn.functional.smooth_l1_loss(of_pass, features)
+        parts.append(weights.feature * feature + (weights.token * token + weights.top_k * top_k).mean())
+    expected = (parts[0] + parts[1]) / 2
+    loss = draft_loss(predicted, features, lm_head, weights)
+    torch.testing.assert_close(loss.total, expected)
+    gradients = [torch.autograd.grad(3.0 * total, predicted)[0] for total in (loss.total, expected)]
+    torch.testing.assert_close(*gradients)
 
 
 def test_the_mask_of_a_third_pass_worked_by_hand() -> None:

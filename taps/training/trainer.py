@@ -22,7 +22,7 @@ from torch import Tensor
 from taps.models.draft_head import DraftHead
 from taps.training.alignment import aligned_passes
 from taps.training.batches import Batch, RecordedData
-from taps.training.losses import DraftLoss, LossWeights, draft_loss, target_distribution
+from taps.training.losses import DraftLoss, LossWeights, draft_loss
 from taps.training.optimizers import Optimizer, optimizers
 from taps.training.validation import Validation, validate
 
@@ -134,7 +134,7 @@ class Trainer:
         return self._validate()
 
     def _step(self) -> tuple[DraftLoss, int]:
-        """One update. The last pass's loss, and how many answer tokens it took in this process."""
+        """One update. Its last batch's loss, and how many answer tokens it took in this process."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._recipe.learning_rate * self._schedule()
@@ -161,18 +161,14 @@ class Trainer:
         return self._data.load(self._epoch[1][number]).to(self._accelerator.device)
 
     def _backward(self, batch: Batch, index: int) -> DraftLoss:
-        """Gradients of the mean over the passes. The last pass's loss."""
-        lm_head = self._head.lm_head.weight
         learned = batch.known if self._recipe.learn_prompts else batch.answers
-        labels = batch.labels[learned]
         with self._accelerator.autocast():
-            target = target_distribution(labels, lm_head, self._recipe.weights)
-            total: Tensor | float = 0.0
             features = self._noisy(batch.features, index)
-            for predicted in aligned_passes(self._model, batch.tokens, features, self._recipe.passes):
-                loss = draft_loss(predicted[learned], labels, target, lm_head, self._recipe.weights)
-                total = total + loss.total / self._recipe.passes
-        self._accelerator.backward(cast(Tensor, total))
+            passes = aligned_passes(self._model, batch.tokens, features, self._recipe.passes)
+            predicted = torch.stack([of_pass[learned] for of_pass in passes])
+            lm_head = self._head.lm_head.weight
+            loss = draft_loss(predicted, batch.labels[learned], lm_head, self._recipe.weights)
+        self._accelerator.backward(loss.total)
         return DraftLoss(*(part.detach() for part in loss))
 
     def _noisy(self, features: Tensor, index: int) -> Tensor:
