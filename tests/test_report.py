@@ -101,7 +101,9 @@ def test_means_over_benchmarks_are_compared_with_a_paired_interval() -> None:
     assert comparison is not None
     assert comparison.ratio == pytest.approx((3.2 + 2.2) / 6.0)
     assert comparison.interval == pytest.approx((0.9, 0.9))
-    assert comparison.holds is False
+    assert comparison.holds() is False
+    assert comparison.holds(share=0.89) is True
+    assert comparison.holds(share=0.9) is None
     assert compare_means(results, "hass", 0.0, "merged", "mixed-half") is None
 
 

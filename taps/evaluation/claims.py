@@ -32,12 +32,11 @@ class Comparison:
     ratio: float
     interval: Interval
 
-    @property
-    def holds(self) -> bool | None:
-        """Whether ours is above theirs; None where the interval does not tell."""
-        if self.interval.low > 1:
+    def holds(self, share: float = 1.0) -> bool | None:
+        """Whether ours is above this share of theirs; None where the interval does not tell."""
+        if self.interval.low > share:
             return True
-        return False if self.interval.high < 1 else None
+        return False if self.interval.high < share else None
 
     def line(self) -> str:
         low, high = self.interval
@@ -101,10 +100,11 @@ class Claim:
 
     statement: str
     comparisons: list[Comparison]
+    share: float = 1.0  # of what ours is compared with, that it has to reach
 
     @property
     def verdict(self) -> str:
-        decided = [c.holds for c in self.comparisons]
+        decided = [c.holds(self.share) for c in self.comparisons]
         if not decided:
             return "not measurable here"
         if all(decided):
@@ -154,5 +154,6 @@ def claims(results: Results) -> list[Claim]:
               means("merged", "math", "chat", "code")),
         Claim("Ours: within the same 60 nodes, on average over the benchmarks, merging beats the mixed heads",
               means("merged", "mixed-half", "mixed-full")),
-        Claim("60 merged nodes against all nodes of all trees", means("merged", "concatenated")),
+        Claim("Ours: 60 merged nodes reach 0.97 of all nodes of all trees",
+              means("merged", "concatenated"), share=0.97),
     ]  # fmt: skip
