@@ -49,7 +49,6 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=("embedded", "paper"), default="embedded")
     parser.add_argument("--method", choices=("eagle-2", "hass"), help="default: the preset's")
     parser.add_argument("--epochs", type=int, help="default: the preset's")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), help="default: the preset's")
     parser.add_argument("--learning-rate", type=float, help="default: the preset's")
     parser.add_argument("--batch-size", type=int, help="conversations per process (default: the preset's)")
     parser.add_argument("--accumulation", type=int, help="batches per update (default: the preset's)")

@@ -199,7 +199,7 @@ def card(provenance: Mapping[str, Any]) -> str:
         f"{provenance['conversations']:,} conversations",
         "recipe": f"{training['method']}, {training['epochs']} epochs"
         + (f", from `{provenance['init']}`" if provenance["init"] else ""),
-        "optimizer": f"{training['optimizer']}, learning rate {training['learning_rate']:g}, "
+        "optimizer": f"AdamW, learning rate {training['learning_rate']:g}, "
         f"batch {training['batch_size'] * training['accumulation']}",
         "held-out accuracy by depth": measured and ", ".join(f"{a:.3f}" for a in measured["accuracy"]),
         "held-out acceptance length, chains": measured and f"{measured['acceptance_length']:.2f}",

@@ -23,10 +23,10 @@ from taps.models.draft_head import DraftHead
 from taps.training.alignment import aligned_passes
 from taps.training.batches import Batch, RecordedData
 from taps.training.losses import DraftLoss, LossWeights, draft_loss
-from taps.training.optimizers import Optimizer, optimizers
 from taps.training.validation import Validation, validate
 
 Method = Literal["eagle-2", "hass"]
+_BETAS = (0.9, 0.95)
 _SAVE_EVERY = 100  # updates
 _VALIDATIONS = 10  # during a run
 _SHOW_EVERY_S = 15.0
@@ -42,7 +42,6 @@ class TrainRecipe:
 
     method: Method = "eagle-2"
     epochs: int = 4
-    optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-3
     batch_size: int = 4  # conversations, per process
     accumulation: int = 1  # batches per update
@@ -101,8 +100,9 @@ class Trainer:
             # The buffers are the target's frozen ends, the same everywhere.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-        updating = optimizers(head, recipe.optimizer, recipe.weight_decay)
-        self._model, *self._optimizers = cast(Any, self._accelerator.prepare(head, *updating))
+        weights = [p for p in head.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(weights, betas=_BETAS, weight_decay=recipe.weight_decay)
+        self._model, self._optimizer = cast(Any, self._accelerator.prepare(head, optimizer))
         self._epoch = (0, data.epoch(recipe.batch_size, recipe.seed, 0))
         self._per_epoch = len(self._epoch[1])
         self._batches_per_update = recipe.accumulation * self._accelerator.num_processes
@@ -135,9 +135,8 @@ class Trainer:
 
     def _step(self) -> tuple[DraftLoss, int]:
         """One update. Its last batch's loss, and how many answer tokens it took in this process."""
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self._recipe.learning_rate * self._schedule()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._recipe.learning_rate * self._schedule()
         counted = 0
         for number in range(self._recipe.accumulation):
             first = self._update * self._batches_per_update + number * self._accelerator.num_processes
@@ -147,9 +146,8 @@ class Trainer:
                 loss = self._backward(batch, index)
                 if self._accelerator.sync_gradients:
                     self._accelerator.clip_grad_norm_(self._model.parameters(), self._recipe.max_grad_norm)
-                for optimizer in self._optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad()
+                self._optimizer.step()
+                self._optimizer.zero_grad()
             counted += int(batch.answers.sum())
         self._update += 1
         return loss, counted
