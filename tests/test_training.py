@@ -8,12 +8,14 @@ import multiprocessing
 import os
 import signal
 import socket
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from taps.cli import main
 from taps.models.checkpoints import InvalidCheckpoint, load_head
@@ -23,7 +25,7 @@ from taps.training.averaging import average
 from taps.training.batches import Answers, RecordedData
 from taps.training.losses import DraftLoss, draft_loss
 from taps.training.shards import Recording
-from taps.training.trainer import InvalidState, Method, Trainer, TrainRecipe, recipe_of
+from taps.training.trainer import InvalidState, Trainer, TrainRecipe, recipe_of
 from taps.training.validation import validate
 from tests.conftest import PROJECT
 from tests.recordings import saved
@@ -58,6 +60,13 @@ def test_pairs_come_evenly_from_all_training_recordings(data: RecordedData) -> N
     assert (token, *feature, *label) == (batch.tokens[0, 0], *batch.features[0, 0], *batch.labels[0, 0])
 
 
+@pytest.fixture(autouse=True)
+def fresh_process() -> Iterator[None]:
+    """Accelerate keeps what the first run of a process asked for."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> RecordedData:
     """Recordings whose next feature is a fixed map of the last: there is something to learn."""
@@ -81,11 +90,17 @@ def trained(data: RecordedData, state: Path, recipe: TrainRecipe) -> DraftHead:
     return head
 
 
-@pytest.mark.parametrize("method", ["eagle-2", "hass"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        TrainRecipe("eagle-2", epochs=12, batch_size=8, learning_rate=0.02),
+        TrainRecipe("hass", epochs=12, batch_size=8, learning_rate=0.02),
+        TrainRecipe("hass", epochs=12, batch_size=8, learning_rate=0.02, mixed_precision="bf16"),
+    ],
+)
 def test_training_drafts_better_and_leaves_the_targets_ends_alone(
-    method: Method, data: RecordedData, tmp_path: Path
+    recipe: TrainRecipe, data: RecordedData, tmp_path: Path
 ) -> None:
-    recipe = TrainRecipe(method, epochs=12, batch_size=8, learning_rate=0.02)
     before, head = tiny_head(), trained(data, tmp_path / "state", recipe)
     measured = validate(head, data)
     assert measured.acceptance_length > 1.5 * validate(before, data).acceptance_length
