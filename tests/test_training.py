@@ -269,7 +269,9 @@ def test_answers_are_recorded_apart_and_trained_on_up_to_a_number_of_tokens(tmp_
     assert main(train) == 0
     made = json.loads((out / "config.json").read_text())["taps"]
     assert made["prompts"] == "answers"
-    assert 30 <= made["answer_tokens"] < 42
+    taken = Answers(answers, 30)
+    assert 30 <= sum(row.num_answer_tokens for row in taken.rows()) < 42
+    assert made["answer_tokens"] == RecordedData([taken]).num_answer_tokens, "the rest is held out"
 
 
 def test_a_preset_changes_only_where_it_is_told_to() -> None:
