@@ -80,6 +80,18 @@ def test_loss_and_gradient_are_those_of_the_formula(
     torch.testing.assert_close(*gradients)
 
 
+def test_a_scaled_loss_in_float16_keeps_the_gradient_of_many_rows() -> None:
+    draw = torch.Generator().manual_seed(4)
+    features, lm_head = torch.randn(20_000, 3, generator=draw), 0.02 * torch.randn(7, 3, generator=draw)
+    gradients, weights = [], LossWeights(feature=0.0)
+    for kind in (torch.float32, torch.float16):
+        predicted = torch.zeros(1, 20_000, 3, dtype=kind, requires_grad=True)
+        with torch.autocast("cpu", torch.float16, enabled=kind == torch.float16):
+            total = draft_loss(predicted, features, lm_head, weights).total
+        gradients.append(torch.autograd.grad(2.0**16 * total, predicted)[0].float())
+    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 0.02
+
+
 def test_the_mask_of_a_third_pass_worked_by_hand() -> None:
     """The newest position from this pass, the one before it from the second, older ones from the first."""
     first, second, third = torch.split(aligned_mask(3, 4).int(), 4, dim=1)

@@ -77,7 +77,8 @@ class _Distillation(torch.autograd.Function):
                     top_k -= torch.dot(likeliest.flatten(), log_q.flatten())
                 of_pass[rows] = F.linear(log_q.exp_().mul_(mass).sub_(wanted), lm_head.T)
         count = predicted.shape[0] * predicted.shape[1]
-        ctx.save_for_backward(gradient.div_(count))
+        ctx.save_for_backward(gradient)
+        ctx.count = count
         token, top_k = token / count, top_k / count
         ctx.mark_non_differentiable(token, top_k)
         return weights.token * token + weights.top_k * top_k, token, top_k
@@ -85,4 +86,5 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_distilled: Tensor, *_: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * of_distilled, None, None, None
+        # In float16 the scale of the loss has to come before the division: the quotient alone vanishes.
+        return gradient * (of_distilled / ctx.count), None, None, None

@@ -159,6 +159,7 @@ class Trainer:
         return self._data.load(self._epoch[1][number]).to(self._accelerator.device)
 
     def _backward(self, batch: Batch, index: int) -> DraftLoss:
+        """Gradients of one batch's loss."""
         learned = batch.known if self._recipe.learn_prompts else batch.answers
         with self._accelerator.autocast():
             features = self._noisy(batch.features, index)
