@@ -142,9 +142,10 @@ def _nucleus_edge(shaped: Tensor, top_p: float) -> Tensor:
     return best[min(inside, candidates - 1)]
 
 
-def first_argmax(values: Tensor) -> int:
-    """Index of the largest value; the lowest index among equals, on every device."""
-    return int((values == values.max()).nonzero()[0, 0])
+def first_argmax(values: Tensor, largest: Tensor | None = None) -> int:
+    """Index of the largest value, if known already; the lowest index among equals, on every device."""
+    largest = values.max() if largest is None else largest
+    return int((values == largest).nonzero()[0, 0])
 
 
 def sample(logits: Tensor, params: SamplingParams, position: int, counts: Mapping[int, int]) -> int:
@@ -158,7 +159,7 @@ def sample(logits: Tensor, params: SamplingParams, position: int, counts: Mappin
     if not math.isfinite(best):
         raise InvalidLogits(f"the best logit at position {position} is {best:g}: has the target overflowed?")
     if params.greedy:
-        return first_argmax(shaped)
+        return first_argmax(shaped, best)
     hashed = _hash32(
         params.seed,
         params.choice,
