@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from taps.cli import main
 from taps.composing import STRATEGIES
+from taps.drafting.drafter import Ask, DraftJob
 from taps.evaluation.analysis import DrafterAnalysis
 from taps.evaluation.questions import InvalidQuestions, load_questions
 from taps.evaluation.replay import Strategy, replay
@@ -140,14 +142,28 @@ def test_likeliest_tokens_are_counted_by_their_probability_and_their_distributio
     assert (analysis.entropy["accepted"][1], analysis.entropy["rejected"][1]) == (2, 1)
 
 
+class Canned:
+    """Implements `Drafter`: drafts by the number of tokens decided."""
+
+    def __init__(self, trees: Mapping[int, ProposalTree]) -> None:
+        self._trees = trees
+
+    def open(self) -> None: ...
+
+    def close(self, session: None) -> None: ...
+
+    def step(self, jobs: Sequence[DraftJob]) -> list[ProposalTree | Exception | None]:
+        return [self._trees[job.delta.end] for job in jobs]
+
+
 def test_the_oracle_takes_the_drafter_that_is_right() -> None:
-    wrong, right = tree((1, 0, 0.9), (2, 1, 0.9)), tree((5, 0, 0.5), (6, 1, 0.4), owner=1)
-    grown = [dict.fromkeys(range(2, 5), wrong), {2: right, 3: wrong, 4: wrong}]
-    confident, oracle = replay(
-        text(5, 6, 7),
-        grown,
-        [Strategy("confidence", (0, 1), STRATEGIES["confidence"], 3), Strategy("oracle", (0, 1), None, 3)],
-    )
+    wrong, right = tree((1, 0, 0.9), (2, 1, 0.9)), tree((5, 0, 0.5), (6, 1, 0.4))
+    drafters = [Canned(dict.fromkeys(range(2, 5), wrong)), Canned({2: right, 3: wrong, 4: wrong})]
+    strategies = [
+        Strategy("confidence", (0, 1), STRATEGIES["confidence"], 3), Strategy("oracle", (0, 1), None, 3)
+    ]  # fmt: skip
+    (replayed,) = replay(drafters, [text(5, 6, 7)], [Ask()], strategies)
+    confident, oracle = replayed.walks
     assert (oracle.counts.num_passes, oracle.chosen) == (1, {1: 1})
     assert (confident.counts.num_passes, confident.chosen) == (3, {0: 3})
 

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
 
-import pytest
 import torch
 
 from taps.composing import STRATEGIES
@@ -15,7 +14,7 @@ from taps.decoding import Panel, decode
 from taps.drafting.drafter import Ask, Drafter
 from taps.drafting.eagle import EagleDrafter
 from taps.drafting.ngram import NgramDrafter
-from taps.evaluation.replay import Strategy, grow_trees, replay
+from taps.evaluation.replay import Strategy, replay
 from taps.local import LocalDrafter, LocalVerifier
 from taps.metrics import SpeculationCounts
 from taps.models.causal_lm import CausalLM
@@ -57,15 +56,36 @@ async def live(
     return counts, Recording("live", tokens, len(PROMPT), features)
 
 
-@pytest.mark.parametrize("strategy", ["single", "confidence", "merged"])
-def test_replay_counts_what_live_decoding_counts(strategy: str) -> None:
+def test_replay_counts_what_live_decoding_counts() -> None:
+    """Of all strategies at once: they share the trees, and each comes by other positions."""
     ask = Ask(num_nodes=10, depth=3, top_k=3, sampling=PARAMS)
-    local = [LocalDrafter(f"d{i}", d) for i, d in enumerate(make_drafters())]
-    counts, recording = asyncio.run(live(local, strategy, ask))
-    trees = [grow_trees(d, [recording], [ask], i)[0] for i, d in enumerate(make_drafters())]
-    replayed = replay(recording, trees, [Strategy(strategy, (0, 1), STRATEGIES[strategy], 10)])[0].counts
-    assert replayed.num_tokens == counts.num_tokens == NEW_TOKENS - 1
-    assert replayed.num_passes == counts.num_passes
-    assert replayed.accepted_lengths == counts.accepted_lengths
-    assert replayed.accepted_at == counts.accepted_at
-    assert counts.num_accepted > 0
+    names = ("single", "confidence", "merged")
+    lived = {}
+    for name in names:
+        local = [LocalDrafter(f"d{i}", d) for i, d in enumerate(make_drafters())]
+        lived[name] = asyncio.run(live(local, name, ask))
+    recording = lived["single"][1]
+    strategies = [Strategy(name, (0, 1), STRATEGIES[name], 10) for name in names]
+    alone = Strategy("alone", (1,), STRATEGIES["single"], 4)
+    (replayed,) = replay(make_drafters(), [recording], [ask], [*strategies, alone])
+    for walk in replayed.walks[:3]:
+        counts, recorded = lived[walk.strategy.name]
+        assert torch.equal(recorded.tokens, recording.tokens)
+        assert walk.counts.num_tokens == counts.num_tokens == NEW_TOKENS - 1
+        assert walk.counts.num_passes == counts.num_passes
+        assert walk.counts.accepted_lengths == counts.accepted_lengths
+        assert walk.counts.accepted_at == counts.accepted_at
+        assert counts.num_accepted > 0
+    assert len({walk.counts.num_passes for walk in replayed.walks}) > 2, "they part"
+    assert all(walk.done for walk in replayed.walks)
+
+
+def test_trees_are_grown_only_where_a_strategy_comes_by() -> None:
+    """The text repeats itself, so that whole drafts are accepted and their positions passed over."""
+    recording = Recording("r", torch.tensor([1, 2, 3, 4] * 6), 8, torch.zeros(23, 1))
+    ask = Ask(num_nodes=4, depth=3, top_k=1)
+    strategy = Strategy("ngram", (0,), STRATEGIES["single"], 4)
+    for recordings in ([recording], [recording, recording]):
+        for replayed in replay([NgramDrafter()], recordings, [ask] * len(recordings), [strategy]):
+            assert list(replayed.trees[0]) == [9, 13, 17, 21]
+            assert replayed.walks[0].counts.num_passes == 4

@@ -1,4 +1,5 @@
-"""How sure a drafter is, and how right: at every position of recorded answers.
+"""How sure a drafter is, and how right: its tokens at every position of recorded answers, its trees where they
+were grown.
 
 Knows recordings, heads and trees; nothing of strategies.
 """
@@ -58,7 +59,7 @@ class DrafterAnalysis:
             self.entropy[outcome][_bin(entropy / _MAX_ENTROPY)] += 1
 
     def observe_trees(self, recording: Recording, trees: TreesByEnd) -> None:
-        """Count the trees at every position of one recording."""
+        """Count the trees grown along one recording."""
         tokens: list[int] = recording.tokens.tolist()
         for end, tree in trees.items():
             if len(tree) > 1:

@@ -1,7 +1,8 @@
 """Replay: exact acceptance of any drafter, strategy and tree size from one recorded run of the target.
 
 The target alone decides the text, so a run is recorded once; a drafted token is accepted exactly when the
-recorded run has it. Trees are grown once per drafter and position, and shared by everything evaluated.
+recorded run has it. Trees are grown once per drafter and position, where some strategy comes by, and shared
+by all strategies.
 
 Knows recordings, trees and strategies; never runs the target.
 """
@@ -9,9 +10,10 @@ Knows recordings, trees and strategies; never runs the target.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,92 +37,124 @@ class Strategy:
     num_nodes: int
 
 
-class Replayed(NamedTuple):
-    """What one strategy came to."""
-
-    counts: SpeculationCounts
-    chosen: Counter[int]  # drafter -> passes whose tree was its alone
-
-
 TreesByEnd = dict[int, ProposalTree]  # number of tokens decided, the root included -> the tree grown there
 
 
-def grow_trees(
-    drafter: Drafter, recordings: Sequence[Recording], asks: Sequence[Ask], index: int
-) -> list[TreesByEnd]:
-    """The drafter's tree at every position of every recording, as its drafter number `index`.
+class Replayed(NamedTuple):
+    """What one recording came to."""
+
+    walks: list[Walk]  # one for each strategy
+    trees: list[TreesByEnd]  # one for each drafter, at the positions some strategy of it came by
+
+
+class Walk:
+    """One strategy on its way along a recording: where the target goes next is known."""
+
+    def __init__(self, strategy: Strategy, recording: Recording) -> None:
+        self.strategy = strategy
+        self.counts = SpeculationCounts()
+        self.chosen = Counter[int]()  # drafter -> passes whose tree was its alone
+        self.end = recording.answer_start + 1  # tokens decided: the prefill decides one
+        self._tokens: list[int] = recording.tokens.tolist()
+
+    @property
+    def done(self) -> bool:
+        return self.end >= len(self._tokens)
+
+    def step(self, proposals: Sequence[ProposalTree]) -> None:
+        """One verify pass, of the trees its drafters grew here."""
+        if self.strategy.compose is None:
+            candidates = [tree.prefix(self.strategy.num_nodes) for tree in proposals]
+        else:
+            root = self._tokens[self.end - 1]
+            candidates = [self.strategy.compose(proposals, root, self.strategy.num_nodes)]
+        accepted = [(tree, accept(tree, self._decided)) for tree in candidates]
+        tree, acceptance = max(accepted, key=lambda pair: len(pair[1].tokens))
+        self.chosen.update(_sole_owner(tree))
+        delivered = min(len(acceptance.tokens), len(self._tokens) - self.end)
+        self.counts.observe(_verdict(tree, acceptance), delivered)
+        self.end += delivered
+
+    def _decided(self, _: int, accepted: Sequence[int]) -> int:
+        """What the recorded target decides; -1, which no drafter proposes, beyond the recording."""
+        at = self.end + len(accepted)
+        return self._tokens[at] if at < len(self._tokens) else -1
+
+
+def replay(
+    drafters: Sequence[Drafter],
+    recordings: Sequence[Recording],
+    asks: Sequence[Ask],
+    strategies: Sequence[Strategy],
+) -> list[Replayed]:
+    """Every strategy over every recording, as if each had been decoded live up to its length.
+
+    All recordings advance together, each by the strategy that is furthest behind on it.
 
     Args: asks: one for each recording.
-    All recordings advance in step, one session each: the drafter grows their trees together.
     """
-    sessions = [drafter.open() for _ in recordings]
-    grown: list[TreesByEnd] = [{} for _ in recordings]
-    try:
-        for step in range(max(len(r.tokens) - r.answer_start for r in recordings)):
-            at = [(i, r.answer_start + 1 + step) for i, r in enumerate(recordings)]
-            active = [(i, end) for i, end in at if end < len(recordings[i].tokens)]
-            if not active:
-                break
-            jobs = [DraftJob(sessions[i], _delta(recordings[i], end, step), asks[i]) for i, end in active]
-            for (i, end), tree in zip(active, drafter.step(jobs), strict=True):
-                assert isinstance(tree, ProposalTree)
-                grown[i][end] = tree.owned_by(index)
-    finally:
-        for session in sessions:
-            drafter.close(session)
-    return grown
+    walks = [[Walk(strategy, recording) for strategy in strategies] for recording in recordings]
+    with ExitStack() as stack:
+        growers = [_Grower(drafter, i, recordings, asks, stack) for i, drafter in enumerate(drafters)]
+        while behind := {i: at for i, of in enumerate(walks) if (at := _furthest_behind(of))}:
+            for grower in growers:
+                grower.grow({i: at[0].end for i, at in behind.items() if any(map(grower.serves, at))})
+            for i, at in behind.items():
+                end = at[0].end
+                for walk in at:
+                    walk.step([growers[d].trees[i][end] for d in walk.strategy.drafters])
+    return [Replayed(of, [grower.trees[i] for grower in growers]) for i, of in enumerate(walks)]
 
 
-def _delta(recording: Recording, end: int, step: int) -> ContextDelta:
-    """What a session learns when `end` tokens are decided: everything at first, then one more token."""
-    known = end - 1 if step else 0
-    start = max(known - 1, 0)
-    tokens: list[int] = recording.tokens[known:end].tolist()
-    return ContextDelta(known, tuple(tokens), start, recording.features[start : end - 1])
+def _furthest_behind(walks: Sequence[Walk]) -> list[Walk]:
+    """Of one recording, those that are not done and stand at the earliest position."""
+    going = [walk for walk in walks if not walk.done]
+    return [walk for walk in going if walk.end == min(other.end for other in going)]
 
 
-def replay(recording: Recording, trees: Sequence[TreesByEnd], strategies: Sequence[Strategy]) -> list[Replayed]:
-    """Every strategy over one recording, as if each had been decoded live up to its length.
+class _Grower:
+    """One drafter along all recordings, with a session for each: it grows their trees together."""
 
-    Args: trees: one drafter's trees over this recording, for each drafter.
-    """
-    return [_walk(recording, trees, strategy) for strategy in strategies]
+    def __init__(
+        self, drafter: Drafter, index: int, recordings: Sequence[Recording], asks: Sequence[Ask],
+        stack: ExitStack,
+    ) -> None:  # fmt: skip
+        """Args: index: the drafter's number; stack: closes the sessions."""
+        self.trees: list[TreesByEnd] = [{} for _ in recordings]
+        self._drafter = drafter
+        self._index = index
+        self._recordings = recordings
+        self._asks = asks
+        self._sessions: list[Any] = []
+        self._known = [0] * len(recordings)  # tokens the session has been told
+        for _ in recordings:
+            self._sessions.append(drafter.open())
+            stack.callback(drafter.close, self._sessions[-1])
 
+    def serves(self, walk: Walk) -> bool:
+        return self._index in walk.strategy.drafters
 
-def _walk(recording: Recording, trees: Sequence[TreesByEnd], strategy: Strategy) -> Replayed:
-    """Decode along the recording: where the target goes next is known."""
-    counts, chosen = SpeculationCounts(), Counter[int]()
-    tokens: list[int] = recording.tokens.tolist()
-    end = recording.answer_start + 1  # the prefill decides one token
-    while end < len(tokens):
-        proposals = [trees[i][end] for i in strategy.drafters]
-        if strategy.compose is None:
-            candidates = [tree.prefix(strategy.num_nodes) for tree in proposals]
-        else:
-            candidates = [strategy.compose(proposals, tokens[end - 1], strategy.num_nodes)]
-        accepted = [(tree, accept(tree, _decided(tokens, end))) for tree in candidates]
-        tree, acceptance = max(accepted, key=lambda pair: len(pair[1].tokens))
-        chosen.update(_sole_owner(tree))
-        delivered = min(len(acceptance.tokens), len(tokens) - end)
-        counts.observe(_verdict(tree, acceptance), delivered)
-        end += delivered
-    return Replayed(counts, chosen)
+    def grow(self, ends: Mapping[int, int]) -> None:
+        """Grow the trees of some recordings. Args: ends: recording -> tokens decided, more than are known."""
+        if not ends:
+            return
+        jobs = [DraftJob(self._sessions[i], self._delta(i, end), self._asks[i]) for i, end in ends.items()]
+        for (i, end), tree in zip(ends.items(), self._drafter.step(jobs), strict=True):
+            assert isinstance(tree, ProposalTree)
+            self.trees[i][end] = tree.owned_by(self._index)
+            self._known[i] = end
+
+    def _delta(self, i: int, end: int) -> ContextDelta:
+        recording, known = self._recordings[i], self._known[i]
+        start = max(known - 1, 0)
+        tokens: list[int] = recording.tokens[known:end].tolist()
+        return ContextDelta(known, tuple(tokens), start, recording.features[start : end - 1])
 
 
 def _sole_owner(tree: ProposalTree) -> list[int]:
     """The drafter that all nodes of the tree come from, if it is one."""
     owners = {drafter for bits in tree.owners[1:] for drafter in drafters_in(bits)}
     return list(owners) if len(owners) == 1 else []
-
-
-def _decided(tokens: Sequence[int], end: int) -> Callable[[int, Sequence[int]], int]:
-    """What the recorded target decides; -1, which no drafter proposes, beyond the recording."""
-
-    def decide(_: int, accepted: Sequence[int]) -> int:
-        at = end + len(accepted)
-        return tokens[at] if at < len(tokens) else -1
-
-    return decide
 
 
 def _verdict(tree: ProposalTree, acceptance: Acceptance) -> Verdict:

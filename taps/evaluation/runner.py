@@ -22,7 +22,7 @@ from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
 from taps.evaluation.analysis import DrafterAnalysis
 from taps.evaluation.questions import Question, load_questions
-from taps.evaluation.replay import Strategy, grow_trees, replay
+from taps.evaluation.replay import Strategy, replay
 from taps.evaluation.statistics import (
     QuestionCounts,
     bootstrap,
@@ -175,20 +175,21 @@ def evaluate(
     couplings = (False, True) if plan.temperature else (False,)
     rows = [_Row(strategy, coupled) for coupled in couplings for strategy in strategies]
     analyses = [DrafterAnalysis() for _ in drafters]
+    ask = Ask(plan.num_nodes, plan.depth, plan.top_k)
     for start in range(0, len(runs), plan.batch_size):
         batch = runs[start : start + plan.batch_size]
         for analysis, head in zip(analyses, heads, strict=True):
             analysis.observe_tokens(head, [run.recording for run in batch])
         for coupled in couplings:
-            grown = [_grow(drafter, batch, plan, coupled, i) for i, drafter in enumerate(drafters)]
             of_coupling = [row for row in rows if row.coupled == coupled]
-            for i, run in enumerate(batch):
-                replayed = replay(run.recording, [trees[i] for trees in grown], strategies)
-                for row, (counts, chosen) in zip(of_coupling, replayed, strict=True):
-                    row.add(run.question, counts, chosen)
-                for analysis, trees in zip(analyses, grown, strict=True):
+            asks = [replace(ask, sampling=run.params if coupled else None) for run in batch]
+            replayed = replay(drafters, [run.recording for run in batch], asks, strategies)
+            for run, (walks, trees) in zip(batch, replayed, strict=True):
+                for row, walk in zip(of_coupling, walks, strict=True):
+                    row.add(run.question, walk.counts, walk.chosen)
+                for analysis, grown in zip(analyses, trees, strict=True):
                     if not coupled:
-                        analysis.observe_trees(run.recording, trees[i])
+                        analysis.observe_trees(run.recording, grown)
         shown = ", ".join(f"{row.label} {row.totals.acceptance_length:.2f}" for row in rows)
         print(f"{plan.benchmark} {start + len(batch)}/{len(runs)}: {shown}", flush=True)
     return {
@@ -200,14 +201,6 @@ def evaluate(
         "rows": [row.as_json(names) for row in rows],
         "analysis": {name: a.as_json() for name, a in zip(names, analyses, strict=True)},
     }
-
-
-def _grow(
-    drafter: EagleDrafter, batch: Sequence[Run], plan: EvaluationPlan, coupled: bool, index: int
-) -> list[dict[int, Any]]:
-    ask = Ask(plan.num_nodes, plan.depth, plan.top_k)
-    asks = [replace(ask, sampling=run.params if coupled else None) for run in batch]
-    return grow_trees(drafter, [run.recording for run in batch], asks, index)
 
 
 def _made(head: Path) -> Any:
