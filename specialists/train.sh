@@ -4,7 +4,8 @@
 #   specialists/train.sh TRAIN
 #
 # TRAIN holds math.jsonl, chat.jsonl and code.jsonl. Answers and heads go to WORK (.work/specialists). The answers the
-# shipped heads learned from were recorded in several goes, with limits of 128 to 320 tokens; math is an older head.
+# shipped heads learned from were recorded in several goes, with limits of 128 to 320 tokens; the EAGLE-2 head that math
+# started from had random input weights where this one has fitted ones.
 # On two cores about half a day, most of it for the answers.
 set -euo pipefail
 train=$1
@@ -35,3 +36,7 @@ code=("$answers/code-complete:289000" "$answers/code:75000")
 train_head base --epochs 1 --learning-rate 1.5e-3 --answers "$answers/math" "$answers/chat" "${code[@]}"
 train_head chat --method hass --init "$heads/base" --epochs 1 --learning-rate 3e-4 --answers "$answers/chat"
 train_head code --method hass --init "$heads/base" --epochs 2 --learning-rate 3e-4 --answers "${code[@]}"
+
+# Mathematics has enough answers of its own for a head that starts from nothing.
+train_head math-eagle-2 --epochs 3 --learning-rate 2e-3 --answers "$answers/math"
+train_head math --method hass --init "$heads/math-eagle-2" --epochs 1 --learning-rate 3e-4 --answers "$answers/math"
