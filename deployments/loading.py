@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from deployments.config import SpecialistArgs, TargetArgs, VerifierArgs, locate, torch_dtype
 from taps.drafting.drafter import Drafter
 from taps.drafting.eagle import EagleDrafter
@@ -16,15 +14,16 @@ from taps.models.checkpoints import InvalidCheckpoint, load_head, target_fingerp
 from taps.models.embedded import target_path
 from taps.scheduling import StepBudget
 from taps.target import Target
+from taps.threads import compute_with
 
 
 def load_verifier(target: TargetArgs, args: VerifierArgs) -> tuple[LocalVerifier, dict[str, Any]]:
     """The verifier, and what the router and its drafters must know of the target."""
-    torch.set_num_threads(args.torch_threads)
+    compute_with(1)  # this thread loads, and must not have workers of its own
     path = target_path(locate(target.path))
     model = CausalLM.load(path, torch_dtype(target.dtype), target.device_map)
     budget = StepBudget(args.prefill_tokens, args.tree_nodes)
-    verifier = LocalVerifier(Target(model, args.max_sessions, args.max_len, budget))
+    verifier = LocalVerifier(Target(model, args.max_sessions, args.max_len, budget), args.torch_threads)
     return verifier, {
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
@@ -42,7 +41,7 @@ def _fingerprint_of(path: str, model: CausalLM) -> str:
 
 def load_drafter(args: SpecialistArgs) -> tuple[LocalDrafter, dict[str, Any]]:
     """The drafter; its name and kind, and the fingerprint of the target a head was made for."""
-    torch.set_num_threads(args.torch_threads)
+    compute_with(1)
     description: dict[str, Any] = {"name": args.name, "kind": args.kind}
     drafter: Drafter
     if args.head is None:
@@ -52,4 +51,4 @@ def load_drafter(args: SpecialistArgs) -> tuple[LocalDrafter, dict[str, Any]]:
         head = load_head(locate(args.head), target, torch_dtype(args.dtype))
         description["fingerprint"] = target_fingerprint(target)
         drafter = EagleDrafter(head.to(args.device), args.max_sessions, args.max_len)
-    return LocalDrafter(args.name, drafter), description
+    return LocalDrafter(args.name, drafter, args.torch_threads), description

@@ -24,10 +24,14 @@ class Batcher(Generic[Job, Result]):
     a session waits for its job before it submits the next.
     """
 
-    def __init__(self, step: Callable[[Sequence[Job]], Sequence[Result | Exception | None]], name: str) -> None:
+    def __init__(
+        self, step: Callable[[Sequence[Job]], Sequence[Result | Exception | None]], name: str,
+        prepare: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Args: prepare: called in the worker thread before anything else."""
         self._step = step
         self._waiting: list[tuple[Job, asyncio.Future[Result]]] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=prepare)
         self._runner: asyncio.Task[None] | None = None
 
     async def submit(self, job: Job) -> Result:

@@ -5,7 +5,7 @@ Training, evaluation and tests decode through these; the deployments serve the v
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,16 +14,22 @@ from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, Drafter, DraftJob
 from taps.sampling import SamplingParams
 from taps.target import Job, PrefillJob, Target, TargetSession, VerifyJob
+from taps.threads import compute_with
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
+
+
+def _preparation(num_threads: int | None) -> Callable[[], None]:
+    return lambda: None if num_threads is None else compute_with(num_threads)
 
 
 class LocalVerifier:
     """A target served to many sessions by continuous batching."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, num_threads: int | None = None) -> None:
+        """Args: num_threads: that its steps compute with (`taps.threads`); None leaves it to torch."""
         self.target = target
-        self._batcher: Batcher[Job, Verdict] = Batcher(target.step, "verifier")
+        self._batcher: Batcher[Job, Verdict] = Batcher(target.step, "verifier", _preparation(num_threads))
 
     @asynccontextmanager
     async def session(self, params: SamplingParams) -> AsyncIterator[LocalVerifierSession]:
@@ -62,10 +68,13 @@ class LocalVerifierSession:
 class LocalDrafter:
     """A drafter served to many sessions by batching whatever they ask at the same time."""
 
-    def __init__(self, name: str, drafter: Drafter) -> None:
+    def __init__(self, name: str, drafter: Drafter, num_threads: int | None = None) -> None:
+        """Args: num_threads: as the verifier's."""
         self.name = name
         self._drafter = drafter
-        self._batcher: Batcher[DraftJob, ProposalTree] = Batcher(drafter.step, f"drafter-{name}")
+        self._batcher: Batcher[DraftJob, ProposalTree] = Batcher(
+            drafter.step, f"drafter-{name}", _preparation(num_threads)
+        )
 
     @asynccontextmanager
     async def session(self, index: int = 0) -> AsyncIterator[LocalDrafterSession]:

@@ -33,6 +33,7 @@ from taps.models.checkpoints import load_head
 from taps.models.embedded import target_path
 from taps.sampling import SamplingParams
 from taps.target import Target
+from taps.threads import computing_with
 from taps.tree import ProposalTree
 
 PLAIN = "off"
@@ -98,11 +99,24 @@ def measure(
 
     Args: heads: those that are combined; alone: further ones, timed by themselves.
     """
-    path = target_path(target)
+    with computing_with(1) as num_threads:
+        timed = _time_all(target_path(target), heads, alone, data, plan, num_threads)
+    return {
+        "plan": asdict(plan),
+        "made_with": {"taps": __version__, "torch": torch.__version__, "commit": commit()},
+        "threads": num_threads,
+        "rows": [_row(name, rows, timed[PLAIN]) for name, rows in timed.items()],
+    }
+
+
+def _time_all(
+    path: str, heads: Sequence[Path], alone: Sequence[Path], data: str | Path, plan: LivePlan, num_threads: int
+) -> dict[str, list[Timed]]:
+    """Strategy -> its answers."""
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    verifier = LocalVerifier(Target(CausalLM.load(path, torch.bfloat16), 2, _MAX_LEN))
+    verifier = LocalVerifier(Target(CausalLM.load(path, torch.bfloat16), 2, _MAX_LEN), num_threads)
     drafters = [
-        LocalDrafter(head.name, EagleDrafter(load_head(head, path, torch.bfloat16), 2))
+        LocalDrafter(head.name, EagleDrafter(load_head(head, path, torch.bfloat16), 2), num_threads=1)
         for head in (*heads, *alone)
     ]
     together = drafters[: len(heads)]
@@ -125,12 +139,7 @@ def measure(
             for name, rows in timed.items()
         )
         print(f"{plan.benchmark} {number + 1}/{plan.questions}: {shown}", flush=True)
-    return {
-        "plan": asdict(plan),
-        "made_with": {"taps": __version__, "torch": torch.__version__, "commit": commit()},
-        "threads": torch.get_num_threads(),
-        "rows": [_row(name, rows, timed[PLAIN]) for name, rows in timed.items()],
-    }
+    return timed
 
 
 def _every_node(trees: Sequence[ProposalTree], root: int, _: int) -> ProposalTree:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from taps.models.draft_head import DraftHead, draft_config
 from taps.models.embedded import target_path
 from taps.scheduling import StepBudget
 from taps.target import Target
+from taps.threads import computing_with
 from taps.training.answers import AnswerRecipe, AnswerRecorder, refuse_other_answers
 from taps.training.batches import Answers, RecordedData, draft_vocabulary
 from taps.training.features import TargetFeatures
@@ -74,30 +76,26 @@ def answer_prompts(
 
     Raises `InvalidData` when `work` holds other answers than these would be.
     """
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    made_by = target_fingerprint(target)
-    refuse_other_answers(work, made_by, tokenizer, prompts)
-    done = {row_id for shard in shards(work) for row_id in shard_header(shard)["ids"]}
-    if recorded_tokens(work) >= recipe.answer_tokens:
-        return
-    if recipe.answers_per_prompt == 1 and all(prompt.id in done for prompt in prompts):
-        return
-    model = _load_target(target)
-    budget = StepBudget(prefill_tokens=512, tree_nodes=recipe.sessions * _TREE.num_nodes if heads else 0)
-    longest = recipe.max_prompt_tokens + recipe.max_new_tokens + budget.tree_nodes + 1
-    verifier = LocalVerifier(Target(model, recipe.sessions, longest, budget))
-    drafters = [
-        LocalDrafter(
-            str(name), EagleDrafter(load_head(name, target, model.dtype).to(model.device), recipe.sessions)
-        )
-        for name in heads
-    ]
-    try:
+    with computing_with(1) as num_threads, ExitStack() as stack:
+        tokenizer = AutoTokenizer.from_pretrained(target)
+        made_by = target_fingerprint(target)
+        refuse_other_answers(work, made_by, tokenizer, prompts)
+        done = {row_id for shard in shards(work) for row_id in shard_header(shard)["ids"]}
+        if recorded_tokens(work) >= recipe.answer_tokens:
+            return
+        if recipe.answers_per_prompt == 1 and all(prompt.id in done for prompt in prompts):
+            return
+        model = _load_target(target)
+        budget = StepBudget(prefill_tokens=512, tree_nodes=recipe.sessions * _TREE.num_nodes if heads else 0)
+        longest = recipe.max_prompt_tokens + recipe.max_new_tokens + budget.tree_nodes + 1
+        verifier = LocalVerifier(Target(model, recipe.sessions, longest, budget), num_threads)
+        stack.callback(verifier.close)
+        drafters: list[LocalDrafter] = []
+        for name in heads:
+            head = load_head(name, target, model.dtype).to(model.device)
+            drafters.append(LocalDrafter(str(name), EagleDrafter(head, recipe.sessions), num_threads=1))
+            stack.callback(drafters[-1].close)
         AnswerRecorder(verifier, tokenizer, work, recipe, drafters, _TREE, made_by).run(prompts)
-    finally:
-        verifier.close()
-        for drafter in drafters:
-            drafter.close()
 
 
 def _load_target(target: str) -> CausalLM:
