@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,8 +99,14 @@ def measure(
 
     Args: heads: those that are combined; alone: further ones, timed by themselves.
     """
-    with computing_with(1) as num_threads:
-        timed = _time_all(target_path(target), heads, alone, data, plan, num_threads)
+    path = target_path(target)
+    with computing_with(1) as num_threads, _engine(path, [*heads, *alone], num_threads) as (verifier, drafters):
+        settings: dict[str, tuple[Compose, list[LocalDrafter]]] = {PLAIN: (STRATEGIES["off"], [])}
+        settings |= {drafter.name: (STRATEGIES["single"], [drafter]) for drafter in drafters}
+        together = drafters[: len(heads)]
+        settings |= {name: (STRATEGIES[name], together) for name in ("confidence", "entropy", "merged")}
+        settings["concatenated"] = (_every_node, together)
+        timed = _time_all(AutoTokenizer.from_pretrained(path), verifier, settings, data, plan)
     return {
         "plan": asdict(plan),
         "made_with": {"taps": __version__, "torch": torch.__version__, "commit": commit()},
@@ -109,21 +115,27 @@ def measure(
     }
 
 
+@contextmanager
+def _engine(
+    path: str, heads: Sequence[Path], num_threads: int
+) -> Iterator[tuple[LocalVerifier, list[LocalDrafter]]]:
+    """The target with so many threads, and the heads with one each, as they are served."""
+    with ExitStack() as stack:
+        verifier = LocalVerifier(Target(CausalLM.load(path, torch.bfloat16), 2, _MAX_LEN), num_threads)
+        stack.callback(verifier.close)
+        drafters: list[LocalDrafter] = []
+        for head in heads:
+            drafter = EagleDrafter(load_head(head, path, torch.bfloat16), 2)
+            drafters.append(LocalDrafter(head.name, drafter, num_threads=1))
+            stack.callback(drafters[-1].close)
+        yield verifier, drafters
+
+
 def _time_all(
-    path: str, heads: Sequence[Path], alone: Sequence[Path], data: str | Path, plan: LivePlan, num_threads: int
-) -> dict[str, list[Timed]]:
-    """Strategy -> its answers."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(path)
-    verifier = LocalVerifier(Target(CausalLM.load(path, torch.bfloat16), 2, _MAX_LEN), num_threads)
-    drafters = [
-        LocalDrafter(head.name, EagleDrafter(load_head(head, path, torch.bfloat16), 2), num_threads=1)
-        for head in (*heads, *alone)
-    ]
-    together = drafters[: len(heads)]
-    settings: dict[str, tuple[Compose, list[LocalDrafter]]] = {PLAIN: (STRATEGIES["off"], [])}
-    settings |= {drafter.name: (STRATEGIES["single"], [drafter]) for drafter in drafters}
-    settings |= {name: (STRATEGIES[name], together) for name in ("confidence", "entropy", "merged")}
-    settings["concatenated"] = (_every_node, together)
+    tokenizer: Any, verifier: LocalVerifier, settings: Mapping[str, tuple[Compose, list[LocalDrafter]]],
+    data: str | Path, plan: LivePlan,
+) -> dict[str, list[Timed]]:  # fmt: skip
+    """Strategy -> its answers. Args: settings: strategy -> how trees are composed, and of which drafters."""
     timed: dict[str, list[Timed]] = {name: [] for name in settings}
     for number, question in enumerate(load_questions(data, plan.questions)):
         messages = [{"role": "user", "content": question.turns[0]}]
