@@ -5,8 +5,8 @@ Training, evaluation and tests decode through these; the deployments serve the v
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from typing import Any
 
 from taps.batching import Batcher
@@ -97,3 +97,14 @@ class LocalDrafterSession:
 
     async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
         return await self._batcher.submit(DraftJob(self._state, delta, ask))
+
+
+@contextmanager
+def in_process(
+    target: Target, drafters: Iterable[tuple[str, Drafter]], num_threads: int
+) -> Iterator[tuple[LocalVerifier, list[LocalDrafter]]]:
+    """The target with so many threads and the named drafters with one each, closed when the block ends."""
+    with ExitStack() as stack:
+        verifier = stack.enter_context(closing(LocalVerifier(target, num_threads)))
+        panel = [LocalDrafter(name, drafter, num_threads=1) for name, drafter in drafters]
+        yield verifier, [stack.enter_context(closing(drafter)) for drafter in panel]

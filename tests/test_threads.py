@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 import torch
 
+from deployments.config import SpecialistArgs, TargetArgs, VerifierArgs
+from deployments.loading import load_drafter, load_verifier
 from taps.drafting.ngram import NgramDrafter
 from taps.local import LocalDrafter, LocalVerifier
 from taps.models.causal_lm import CausalLM
@@ -33,6 +36,19 @@ async def test_steps_compute_with_their_own_number_of_threads() -> None:
     finally:
         verifier.close()
         drafter.close()
+
+
+@pytest.mark.parametrize("kind", ["verifier", "drafter"])
+async def test_what_a_replica_loads_computes_in_one_thread_only(kind: str) -> None:
+    """The thread that loads keeps no workers, whatever number of threads the steps were given."""
+    loaded: LocalVerifier | LocalDrafter
+    if kind == "verifier":
+        loaded, _ = load_verifier(TargetArgs(), VerifierArgs(torch_threads=3))
+    else:
+        loaded, _ = load_drafter(SpecialistArgs(name="ngram", kind="ngram", torch_threads=3))
+    with closing(loaded):
+        assert await loaded._batcher.between_steps(torch.get_num_threads) == 3
+        assert torch.get_num_threads() == 1
 
 
 def test_the_number_before_comes_back() -> None:

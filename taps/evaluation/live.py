@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
 from taps.evaluation.questions import load_questions
 from taps.evaluation.runner import commit
-from taps.local import LocalDrafter, LocalVerifier
+from taps.local import LocalDrafter, LocalVerifier, in_process
 from taps.metrics import SpeculationCounts
 from taps.models.causal_lm import CausalLM
 from taps.models.checkpoints import load_head
@@ -100,35 +100,22 @@ def measure(
     Args: heads: those that are combined; alone: further ones, timed by themselves.
     """
     path = target_path(target)
-    with computing_with(1) as num_threads, _engine(path, [*heads, *alone], num_threads) as (verifier, drafters):
-        settings: dict[str, tuple[Compose, list[LocalDrafter]]] = {PLAIN: (STRATEGIES["off"], [])}
-        settings |= {drafter.name: (STRATEGIES["single"], [drafter]) for drafter in drafters}
-        together = drafters[: len(heads)]
-        settings |= {name: (STRATEGIES[name], together) for name in ("confidence", "entropy", "merged")}
-        settings["concatenated"] = (_every_node, together)
-        timed = _time_all(AutoTokenizer.from_pretrained(path), verifier, settings, data, plan)
+    with computing_with(1) as num_threads:
+        engine = Target(CausalLM.load(path, torch.bfloat16), 2, _MAX_LEN)
+        named = [(h.name, EagleDrafter(load_head(h, path, torch.bfloat16), 2)) for h in (*heads, *alone)]
+        with in_process(engine, named, num_threads) as (verifier, drafters):
+            settings: dict[str, tuple[Compose, list[LocalDrafter]]] = {PLAIN: (STRATEGIES["off"], [])}
+            settings |= {drafter.name: (STRATEGIES["single"], [drafter]) for drafter in drafters}
+            together = drafters[: len(heads)]
+            settings |= {name: (STRATEGIES[name], together) for name in ("confidence", "entropy", "merged")}
+            settings["concatenated"] = (_every_node, together)
+            timed = _time_all(AutoTokenizer.from_pretrained(path), verifier, settings, data, plan)
     return {
         "plan": asdict(plan),
         "made_with": {"taps": __version__, "torch": torch.__version__, "commit": commit()},
         "threads": num_threads,
         "rows": [_row(name, rows, timed[PLAIN]) for name, rows in timed.items()],
     }
-
-
-@contextmanager
-def _engine(
-    path: str, heads: Sequence[Path], num_threads: int
-) -> Iterator[tuple[LocalVerifier, list[LocalDrafter]]]:
-    """The target with so many threads, and the heads with one each, as they are served."""
-    with ExitStack() as stack:
-        verifier = LocalVerifier(Target(CausalLM.load(path, torch.bfloat16), 2, _MAX_LEN), num_threads)
-        stack.callback(verifier.close)
-        drafters: list[LocalDrafter] = []
-        for head in heads:
-            drafter = EagleDrafter(load_head(head, path, torch.bfloat16), 2)
-            drafters.append(LocalDrafter(head.name, drafter, num_threads=1))
-            stack.callback(drafters[-1].close)
-        yield verifier, drafters
 
 
 def _time_all(

@@ -109,7 +109,8 @@ def replay(
 def _furthest_behind(walks: Sequence[Walk]) -> list[Walk]:
     """Of one recording, those that are not done and stand at the earliest position."""
     going = [walk for walk in walks if not walk.done]
-    return [walk for walk in going if walk.end == min(other.end for other in going)]
+    earliest = min((walk.end for walk in going), default=0)
+    return [walk for walk in going if walk.end == earliest]
 
 
 class _Grower:

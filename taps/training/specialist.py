@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from taps import __version__
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
-from taps.local import LocalDrafter, LocalVerifier
+from taps.local import in_process
 from taps.models.causal_lm import CausalLM
 from taps.models.checkpoints import load_head, load_target_ends, save_head, target_fingerprint
 from taps.models.draft_head import DraftHead, draft_config
@@ -76,7 +75,7 @@ def answer_prompts(
 
     Raises `InvalidData` when `work` holds other answers than these would be.
     """
-    with computing_with(1) as num_threads, ExitStack() as stack:
+    with computing_with(1) as num_threads:
         tokenizer = AutoTokenizer.from_pretrained(target)
         made_by = target_fingerprint(target)
         refuse_other_answers(work, made_by, tokenizer, prompts)
@@ -88,14 +87,11 @@ def answer_prompts(
         model = _load_target(target)
         budget = StepBudget(prefill_tokens=512, tree_nodes=recipe.sessions * _TREE.num_nodes if heads else 0)
         longest = recipe.max_prompt_tokens + recipe.max_new_tokens + budget.tree_nodes + 1
-        verifier = LocalVerifier(Target(model, recipe.sessions, longest, budget), num_threads)
-        stack.callback(verifier.close)
-        drafters: list[LocalDrafter] = []
-        for name in heads:
-            head = load_head(name, target, model.dtype).to(model.device)
-            drafters.append(LocalDrafter(str(name), EagleDrafter(head, recipe.sessions), num_threads=1))
-            stack.callback(drafters[-1].close)
-        AnswerRecorder(verifier, tokenizer, work, recipe, drafters, _TREE, made_by).run(prompts)
+        loaded = [load_head(name, target, model.dtype).to(model.device) for name in heads]
+        named = zip(heads, (EagleDrafter(head, recipe.sessions) for head in loaded), strict=True)
+        engine = Target(model, recipe.sessions, longest, budget)
+        with in_process(engine, named, num_threads) as (verifier, drafters):
+            AnswerRecorder(verifier, tokenizer, work, recipe, drafters, _TREE, made_by).run(prompts)
 
 
 def _load_target(target: str) -> CausalLM:
