@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,18 @@ def test_what_is_recorded_is_not_generated_again(tmp_path: Path) -> None:
     resumed = record(tmp_path)
     assert texts(resumed) == texts(record(tmp_path / "unbroken"))
     assert {name: texts(resumed)[name] for name in first} == texts(first)
+
+
+def test_progress_counts_the_tokens_of_unfinished_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("taps.training.answers._PROGRESS_INTERVAL_S", 0.0)
+    record(tmp_path, replace(RECIPE, answer_tokens=72))
+    counts = [
+        int(count)
+        for count in re.findall(r"answers: (\d+) of 72 tokens, \d+ tokens/s", capsys.readouterr().out)
+    ]
+    assert counts == sorted(counts) and any(0 < count < RECIPE.max_new_tokens for count in counts)
 
 
 def test_an_answer_ends_with_its_end_token(tmp_path: Path) -> None:

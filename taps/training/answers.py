@@ -37,6 +37,7 @@ from taps.training.sources import InvalidData, Prompt
 
 _UNBOUNDED = 1 << 30
 _PATIENT_S = 600.0  # generation waits for its drafters
+_PROGRESS_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class AnswerRecorder:
         self._ask = ask or Ask()
         self._made_by = made_by
         self._left_out = 0
+        self._answering: dict[str, Context] = {}  # by row id
         self._unsaved: list[Recording] = []
         directory.mkdir(parents=True, exist_ok=True)
         headers = [shard_header(shard) for shard in shards(directory)]
@@ -138,35 +140,40 @@ class AnswerRecorder:
                     yield _Question(row_id, prompt, answer_sampling(row_id, temperature, self._recipe.seed))
 
     async def _run(self, questions: Iterator[_Question]) -> None:
-        started, before, shown = time.monotonic(), self.num_tokens, 0.0
-
         async def worker() -> None:
-            nonlocal shown
             for question in questions:
                 if self.num_tokens >= self._recipe.answer_tokens:
                     return
                 await self._answer(question)
-                elapsed = time.monotonic() - started
-                if elapsed - shown > 10:
-                    shown = elapsed
-                    rate = (self.num_tokens - before) / elapsed
-                    print(f"answers: {self.num_tokens:,} tokens, {rate:.0f} tokens/s", flush=True)
 
+        progress = asyncio.create_task(self._show_progress())
         try:
             await asyncio.gather(*(worker() for _ in range(self._recipe.sessions)))
         finally:
+            progress.cancel()
             self._save()
         print(f"answers: {self.num_tokens:,} tokens in {self._directory}", flush=True)
         if self._left_out:
             most = self._recipe.max_prompt_tokens
             print(f"answers: {self._left_out:,} prompts of more than {most} tokens were left out", flush=True)
 
+    async def _show_progress(self) -> None:
+        """Print every few seconds how many tokens there are and at what rate they come, until cancelled."""
+        started, before = time.monotonic(), self.num_tokens
+        while True:
+            await asyncio.sleep(_PROGRESS_INTERVAL_S)
+            unfinished = sum(context.num_generated for context in self._answering.values())
+            generated = self.num_tokens + unfinished
+            rate = (generated - before) / (time.monotonic() - started)
+            line = f"answers: {generated:,} of {self._recipe.answer_tokens:,} tokens, {rate:.0f} tokens/s"
+            print(line, flush=True)
+
     async def _answer(self, question: _Question) -> None:
         ids = prompt_tokens(self._tokenizer, question.prompt)
         if len(ids) > self._recipe.max_prompt_tokens:
             self._left_out += 1
             return
-        context = Context(ids, _UNBOUNDED)
+        context = self._answering[question.id] = Context(ids, _UNBOUNDED)
         async with AsyncExitStack() as stack:
             sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(self._drafters)]
             panel = Panel(sessions, _PATIENT_S)
@@ -182,6 +189,7 @@ class AnswerRecorder:
         if self._recipe.keep_features:
             features = context.since(0).features[: length - 1].to(torch.bfloat16)
         self._unsaved.append(Recording(question.id, tokens, len(ids), features))
+        del self._answering[question.id]
         self.num_tokens += length - len(ids)
         if len(self._unsaved) >= self._recipe.shard_size:
             self._save()
