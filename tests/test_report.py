@@ -10,7 +10,15 @@ import pytest
 
 from taps.cli import main
 from taps.evaluation.claims import claims, compare, compare_means, depth_shift
-from taps.evaluation.report import acceptance_table, averaging_table, coupling_table, routing_table
+from taps.evaluation.plots import acceptance_bars
+from taps.evaluation.report import (
+    acceptance_table,
+    averaging_table,
+    coupling_table,
+    live_table,
+    routing_table,
+    summary_table,
+)
 from taps.evaluation.results import InvalidResults, Key, blends, load_results, row_of
 
 LENGTHS = {
@@ -35,7 +43,8 @@ def canned(
     rows = [
         {
             "strategy": name, "drafters": ["math-hass"], "coupled": coupled, "num_nodes": 60,
-            "acceptance_length": length + 0.5 * coupled, "interval_95": [length - 0.1, length + 0.1],
+            "acceptance_length": length + 0.5 * coupled,
+            "interval_95": [length + 0.5 * coupled - 0.1, length + 0.5 * coupled + 0.1],
             "per_question_mean": length, "nodes_per_pass": 59.0, "histogram": [10, 20, 10],
             "per_question_interval_95": [length - 0.1, length + 0.1],
             "accepted_by_depth": {"math-hass": [50, 400, 600], "chat-hass": [50, 200, 200]},
@@ -64,6 +73,8 @@ def verdict(result: dict[str, Any], about: str) -> str:
 def test_a_clear_difference_reproduces_a_claim_or_refutes_it() -> None:
     assert verdict(canned(), "specialises") == "reproduced"
     assert verdict(canned(lengths={"chat-hass": 3.4}), "specialises") == "not reproduced"
+    assert verdict(canned(), "beats each specialist") == "holds"
+    assert verdict(canned(lengths={"merged": 2.1}), "of one tree reaches 0.97") == "does not hold"
 
 
 def test_a_claim_that_nothing_measures_says_so() -> None:
@@ -120,10 +131,25 @@ def test_a_row_of_another_size_is_found_by_its_size() -> None:
 def test_the_tables_hold_what_was_measured() -> None:
     results = {KEY: canned(), Key("hass", "gsm8k", 1.0): canned(temperature=1.0)}
     assert "| merged | 60 | 3.20 (3.10 to 3.30) | 3.20 |" in acceptance_table(results, "hass", 0.0)
-    assert "| math | 3.00 (2.90 to 3.10) | 3.50 (2.90 to 3.10) | +16.7% (+16.7% to +16.7%) |" in coupling_table(
+    assert "| math | 3.00 (2.90 to 3.10) | 3.50 (3.40 to 3.60) | +16.7% (+16.7% to +16.7%) |" in coupling_table(
         results
     )
     assert "| confidence | math 75%, chat 25% |" in routing_table(results)
+
+
+def test_the_summary_holds_means_over_benchmarks_and_speeds() -> None:
+    other = canned("mt_bench", lengths={"merged": 2.2})
+    other["rows"].append(other["rows"][0] | {"num_nodes": 8, "acceptance_length": 9.0})
+    row = {
+        "strategy": "merged", "speed_ratio_median": 1.5, "speed_ratios": [1.4, 1.5, 1.5, 1.7],
+        "nodes_per_pass": 8, "acceptance_length": 3.0, "draft_ms": 12.4, "verify_ms": 60.0,
+    }  # fmt: skip
+    live = [{"plan": {"benchmark": "gsm8k", "temperature": 0.0, "num_nodes": 8}, "rows": [row]}]
+    summary = summary_table({KEY: canned(), Key("hass", "mt_bench", 0.0): other}, live)
+    assert "| strategy | τ, hass, temperature 0 | speed, 8 nodes, temperature 0 |" in summary
+    assert "| math | 3.00 |  |" in summary
+    assert "| merged | 2.70 | 1.50 |" in summary
+    assert "| gsm8k | 0 | 8 | merged | 1.50 (1.42 to 1.65) | 3.00 | 12 | 60 | 8.0 |" in live_table(live)
 
 
 def test_averages_stand_between_their_heads_by_weight() -> None:
@@ -139,6 +165,12 @@ def test_averages_stand_between_their_heads_by_weight() -> None:
     assert "| math and chat | 0.2 | 1.80 (1.70 to 1.90) |" in averaging_table({KEY: result})
     assert verdict(result, "Averaging") == "reproduced"
     assert blends(canned()) == []
+
+
+def test_no_bar_is_cut_off() -> None:
+    results = {KEY: canned(), Key("hass", "mt_bench", 0.0): canned("mt_bench", lengths={"merged": 9.0})}
+    figure = acceptance_bars(results)
+    assert all(axis.get_ylim()[0] == 1 and axis.get_ylim()[1] > 9 for axis in figure.axes)
 
 
 def test_one_command_writes_the_page_and_every_plot_it_shows(tmp_path: Path) -> None:

@@ -20,36 +20,33 @@ _BAR_ROWS = (
     "math", "chat", "code", "mixed-half", "mixed-full", "averaged", "entropy", "confidence", "merged",
     "concatenated", "oracle",
 )  # fmt: skip
+Plots = dict[str, dict[str, str]]  # subject -> method and temperature -> file name
 _ACCEPTED, _REJECTED = "#4c9a6a", "#c44e52"
 
 
-def draw_all(results: Results, out: Path) -> dict[str, str]:
-    """Draw every plot that the results allow. Caption -> file name."""
-    drawn: dict[str, str] = {}
+def draw_all(results: Results, out: Path) -> Plots:
+    """Draw every plot that the results allow."""
+    drawn: Plots = {}
+
+    def add(subject: str, where: str, stem: str, figure: Any) -> None:
+        path = out / f"{subject}-{stem}.svg"
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+        drawn.setdefault(subject, {})[where] = path.name
+
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                          "svg.hashsalt": "taps", "figure.constrained_layout.use": True}):  # fmt: skip
         for method, temperature in dict.fromkeys((k.method, k.temperature) for k in results):
             chosen = {k: r for k, r in results.items() if (k.method, k.temperature) == (method, temperature)}
-            where = f"{method}, temperature {temperature:g}"
-            stem = f"{method}-t{temperature:g}"
-            drawn[f"Acceptance length, {where}"] = _save(_bars(chosen), out / f"acceptance-{stem}.svg")
-            drawn[f"Accepted by depth, {where}"] = _save(_depths(chosen), out / f"depth-{stem}.svg")
+            where, stem = f"{method}, temperature {temperature:g}", f"{method}-t{temperature:g}"
+            add("acceptance", where, stem, acceptance_bars(chosen))
+            add("depth", where, stem, _depths(chosen))
             if any(blends(result) for result in chosen.values()):
-                drawn[f"Averaged weights, {where}"] = _save(_averages(chosen), out / f"averaging-{stem}.svg")
-            drawn[f"Calibration, {where}"] = _save(_calibration(chosen), out / f"calibration-{stem}.svg")
-            drawn[f"Confidence of accepted and rejected tokens, {where}"] = _save(
-                _outcomes(chosen, "confidence", 1.0), out / f"confidence-{stem}.svg"
-            )
-            drawn[f"Entropy where the first token is accepted and where it is rejected, nats, {where}"] = _save(
-                _outcomes(chosen, "entropy", 8.0), out / f"entropy-{stem}.svg"
-            )
+                add("averaging", where, stem, _averages(chosen))
+            add("calibration", where, stem, _calibration(chosen))
+            add("confidence", where, stem, _outcomes(chosen, "confidence", 1.0))
+            add("entropy", where, stem, _outcomes(chosen, "entropy", 8.0))
     return drawn
-
-
-def _save(figure: Any, path: Path) -> str:
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-    return path.name
 
 
 def _panels(results: Results, height: float = 3.0) -> tuple[Any, list[Any]]:
@@ -62,17 +59,19 @@ def _panels(results: Results, height: float = 3.0) -> tuple[Any, list[Any]]:
     return figure, list(axes[0])
 
 
-def _bars(results: Results) -> Any:
+def acceptance_bars(results: Results) -> Any:
+    """Acceptance lengths with their intervals; the lighter bar behind is with coupled drafting."""
     figure, axes = _panels(results, 3.6)
     for axis, result in zip(axes, results.values(), strict=True):
-        rows = [(name, row_of(result, name)) for name in _BAR_ROWS]
-        there = [(name, row) for name, row in rows if row is not None]
-        for place, (name, row) in enumerate(there):
-            length, (low, high) = row["acceptance_length"], row["interval_95"]
-            colour = _COLOURS.get(name, _GREY)
-            axis.bar(place, length, color=colour, yerr=[[length - low], [high - length]], capsize=2)
-        axis.set_xticks(range(len(there)), [name for name, _ in there], rotation=60, ha="right")
-        axis.set_ylim(1)
+        there = [name for name in _BAR_ROWS if row_of(result, name) is not None]
+        for coupled, alpha in ((True, 0.4), (False, 1.0)):
+            for place, name in enumerate(there):
+                if (row := row_of(result, name, coupled)) is not None:
+                    length, (low, high) = row["acceptance_length"], row["interval_95"]
+                    axis.bar(place, length, color=_COLOURS.get(name, _GREY), alpha=alpha,
+                             yerr=[[length - low], [high - length]], capsize=2)  # fmt: skip
+        axis.set_xticks(range(len(there)), there, rotation=60, ha="right")
+    axes[0].set_ylim(1)
     axes[0].set_ylabel("tokens per verify pass")
     return figure
 
@@ -104,7 +103,7 @@ def _averages(results: Results) -> Any:
             axis.errorbar([blend.weight for blend in line], lengths, yerr=spread, marker="o", markersize=3,
                           capsize=2, label=" and ".join(heads))  # fmt: skip
         axis.set_xlabel("λ, the first head's weight")
-        axis.set_ylim(1)
+    axes[0].set_ylim(1)
     axes[0].set_ylabel("tokens per verify pass")
     axes[-1].legend(frameon=False)
     return figure

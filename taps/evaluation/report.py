@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean, quantiles
 from typing import Any
 
 from taps.evaluation.claims import Claim, claims
@@ -47,7 +48,7 @@ def _cell(row: Row) -> str:
 
 
 def coupling_table(results: Results) -> str:
-    """What coupled drafting adds at the temperatures where it differs."""
+    """What coupled drafting adds at the temperatures where it differs; empty where it was not measured."""
     lines = []
     for key, result in results.items():
         for name in ("math", "chat", "code", "merged"):
@@ -57,7 +58,8 @@ def coupling_table(results: Results) -> str:
                 ratio = coupled["acceptance_length"] / plain["acceptance_length"]
                 gain = f"{ratio - 1:+.1%} ({interval.low - 1:+.1%} to {interval.high - 1:+.1%})"
                 lines.append([key.method, key.benchmark, name, _cell(plain), _cell(coupled), gain])
-    return table(["method", "benchmark", "strategy", "uncoupled", "coupled", "gain"], lines)
+    header = ["method", "benchmark", "strategy", "uncoupled", "coupled", "gain"]
+    return table(header, lines) if lines else ""
 
 
 def routing_table(results: Results) -> str:
@@ -96,35 +98,55 @@ def averaging_table(results: Results) -> str:
 
 
 def live_table(live: Sequence[dict[str, Any]]) -> str:
+    lines = []
+    for result in live:
+        plan = result["plan"]
+        for row in result["rows"]:
+            lower, _, upper = quantiles(row["speed_ratios"], n=4)
+            lines.append([
+                plan["benchmark"], f"{plan['temperature']:g}", str(plan["num_nodes"]),
+                plain_name(row["strategy"]),
+                f"{row['speed_ratio_median']:.2f} ({lower:.2f} to {upper:.2f})",
+                f"{row['acceptance_length']:.2f}", f"{row['draft_ms']:.0f}", f"{row['verify_ms']:.0f}",
+                f"{row['nodes_per_pass']:.1f}",
+            ])  # fmt: skip
+    header = "benchmark, temperature, nodes, strategy, speed, τ, draft ms, verify ms, nodes per pass"
+    return table(header.split(", "), lines)
+
+
+def summary_table(results: Results, live: Sequence[dict[str, Any]]) -> str:
+    """Means over the benchmarks: τ of every strategy with its largest trees, and its measured speed."""
+    columns: dict[str, dict[str, list[float]]] = {}
+    for key, result in results.items():
+        for name, coupled in dict.fromkeys((plain_name(r["strategy"]), r["coupled"]) for r in result["rows"]):
+            if (row := row_of(result, name, coupled)) is not None:
+                title = f"τ, {key.method}, temperature {key.temperature:g}" + ", coupled" * coupled
+                columns.setdefault(title, {}).setdefault(name, []).append(row["acceptance_length"])
+    for result in live:
+        title = f"speed, {result['plan']['num_nodes']} nodes, temperature {result['plan']['temperature']:g}"
+        for row in result["rows"]:
+            speeds = columns.setdefault(title, {}).setdefault(plain_name(row["strategy"]), [])
+            speeds.append(row["speed_ratio_median"])
     lines = [
-        [
-            result["plan"]["benchmark"], f"{result['plan']['temperature']:g}", str(result["plan"]["num_nodes"]),
-            plain_name(row["strategy"]), f"{row['speed_ratio_median']:.2f}", f"{row['acceptance_length']:.2f}",
-            f"{row['draft_ms']:.0f}", f"{row['verify_ms']:.0f}", f"{row['nodes_per_pass']:.1f}",
-        ]
-        for result in live
-        for row in result["rows"]
-    ]  # fmt: skip
-    header = [
-        "benchmark",
-        "temperature",
-        "nodes",
-        "strategy",
-        "speed",
-        "τ",
-        "draft ms",
-        "verify ms",
-        "nodes/pass",
+        [name, *(f"{mean(column[name]):.2f}" if name in column else "" for column in columns.values())]
+        for name in dict.fromkeys(name for column in columns.values() for name in column)
     ]
-    return table(header, lines)
+    return table(["strategy", *columns], lines)
 
 
 def claims_section(found: Sequence[Claim]) -> str:
-    parts = []
+    """A line for each claim, and what it was judged by to unfold."""
+    lines, details = [], []
     for claim in found:
-        details = "".join(f"- {comparison.line()}\n" for comparison in claim.comparisons)
-        parts.append(f"**{claim.statement}.** {claim.verdict.capitalize()}.\n\n{details}\n")
-    return "".join(parts)
+        ratios = [comparison.ratio for comparison in claim.comparisons]
+        seen = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
+        lines.append([claim.statement, claim.verdict, seen])
+        details.append(f"**{claim.statement}.**\n\n" + "".join(f"- {c.line()}\n" for c in claim.comparisons))
+    folded = "\n".join(text for text, claim in zip(details, found, strict=True) if claim.comparisons)
+    return (
+        f"{table(['claim', 'verdict', 'ratios'], lines)}\n"
+        f"<details>\n<summary>Every ratio with its interval</summary>\n\n{folded}\n</details>\n"
+    )
 
 
 def write_report(source: Path, out: Path) -> None:
@@ -135,37 +157,56 @@ def write_report(source: Path, out: Path) -> None:
     live = [json.loads(path.read_text()) for path in sorted(source.glob("live-*.json"))]
     out.mkdir(parents=True, exist_ok=True)
     plots = draw_all(results, out)
-    (out / "README.md").write_text(report(results, live, plots))
+    (out / "README.md").write_text(report(results, live, plots, source))
 
 
-def report(results: Results, live: Sequence[dict[str, Any]], plots: Mapping[str, str]) -> str:
-    """The text. Args: plots: caption -> file name."""
+def report(
+    results: Results, live: Sequence[dict[str, Any]], plots: Mapping[str, Mapping[str, str]], source: Path
+) -> str:
+    """The text. Args: plots: subject -> method and temperature -> file name."""
     plans = [result["plan"] for result in results.values()]
     asked = {plan["benchmark"]: f"{plan['questions']} of {plan['benchmark']}" for plan in plans}
-    first = plans[0]
+    first, found = plans[0], claims(results)
+
+    def drawn(subject: str, caption: str) -> str:
+        shown = plots.get(subject, {}).items()
+        return "".join(f"{caption}, {where}:\n\n![{caption}, {where}]({name})\n\n" for where, name in shown)
+
     parts = [
         "# Specialists: what they buy\n\n"
-        "Made by `taps report` from the files in `docs/results/study`; nothing here is written by hand.\n\n"
-        f"Acceptance length τ: tokens per verify pass, the bonus token included, pooled over the questions of "
-        f"a benchmark ({', '.join(asked.values())}), {first['new_tokens']} new tokens a turn; in brackets 95 % "
-        f"bootstrap intervals over questions. Trees of {first['num_nodes']} nodes, depth {first['depth']}, "
-        f"top-k {first['top_k']} where no other size is given.\n",
-        "## The paper's claims\n\n" + claims_section(claims(results)),
-        "## Acceptance length\n",
+        f"Made by `taps report` from the files in `{source}`; nothing here is written by hand.\n\n"
+        "The acceptance length τ is the number of tokens per verify pass, the bonus token included, pooled "
+        f"over the questions of a benchmark: {', '.join(asked.values())}, {first['new_tokens']} new tokens a "
+        "turn. Behind it stand 95 % bootstrap intervals over questions. Trees have "
+        f"{first['num_nodes']} nodes, depth {first['depth']} and top-k {first['top_k']} where no other size is "
+        "given; `concatenated` keeps all nodes of all trees, and accepts what an `oracle` would, that takes in "
+        "each pass the tree that turns out best. Speed is relative to plain decoding in the same run.\n",
+        "## In short\n\nMeans over the benchmarks.\n\n" + summary_table(results, live),
+        "## The paper's claims\n\n" + claims_section([claim for claim in found if claim.by_paper]),
+        "## Ours\n\n" + claims_section([claim for claim in found if not claim.by_paper]),
+        "## Acceptance length\n\n" + drawn("acceptance", "τ (lighter: coupled)"),
     ]
     for method, temperature in dict.fromkeys((k.method, k.temperature) for k in results):
         parts.append(f"### {method}, temperature {temperature:g}\n\n")
         parts.append(acceptance_table(results, method, temperature))
         if temperature:
             parts.append("\nCoupled drafting:\n\n" + acceptance_table(results, method, temperature, True))
-    parts.append("## Coupled drafting\n\n" + coupling_table(results))
-    parts.append("## Which drafter the routers take\n\n" + routing_table(results))
-    parts.append("## Depth\n\n" + depth_table(results))
+    if coupled := coupling_table(results):
+        parts.append("## Coupled drafting\n\nDrafting with the noise the target samples with.\n\n" + coupled)
+    parts.append("## Which drafter the routers take\n\nShares of the passes.\n\n" + routing_table(results))
+    parts.append("## Depth\n\n" + depth_table(results) + "\n" + drawn("depth", "Accepted by depth"))
     if any(blends(result) for result in results.values()):
-        parts.append("## Averaging weights\n\n" + averaging_table(results))
+        averaged = averaging_table(results) + "\n" + drawn("averaging", "τ of averaged weights")
+        parts.append("## Averaging weights\n\n" + averaged)
+    parts.append(
+        "## How sure drafters are, and how right\n\n"
+        + drawn("calibration", "Calibration of path probabilities")
+        + drawn("confidence", "Confidence of accepted and rejected tokens")
+        + drawn("entropy", "Entropy, in nats, where the first token is accepted and where it is rejected")
+    )
     if live:
         parts.append(
-            "## Speed\n\nRatio to plain decoding in the same run, median over questions.\n\n" + live_table(live)
+            "## Speed\n\nTokens a second as a ratio to plain decoding in the same run: median over questions, "
+            "and quartiles.\n\n" + live_table(live)
         )
-    parts.append("## Plots\n\n" + "".join(f"![{caption}]({name})\n\n" for caption, name in plots.items()))
     return "\n".join(parts)
