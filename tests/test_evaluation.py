@@ -198,16 +198,21 @@ def test_an_evaluation_of_the_shipped_heads(temperature: str, tmp_path: Path) ->
     assert sum(result["analysis"]["math"]["nodes"]) > 0
 
 
-def test_speed_is_a_ratio_to_plain_decoding_of_the_same_questions(tmp_path: Path) -> None:
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_speed_is_a_ratio_to_plain_decoding_of_the_same_questions(temperature: str, tmp_path: Path) -> None:
     questions = written(tmp_path / "q.jsonl", {"question_id": 1, "turns": ["What is 2 + 2?"]})
     head = str(PROJECT / "specialists" / "math")
     command = ["bench", "--benchmark", "small", "--data", str(questions), "--heads", head]
-    command += ["--alone", str(PROJECT / "specialists" / "chat")]
+    command += ["--alone", str(PROJECT / "specialists" / "chat"), "--temperature", temperature]
     command += ["--new-tokens", "8", "--num-nodes", "4", "--out", str(tmp_path / "result.json")]
     assert main(command) == 0
-    rows = {row["strategy"]: row for row in json.loads((tmp_path / "result.json").read_text())["rows"]}
-    assert list(rows) == ["off", "math", "chat", "confidence", "entropy", "merged", "concatenated"]
-    assert (rows["off"]["speed_ratio_median"], rows["off"]["acceptance_length"]) == (1.0, 1.0)
-    assert rows["math"]["acceptance_length"] >= 1.0
-    assert rows["math"]["nodes_per_pass"] == 3.0
-    assert rows["math"]["draft_ms"] > 0
+    measured = json.loads((tmp_path / "result.json").read_text())["rows"]
+    rows = {(row["strategy"], row["coupled"]): row for row in measured}
+    speculative = ["math", "chat", "confidence", "entropy", "merged", "concatenated"]
+    ways = [(name, coupled) for coupled in (False, True)[: 1 + int(temperature)] for name in speculative]
+    assert list(rows) == [("off", False), *ways]
+    plain, math_head = rows["off", False], rows["math", False]
+    assert (plain["speed_ratio_median"], plain["acceptance_length"]) == (1.0, 1.0)
+    assert math_head["acceptance_length"] >= 1.0
+    assert math_head["nodes_per_pass"] == 3.0
+    assert math_head["draft_ms"] > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,6 +53,15 @@ class LivePlan:
     num_nodes: int = 8
     depth: int = 3
     top_k: int = 3
+
+
+class Setting(NamedTuple):
+    """A way to decode."""
+
+    strategy: str
+    coupled: bool  # drafters use the noise the target samples with
+    compose: Compose
+    drafters: Sequence[LocalDrafter]
 
 
 class Timed(NamedTuple):
@@ -104,38 +113,46 @@ def measure(
         engine = Target(CausalLM.load(path, torch.bfloat16), 2, _MAX_LEN)
         named = [(h.name, EagleDrafter(load_head(h, path, torch.bfloat16), 2)) for h in (*heads, *alone)]
         with in_process(engine, named, num_threads) as (verifier, drafters):
-            settings: dict[str, tuple[Compose, list[LocalDrafter]]] = {PLAIN: (STRATEGIES["off"], [])}
-            settings |= {drafter.name: (STRATEGIES["single"], [drafter]) for drafter in drafters}
-            together = drafters[: len(heads)]
-            settings |= {name: (STRATEGIES[name], together) for name in ("confidence", "entropy", "merged")}
-            settings["concatenated"] = (_every_node, together)
+            settings = _settings(drafters, len(heads), (False, True) if plan.temperature else (False,))
             timed = _time_all(AutoTokenizer.from_pretrained(path), verifier, settings, data, plan)
     return {
         "plan": asdict(plan),
         "made_with": {"taps": __version__, "torch": torch.__version__, "commit": commit()},
         "threads": num_threads,
-        "rows": [_row(name, rows, timed[PLAIN]) for name, rows in timed.items()],
+        "rows": [_row(setting, rows, timed[0]) for setting, rows in zip(settings, timed, strict=True)],
     }
 
 
+def _settings(drafters: Sequence[LocalDrafter], num_together: int, coupled: Sequence[bool]) -> list[Setting]:
+    """Plain decoding, each drafter alone, and every way to combine the first ones."""
+    together = drafters[:num_together]
+    composed: list[tuple[str, Compose, Sequence[LocalDrafter]]] = [
+        *((drafter.name, STRATEGIES["single"], [drafter]) for drafter in drafters),
+        *((name, STRATEGIES[name], together) for name in ("confidence", "entropy", "merged")),
+        ("concatenated", _every_node, together),
+    ]
+    speculative = [Setting(name, c, compose, panel) for c in coupled for name, compose, panel in composed]
+    return [Setting(PLAIN, False, STRATEGIES[PLAIN], []), *speculative]
+
+
 def _time_all(
-    tokenizer: Any, verifier: LocalVerifier, settings: Mapping[str, tuple[Compose, list[LocalDrafter]]],
-    data: str | Path, plan: LivePlan,
-) -> dict[str, list[Timed]]:  # fmt: skip
-    """Strategy -> its answers. Args: settings: strategy -> how trees are composed, and of which drafters."""
-    timed: dict[str, list[Timed]] = {name: [] for name in settings}
+    tokenizer: Any, verifier: LocalVerifier, settings: Sequence[Setting], data: str | Path, plan: LivePlan
+) -> list[list[Timed]]:
+    """The answers of every setting."""
+    timed: list[list[Timed]] = [[] for _ in settings]
     for number, question in enumerate(load_questions(data, plan.questions)):
         messages = [{"role": "user", "content": question.turns[0]}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         params = SamplingParams(plan.temperature, seed=plan.seed, choice=number)
-        ask = Ask(plan.num_nodes, plan.depth, plan.top_k, params)
-        for name in _turned(list(settings), number):
-            compose, panel = settings[name]
+        for i in _turned(range(len(settings)), number):
+            _, coupled, compose, panel = settings[i]
+            ask = Ask(plan.num_nodes, plan.depth, plan.top_k, params if coupled else None)
             answer = time_answer(prompt, verifier, panel, compose, ask, params, plan.new_tokens)
-            timed[name].append(asyncio.run(answer))
+            timed[i].append(asyncio.run(answer))
+        plain = timed[0][-1].tokens_per_second
         shown = ", ".join(
-            f"{name} {rows[-1].tokens_per_second / timed[PLAIN][-1].tokens_per_second:.2f}"
-            for name, rows in timed.items()
+            f"{setting.strategy}{' coupled' * setting.coupled} {rows[-1].tokens_per_second / plain:.2f}"
+            for setting, rows in zip(settings, timed, strict=True)
         )
         print(f"{plan.benchmark} {number + 1}/{plan.questions}: {shown}", flush=True)
     return timed
@@ -146,19 +163,20 @@ def _every_node(trees: Sequence[ProposalTree], root: int, _: int) -> ProposalTre
     return concatenated(trees, root)
 
 
-def _turned(names: list[str], number: int) -> list[str]:
+def _turned(order: Sequence[int], number: int) -> list[int]:
     """Another order for every question."""
-    first = number % len(names)
-    return names[first:] + names[:first]
+    first = number % len(order)
+    return [*order[first:], *order[:first]]
 
 
-def _row(name: str, rows: Sequence[Timed], plain: Sequence[Timed]) -> dict[str, Any]:
+def _row(setting: Setting, rows: Sequence[Timed], plain: Sequence[Timed]) -> dict[str, Any]:
     ratios = [
         ours.tokens_per_second / theirs.tokens_per_second for ours, theirs in zip(rows, plain, strict=True)
     ]
     passes = sum(row.counts.num_passes for row in rows)
     return {
-        "strategy": name,
+        "strategy": setting.strategy,
+        "coupled": setting.coupled,
         "speed_ratio_median": round(statistics.median(ratios), 4),
         "speed_ratios": [round(ratio, 4) for ratio in ratios],
         "tokens_per_second_median": round(statistics.median(row.tokens_per_second for row in rows), 2),

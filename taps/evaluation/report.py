@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, quantiles
+from statistics import mean
 from typing import Any
 
 from taps.evaluation.claims import Claim, claims
 from taps.evaluation.results import Results, Row, blends, counts, load_results, plain_name, row_of
-from taps.evaluation.statistics import bootstrap_ratio
+from taps.evaluation.statistics import bootstrap_ratio, quartiles
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -102,10 +102,10 @@ def live_table(live: Sequence[dict[str, Any]]) -> str:
     for result in live:
         plan = result["plan"]
         for row in result["rows"]:
-            lower, _, upper = quantiles(row["speed_ratios"], n=4)
+            lower, upper = quartiles(row["speed_ratios"])
             lines.append([
                 plan["benchmark"], f"{plan['temperature']:g}", str(plan["num_nodes"]),
-                plain_name(row["strategy"]),
+                plain_name(row["strategy"]) + ", coupled" * row["coupled"],
                 f"{row['speed_ratio_median']:.2f} ({lower:.2f} to {upper:.2f})",
                 f"{row['acceptance_length']:.2f}", f"{row['draft_ms']:.0f}", f"{row['verify_ms']:.0f}",
                 f"{row['nodes_per_pass']:.1f}",
@@ -125,7 +125,9 @@ def summary_table(results: Results, live: Sequence[dict[str, Any]]) -> str:
     for result in live:
         title = f"speed, {result['plan']['num_nodes']} nodes, temperature {result['plan']['temperature']:g}"
         for row in result["rows"]:
-            speeds = columns.setdefault(title, {}).setdefault(plain_name(row["strategy"]), [])
+            speeds = columns.setdefault(title + ", coupled" * row["coupled"], {}).setdefault(
+                plain_name(row["strategy"]), []
+            )
             speeds.append(row["speed_ratio_median"])
     lines = [
         [name, *(f"{mean(column[name]):.2f}" if name in column else "" for column in columns.values())]

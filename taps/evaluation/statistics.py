@@ -87,3 +87,9 @@ def _resampled(questions: Sequence[QuestionCounts], seed: int) -> tuple[torch.Te
 def _middle(values: torch.Tensor) -> Interval:
     low, high = torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return Interval(low, high)
+
+
+def quartiles(values: Sequence[float]) -> Interval:
+    """Where the middle half of the values lies."""
+    low, high = torch.tensor(values).quantile(torch.tensor([0.25, 0.75])).tolist()
+    return Interval(low, high)
