@@ -46,7 +46,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--work", type=Path, default=Path(".work"), help="for answers and state (default: %(default)s)"
     )
     _add_answering(parser)
-    parser.add_argument("--preset", choices=("embedded", "paper"), default="embedded")
+    parser.add_argument(
+        "--preset", choices=("embedded", "adapt", "paper"), default="embedded",
+        help="embedded: EAGLE-2 for a small target on few cores; adapt: HASS from a head given with --init; "
+        "paper: as TAPS trained its heads (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--method", choices=("eagle-2", "hass"), help="default: the preset's")
     parser.add_argument("--epochs", type=int, help="default: the preset's")
     parser.add_argument("--learning-rate", type=float, help="default: the preset's")
@@ -206,20 +210,18 @@ def _train(args: argparse.Namespace) -> None:
 
     from taps.training.answers import AnswerRecipe
     from taps.training.batches import Answers
-    from taps.training.specialist import SpecialistPlan, answer_sources, train_specialist
+    from taps.training.specialist import (
+        SpecialistPlan,
+        answer_sources,
+        refuse_unfit_start,
+        train_specialist,
+    )
     from taps.training.trainer import TrainRecipe, recipe_of
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.data is not None:
-        recipe = AnswerRecipe(**_named(AnswerRecipe, args))
-        work = args.work / "answers" / args.domain
-        answers = answer_sources(args.data, args.target, work, recipe, args.speculate)
-        names = " + ".join(Path(part.strip()).name for part in args.data.split("+"))
-        provenance = {"prompts": names, "answering": asdict(recipe)}
-    else:
-        answers = [Answers(*part) for part in args.answers]
-        provenance = {"prompts": " + ".join(part.directory.name for part in answers)}
+    if args.preset == "adapt" and args.init is None:
+        raise ValueError("the preset adapt starts from a head: name one with --init")
     training = recipe_of(args.preset, **_named(TrainRecipe, args))
     plan = SpecialistPlan(
         args.domain,
@@ -229,6 +231,16 @@ def _train(args: argparse.Namespace) -> None:
         training=training,
         init=args.init,
     )
+    refuse_unfit_start(plan)
+    if args.data is not None:
+        recipe = AnswerRecipe(**_named(AnswerRecipe, args))
+        work = args.work / "answers" / args.domain
+        answers = answer_sources(args.data, args.target, work, recipe, args.speculate)
+        names = " + ".join(Path(part.strip()).name for part in args.data.split("+"))
+        provenance = {"prompts": names, "answering": asdict(recipe)}
+    else:
+        answers = [Answers(*part) for part in args.answers]
+        provenance = {"prompts": " + ".join(part.directory.name for part in answers)}
     train_specialist(plan, answers, provenance)
 
 

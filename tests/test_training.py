@@ -258,6 +258,24 @@ def test_one_command_goes_from_prompts_to_a_specialist(
     assert load_head(out, target_directory, torch.float32).draft_vocab.numel() == 512
 
 
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [(["--preset", "adapt"], "name one with --init"), (["--init", "/no/such/head"], "/no/such/head")],
+)
+def test_a_start_that_is_not_there_is_refused_before_anything_is_answered(
+    start: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, work = questions(tmp_path / "prompts.jsonl"), tmp_path / "work"
+    assert main(["train", "--domain", "adder", "--data", data, "--work", str(work), *SHORT, *start]) == 1
+    assert message in capsys.readouterr().err
+    assert not work.exists()
+
+
+def test_the_preset_for_a_head_that_drafts_well_aligns_it_with_small_steps() -> None:
+    recipe = recipe_of("adapt")
+    assert (recipe.method, recipe.epochs, recipe.learning_rate) == ("hass", 2, 3e-4)
+
+
 def test_answers_are_recorded_apart_and_trained_on_up_to_a_number_of_tokens(tmp_path: Path) -> None:
     answers, out = tmp_path / "answers", tmp_path / "adder"
     record = ["answer", "--data", questions(tmp_path / "prompts.jsonl"), "--out", str(answers), *SHORT]

@@ -64,6 +64,13 @@ def answer_sources(
     return [Answers(work, recipe.answer_tokens, tuple(prompt.id for prompt in prompts))]
 
 
+def refuse_unfit_start(plan: SpecialistPlan) -> None:
+    """Raise `InvalidCheckpoint` where `plan.init` cannot be started from, before answers are generated."""
+    if plan.init is not None:
+        with computing_with(1):
+            load_head(plan.init, target_path(plan.target), torch.float32)
+
+
 def recorded_tokens(work: Path) -> int:
     return sum(shard_header(shard)["answer_tokens"] for shard in shards(work))
 

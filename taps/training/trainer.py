@@ -66,6 +66,8 @@ class TrainRecipe:
 
 PRESETS = {
     "embedded": TrainRecipe(),
+    # From a head that drafts well already.
+    "adapt": TrainRecipe(method="hass", epochs=2, learning_rate=3e-4),
     # As TAPS trained its heads (2603.27027, section 4).
     "paper": TrainRecipe(
         epochs=20,
