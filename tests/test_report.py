@@ -15,6 +15,7 @@ from taps.evaluation.report import (
     acceptance_table,
     averaging_table,
     coupling_table,
+    heads_table,
     live_table,
     routing_table,
     summary_table,
@@ -58,7 +59,10 @@ def canned(
         "benchmark": benchmark, "questions": 20, "new_tokens": 128, "temperature": temperature,
         "num_nodes": 60, "depth": 5, "top_k": 10,
     }  # fmt: skip
-    heads: dict[str, Any] = {n: {"training": {"method": "hass"}} for n in ("math-hass", "chat-hass")}
+    training = {"training": {"method": "hass", "epochs": 1}, "answer_tokens": 2000, "prompts": "rows"}
+    heads: dict[str, Any] = {
+        "math-hass": training | {"init": "made/math-eagle-2"}, "chat-hass": training | {"init": None}
+    }  # fmt: skip
     return {"plan": plan, "heads": heads, "rows": rows, "analysis": dict.fromkeys(heads, analysis)}
 
 
@@ -151,6 +155,27 @@ def test_the_summary_holds_means_over_benchmarks_and_speeds() -> None:
     assert "| math | 3.00 |  |" in summary
     assert "| merged | 2.70 | 1.50 |" in summary
     assert "| gsm8k | 0 | 8 | merged | 1.50 (1.48 to 1.55) | 3.00 | 12 | 60 | 8.0 |" in live_table(live)
+
+
+def test_results_are_told_apart_by_how_the_heads_they_combine_were_trained(tmp_path: Path) -> None:
+    adapted = json.loads(json.dumps(canned()).replace("-hass", "-adapted"))
+    adapted["heads"]["mixed-hass"] = canned()["heads"]["math-hass"]
+    plain = json.loads(json.dumps(canned()).replace("-hass", ""))
+    for i, result in enumerate((adapted, canned(), plain | {"plan": plain["plan"] | {"benchmark": "svamp"}})):
+        (tmp_path / f"eval-{i}.json").write_text(json.dumps(result))
+    assert list(load_results(tmp_path)) == [
+        ("hass", "gsm8k", 0.0),
+        ("hass", "svamp", 0.0),
+        ("adapted", "gsm8k", 0.0),
+    ]
+
+
+def test_the_heads_table_says_what_each_was_made_from() -> None:
+    lines = heads_table({KEY: canned()}).splitlines()
+    assert lines[2:] == [
+        "| math-hass | hass, epochs: 1 | math-eagle-2 | rows | 2,000 |",
+        "| chat-hass | hass, epochs: 1 |  | rows | 2,000 |",
+    ]
 
 
 def test_averages_stand_between_their_heads_by_weight() -> None:

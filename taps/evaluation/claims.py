@@ -40,7 +40,7 @@ class Comparison:
 
     def line(self) -> str:
         low, high = self.interval
-        where = f"{self.key.benchmark}, temperature {self.key.temperature:g}, {self.key.method}"
+        where = f"{self.key.benchmark}, temperature {self.key.temperature:g}, {self.key.recipe}"
         return f"{where}: {self.ours} / {self.theirs} = {self.ratio:.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -56,19 +56,19 @@ def compare(
 
 
 def compare_means(
-    results: Results, method: str, temperature: float, ours: str, theirs: str, coupled: bool = False
+    results: Results, recipe: str, temperature: float, ours: str, theirs: str, coupled: bool = False
 ) -> Comparison | None:
     """The same for the means over all benchmarks on which both were measured; None where there are none."""
     rows = [
         (row_of(result, ours, coupled), row_of(result, theirs, coupled))
         for key, result in results.items()
-        if (key.method, key.temperature) == (method, temperature)
+        if (key.recipe, key.temperature) == (recipe, temperature)
     ]
     both = [(counts(one), counts(other)) for one, other in rows if one is not None and other is not None]
     if not both:
         return None
     one_side, other_side = [pair[0] for pair in both], [pair[1] for pair in both]
-    key = Key(method, f"mean of {len(both)} benchmarks" + ", coupled" * coupled, temperature)
+    key = Key(recipe, f"mean of {len(both)} benchmarks" + ", coupled" * coupled, temperature)
     interval = bootstrap_mean_ratio(one_side, other_side)
     return Comparison(key, ours, theirs, mean_ratio(one_side, other_side), interval)
 
@@ -135,7 +135,7 @@ def claims(results: Results) -> list[Claim]:
         return [("mixed-half", other) for other in ("math", "chat") if other != own]
 
     def means(ours: str, *others: str) -> list[Comparison]:
-        runs = dict.fromkeys((k.method, k.temperature, coupled) for k in results for coupled in (False, True))
+        runs = dict.fromkeys((k.recipe, k.temperature, coupled) for k in results for coupled in (False, True))
         found = [compare_means(results, m, t, ours, other, c) for m, t, c in runs for other in others]
         return [comparison for comparison in found if comparison is not None]
 

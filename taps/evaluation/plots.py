@@ -20,7 +20,7 @@ _BAR_ROWS = (
     "math", "chat", "code", "mixed-half", "mixed-full", "averaged", "entropy", "confidence", "merged",
     "concatenated", "oracle",
 )  # fmt: skip
-Plots = dict[str, dict[str, str]]  # subject -> method and temperature -> file name
+Plots = dict[str, dict[str, str]]  # subject -> recipe and temperature -> file name
 _ACCEPTED, _REJECTED = "#4c9a6a", "#c44e52"
 
 
@@ -36,9 +36,9 @@ def draw_all(results: Results, out: Path) -> Plots:
 
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                          "svg.hashsalt": "taps", "figure.constrained_layout.use": True}):  # fmt: skip
-        for method, temperature in dict.fromkeys((k.method, k.temperature) for k in results):
-            chosen = {k: r for k, r in results.items() if (k.method, k.temperature) == (method, temperature)}
-            where, stem = f"{method}, temperature {temperature:g}", f"{method}-t{temperature:g}"
+        for recipe, temperature in dict.fromkeys((k.recipe, k.temperature) for k in results):
+            chosen = {k: r for k, r in results.items() if (k.recipe, k.temperature) == (recipe, temperature)}
+            where, stem = f"{recipe}, temperature {temperature:g}", f"{recipe}-t{temperature:g}"
             add("acceptance", where, stem, acceptance_bars(chosen))
             add("depth", where, stem, _depths(chosen))
             if any(blends(result) for result in chosen.values()):

@@ -21,9 +21,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def acceptance_table(results: Results, method: str, temperature: float, coupled: bool = False) -> str:
+def acceptance_table(results: Results, recipe: str, temperature: float, coupled: bool = False) -> str:
     """τ with its interval: strategies down, benchmarks across, and their mean."""
-    chosen = {k: r for k, r in results.items() if (k.method, k.temperature) == (method, temperature)}
+    chosen = {k: r for k, r in results.items() if (k.recipe, k.temperature) == (recipe, temperature)}
     measured = dict.fromkeys(
         (plain_name(row["strategy"]), row["num_nodes"])
         for result in chosen.values()
@@ -47,6 +47,19 @@ def _cell(row: Row) -> str:
     return f"{row['acceptance_length']:.2f} ({low:.2f} to {high:.2f})"
 
 
+def heads_table(results: Results) -> str:
+    """How every head was trained; the averages are left out."""
+    heads = {name: made for result in results.values() for name, made in result["heads"].items()}
+    lines = []
+    for name, made in heads.items():
+        if (training := made.get("training")) is not None:
+            start = "" if made.get("init") is None else Path(made["init"]).name
+            tokens = f"{made['answer_tokens']:,}"
+            recipe = f"{training['method']}, epochs: {training['epochs']}"
+            lines.append([name, recipe, start, made.get("prompts", ""), tokens])
+    return table(["head", "recipe", "from", "prompts", "answer tokens"], lines)
+
+
 def coupling_table(results: Results) -> str:
     """What coupled drafting adds at the temperatures where it differs; empty where it was not measured."""
     lines = []
@@ -57,8 +70,8 @@ def coupling_table(results: Results) -> str:
                 interval = bootstrap_ratio(counts(coupled), counts(plain))
                 ratio = coupled["acceptance_length"] / plain["acceptance_length"]
                 gain = f"{ratio - 1:+.1%} ({interval.low - 1:+.1%} to {interval.high - 1:+.1%})"
-                lines.append([key.method, key.benchmark, name, _cell(plain), _cell(coupled), gain])
-    header = ["method", "benchmark", "strategy", "uncoupled", "coupled", "gain"]
+                lines.append([key.recipe, key.benchmark, name, _cell(plain), _cell(coupled), gain])
+    header = ["recipe", "benchmark", "strategy", "uncoupled", "coupled", "gain"]
     return table(header, lines) if lines else ""
 
 
@@ -70,8 +83,8 @@ def routing_table(results: Results) -> str:
             row = row_of(result, name)
             if row is not None and (total := sum(row["chosen"].values())):
                 shares = (f"{plain_name(d)} {n / total:.0%}" for d, n in row["chosen"].items())
-                lines.append([key.method, key.benchmark, f"{key.temperature:g}", name, ", ".join(shares)])
-    return table(["method", "benchmark", "temperature", "router", "takes"], lines)
+                lines.append([key.recipe, key.benchmark, f"{key.temperature:g}", name, ", ".join(shares)])
+    return table(["recipe", "benchmark", "temperature", "router", "takes"], lines)
 
 
 def depth_table(results: Results) -> str:
@@ -83,18 +96,18 @@ def depth_table(results: Results) -> str:
                 passes = row["histogram"]
                 reached = [sum(passes[d:]) / sum(passes) for d in range(1, len(passes))]
                 shares = [f"{share:.0%}" for share in reached]
-                lines.append([key.method, key.benchmark, f"{key.temperature:g}", name, " ".join(shares)])
-    return table(["method", "benchmark", "temperature", "strategy", "accepted at depth 1, 2, ..."], lines)
+                lines.append([key.recipe, key.benchmark, f"{key.temperature:g}", name, " ".join(shares)])
+    return table(["recipe", "benchmark", "temperature", "strategy", "accepted at depth 1, 2, ..."], lines)
 
 
 def averaging_table(results: Results) -> str:
     """What averaging two heads' weights costs, from one head alone (λ = 0) to the other (λ = 1)."""
     lines = [
-        [key.method, key.benchmark, f"{key.temperature:g}", " and ".join(of), f"{weight:g}", _cell(row)]
+        [key.recipe, key.benchmark, f"{key.temperature:g}", " and ".join(of), f"{weight:g}", _cell(row)]
         for key, result in results.items()
         for of, weight, row in blends(result)
     ]
-    return table(["method", "benchmark", "temperature", "heads", "λ of the first", "τ"], lines)
+    return table(["recipe", "benchmark", "temperature", "heads", "λ of the first", "τ"], lines)
 
 
 def live_table(live: Sequence[dict[str, Any]]) -> str:
@@ -120,7 +133,7 @@ def summary_table(results: Results, live: Sequence[dict[str, Any]]) -> str:
     for key, result in results.items():
         for name, coupled in dict.fromkeys((plain_name(r["strategy"]), r["coupled"]) for r in result["rows"]):
             if (row := row_of(result, name, coupled)) is not None:
-                title = f"τ, {key.method}, temperature {key.temperature:g}" + ", coupled" * coupled
+                title = f"τ, {key.recipe}, temperature {key.temperature:g}" + ", coupled" * coupled
                 columns.setdefault(title, {}).setdefault(name, []).append(row["acceptance_length"])
     for result in live:
         title = f"speed, {result['plan']['num_nodes']} nodes, temperature {result['plan']['temperature']:g}"
@@ -165,7 +178,7 @@ def write_report(source: Path, out: Path) -> None:
 def report(
     results: Results, live: Sequence[dict[str, Any]], plots: Mapping[str, Mapping[str, str]], source: Path
 ) -> str:
-    """The text. Args: plots: subject -> method and temperature -> file name."""
+    """The text. Args: plots: subject -> recipe and temperature -> file name."""
     plans = [result["plan"] for result in results.values()]
     asked = {plan["benchmark"]: f"{plan['questions']} of {plan['benchmark']}" for plan in plans}
     first, found = plans[0], claims(results)
@@ -184,15 +197,16 @@ def report(
         "given; `concatenated` keeps all nodes of all trees, and accepts what an `oracle` would, that takes in "
         "each pass the tree that turns out best. Speed is relative to plain decoding in the same run.\n",
         "## In short\n\nMeans over the benchmarks.\n\n" + summary_table(results, live),
+        "## The heads\n\n" + heads_table(results),
         "## The paper's claims\n\n" + claims_section([claim for claim in found if claim.by_paper]),
         "## Ours\n\n" + claims_section([claim for claim in found if not claim.by_paper]),
         "## Acceptance length\n\n" + drawn("acceptance", "τ (lighter: coupled)"),
     ]
-    for method, temperature in dict.fromkeys((k.method, k.temperature) for k in results):
-        parts.append(f"### {method}, temperature {temperature:g}\n\n")
-        parts.append(acceptance_table(results, method, temperature))
+    for recipe, temperature in dict.fromkeys((k.recipe, k.temperature) for k in results):
+        parts.append(f"### {recipe}, temperature {temperature:g}\n\n")
+        parts.append(acceptance_table(results, recipe, temperature))
         if temperature:
-            parts.append("\nCoupled drafting:\n\n" + acceptance_table(results, method, temperature, True))
+            parts.append("\nCoupled drafting:\n\n" + acceptance_table(results, recipe, temperature, True))
     if coupled := coupling_table(results):
         parts.append("## Coupled drafting\n\nDrafting with the noise the target samples with.\n\n" + coupled)
     parts.append("## Which drafter the routers take\n\nShares of the passes.\n\n" + routing_table(results))

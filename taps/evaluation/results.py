@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,8 @@ from taps.evaluation.statistics import QuestionCounts
 
 Row = dict[str, Any]
 _ORDER = ("mt_bench", "gsm8k", "humaneval", "math_500", "svamp")
-# Heads that belong to one study row whatever the method that trained them.
-_SUFFIXES = ("-eagle-2", "-hass")
+# How heads were trained, as their names end; without it they name a row of the study.
+_RECIPES = ("eagle-2", "hass", "adapted")
 
 
 class InvalidResults(ValueError):
@@ -20,9 +20,9 @@ class InvalidResults(ValueError):
 
 
 class Key(NamedTuple):
-    """One result file: a method's heads on a benchmark at a temperature."""
+    """One result file: a recipe's heads on a benchmark at a temperature."""
 
-    method: str
+    recipe: str
     benchmark: str
     temperature: float
 
@@ -36,9 +36,8 @@ def load_results(directory: Path) -> dict[Key, dict[str, Any]]:
     for path in sorted(directory.glob("eval-*.json")):
         try:
             result = json.loads(path.read_text())
-            plan, heads = result["plan"], result["heads"]
-            methods = {head["training"]["method"] for head in heads.values() if "training" in head}
-            key = Key("+".join(sorted(methods)), plan["benchmark"], plan["temperature"])
+            plan = result["plan"]
+            key = Key(_recipe(result), plan["benchmark"], plan["temperature"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InvalidResults(f"{path} is not a result of `taps eval`: {error!r}") from error
         if key in found:
@@ -49,15 +48,29 @@ def load_results(directory: Path) -> dict[Key, dict[str, Any]]:
     return dict(sorted(found.items(), key=lambda item: _place(item[0])))
 
 
-def _place(key: Key) -> tuple[str, float, int, str]:
-    rank = _ORDER.index(key.benchmark) if key.benchmark in _ORDER else len(_ORDER)
-    return key.method, key.temperature, rank, key.benchmark
+def _recipe(result: dict[str, Any]) -> str:
+    """How the heads that are combined were trained, by their names or else by the method."""
+    merged = row_of(result, "merged")
+    combined = result["heads"] if merged is None else merged["drafters"]
+    ends = {next((r for r in _RECIPES if name.endswith(f"-{r}")), None) for name in combined}
+    made = {head["training"]["method"] for head in result["heads"].values() if "training" in head}
+    named = sorted(end for end in ends if end is not None)
+    return "+".join(named if len(named) == len(ends) else sorted(made))
+
+
+def _place(key: Key) -> tuple[int, str, float, int, str]:
+    recipe, benchmark = _rank(_RECIPES, key.recipe), _rank(_ORDER, key.benchmark)
+    return recipe, key.recipe, key.temperature, benchmark, key.benchmark
+
+
+def _rank(order: Sequence[str], name: str) -> int:
+    return order.index(name) if name in order else len(order)
 
 
 def row_of(
     result: dict[str, Any], strategy: str, coupled: bool = False, num_nodes: int | None = None
 ) -> Row | None:
-    """The row of a strategy; heads go by their names without the method.
+    """The row of a strategy; heads go by their names without the recipe.
 
     Args: num_nodes: the size of its trees; None is the largest, which comes first in a result.
     """
@@ -70,8 +83,8 @@ def row_of(
 
 
 def plain_name(strategy: str) -> str:
-    for suffix in _SUFFIXES:
-        strategy = strategy.removesuffix(suffix)
+    for recipe in _RECIPES:
+        strategy = strategy.removesuffix(f"-{recipe}")
     return strategy
 
 
