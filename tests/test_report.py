@@ -76,9 +76,12 @@ def verdict(result: dict[str, Any], about: str) -> str:
 
 def test_a_clear_difference_reproduces_a_claim_or_refutes_it() -> None:
     assert verdict(canned(), "specialises") == "reproduced"
-    assert verdict(canned(lengths={"chat-hass": 3.4}), "specialises") == "not reproduced"
+    assert verdict(canned(lengths={"chat-hass": 3.4}), "specialises") == "not reproduced: 1 of 1 against it"
     assert verdict(canned(), "beats each specialist") == "holds"
-    assert verdict(canned(lengths={"merged": 2.1}), "of one tree reaches 0.97") == "does not hold"
+    assert (
+        verdict(canned(lengths={"merged": 2.1}), "of one tree reaches 0.97")
+        == "does not hold: 1 of 1 against it"
+    )
 
 
 def test_a_claim_that_nothing_measures_says_so() -> None:
@@ -89,7 +92,9 @@ def test_an_interval_around_one_decides_nothing() -> None:
     noisy = canned(lengths={"entropy": 2.8})
     for i, question in enumerate(next(r for r in noisy["rows"] if r["strategy"] == "entropy")["questions"]):
         question[0] += (-1) ** i * question[1] // 5
-    assert verdict(noisy, "Confidence routes better").startswith("undecided")
+    assert verdict(noisy, "Confidence routes better") == "not reproduced: every interval includes no difference"
+    (claim,) = (c for c in claims({KEY: noisy, Key("hass", "svamp", 0.0): canned()}) if "routes" in c.statement)
+    assert claim.verdict == "reproduced in 1 of 2, the others undecided"
 
 
 def test_a_comparison_pairs_questions_and_names_heads_without_their_method() -> None:
@@ -120,6 +125,18 @@ def test_means_over_benchmarks_are_compared_with_a_paired_interval() -> None:
     assert comparison.holds(share=0.89) is True
     assert comparison.holds(share=0.9) is None
     assert compare_means(results, "hass", 0.0, "merged", "mixed-half") is None
+
+
+def test_adapted_specialists_are_compared_with_the_mixed_head_apart() -> None:
+    rows = {"mixed-full-hass": 3.0}
+    results = {KEY: canned(lengths=rows), Key("adapted", "gsm8k", 0.0): canned(lengths=rows | {"merged": 2.9})}
+    found = {claim.statement.split(",")[0]: claim for claim in claims(results)}
+    ((ratio,), (adapted,)) = (
+        [c.ratio for c in claim.comparisons]
+        for name, claim in found.items()
+        if name == "The same" or "beats the mixed heads" in claim.statement
+    )
+    assert [ratio, adapted] == pytest.approx([3.2 / 3.0, 2.9 / 3.0])
 
 
 def test_a_row_of_another_size_is_found_by_its_size() -> None:

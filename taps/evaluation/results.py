@@ -12,7 +12,8 @@ from taps.evaluation.statistics import QuestionCounts
 Row = dict[str, Any]
 _ORDER = ("mt_bench", "gsm8k", "humaneval", "math_500", "svamp")
 # How heads were trained, as their names end; without it they name a row of the study.
-_RECIPES = ("eagle-2", "hass", "adapted")
+ADAPTED = "adapted"  # by HASS, from the mixed head
+_RECIPES = ("eagle-2", "hass", ADAPTED)
 
 
 class InvalidResults(ValueError):
