@@ -168,7 +168,8 @@ def test_the_summary_holds_means_over_benchmarks_and_speeds() -> None:
     }  # fmt: skip
     live = [{"plan": {"benchmark": "gsm8k", "temperature": 0.0, "num_nodes": 8}, "rows": [row]}]
     summary = summary_table({KEY: canned(), Key("hass", "mt_bench", 0.0): other}, live)
-    assert "| strategy | τ, hass, temperature 0 | speed, 8 nodes, temperature 0 |" in summary
+    title = "| strategy | τ, hass, temperature 0 | speed, 8 nodes, temperature 0 (1 of 2 benchmarks) |"
+    assert title in summary
     assert "| math | 3.00 |  |" in summary
     assert "| merged | 2.70 | 1.50 |" in summary
     assert "| gsm8k | 0 | 8 | merged | 1.50 (1.48 to 1.55) | 3.00 | 12 | 60 | 8.0 |" in live_table(live)

@@ -132,8 +132,7 @@ def claims(results: Results) -> list[Claim]:
         return [(own, other) for other in ("math", "chat") if own in ("math", "chat") and other != own]
 
     def mixed(key: Key) -> list[Pair]:
-        own = _SPECIALIST_OF.get(key.benchmark)
-        return [("mixed-half", other) for other in ("math", "chat") if other != own]
+        return [("mixed-half", other) for _, other in specialists(key)]
 
     def means(ours: str, *others: str, adapted: bool | None = None) -> list[Comparison]:
         runs = dict.fromkeys((k.recipe, k.temperature, c) for k in results for c in (False, True))

@@ -142,11 +142,23 @@ def summary_table(results: Results, live: Sequence[dict[str, Any]]) -> str:
                 plain_name(row["strategy"]), []
             )
             speeds.append(row["speed_ratio_median"])
+    num_benchmarks = len({key.benchmark for key in results})
+    most = {title: max(map(len, column.values())) for title, column in columns.items()}
+    titles = [
+        title if num == num_benchmarks else f"{title} ({num} of {num_benchmarks} benchmarks)"
+        for title, num in most.items()
+    ]
     lines = [
-        [name, *(f"{mean(column[name]):.2f}" if name in column else "" for column in columns.values())]
+        [
+            name,
+            *(
+                f"{mean(column[name]):.2f}" if len(column.get(name, ())) == most[title] else ""
+                for title, column in columns.items()
+            ),
+        ]
         for name in dict.fromkeys(name for column in columns.values() for name in column)
     ]
-    return table(["strategy", *columns], lines)
+    return table(["strategy", *titles], lines)
 
 
 def claims_section(found: Sequence[Claim]) -> str:
