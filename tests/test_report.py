@@ -16,9 +16,11 @@ from taps.evaluation.report import (
     averaging_table,
     coupling_table,
     heads_table,
+    lengths,
     live_table,
+    means_table,
     routing_table,
-    summary_table,
+    speeds,
 )
 from taps.evaluation.results import InvalidResults, Key, blends, load_results, row_of
 
@@ -159,7 +161,7 @@ def test_the_tables_hold_what_was_measured() -> None:
 
 
 def test_the_summary_holds_means_over_benchmarks_and_speeds() -> None:
-    other = canned("mt_bench", lengths={"merged": 2.2})
+    other = canned("mt_bench", lengths={"merged": 2.2, "averaged-hass": 1.5})
     other["rows"].append(other["rows"][0] | {"num_nodes": 8, "acceptance_length": 9.0})
     row = {
         "strategy": "merged", "speed_ratio_median": 1.5, "speed_ratios": [1.4, 1.5, 1.5, 1.7],
@@ -167,11 +169,15 @@ def test_the_summary_holds_means_over_benchmarks_and_speeds() -> None:
         "nodes_per_pass": 8, "acceptance_length": 3.0, "draft_ms": 12.4, "verify_ms": 60.0,
     }  # fmt: skip
     live = [{"plan": {"benchmark": "gsm8k", "temperature": 0.0, "num_nodes": 8}, "rows": [row]}]
-    summary = summary_table({KEY: canned(), Key("hass", "mt_bench", 0.0): other}, live)
-    title = "| strategy | τ, hass, temperature 0 | speed, 8 nodes, temperature 0 (1 of 2 benchmarks) |"
-    assert title in summary
-    assert "| math | 3.00 |  |" in summary
-    assert "| merged | 2.70 | 1.50 |" in summary
+    found = means_table(lengths({KEY: canned(), Key("hass", "mt_bench", 0.0): other}), 2)
+    assert "| strategy | hass, T = 0 |" in found
+    assert "| math | 3.00 |" in found
+    assert "| merged | 2.70 |" in found
+    assert "averaged" not in found, "measured on one of two"
+    assert means_table(speeds(live), 2).splitlines()[::2] == [
+        "| strategy | 8 nodes, T = 0 (1 of 2 benchmarks) |",
+        "| merged | 1.50 |",
+    ]
     assert "| gsm8k | 0 | 8 | merged | 1.50 (1.48 to 1.55) | 3.00 | 12 | 60 | 8.0 |" in live_table(live)
 
 

@@ -6,7 +6,7 @@ Everything it says is computed from the files. Knows results; nothing of models.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -127,38 +127,38 @@ def live_table(live: Sequence[dict[str, Any]]) -> str:
     return table(header.split(", "), lines)
 
 
-def summary_table(results: Results, live: Sequence[dict[str, Any]]) -> str:
-    """Means over the benchmarks: τ of every strategy with its largest trees, and its measured speed."""
-    columns: dict[str, dict[str, list[float]]] = {}
+Measured = Iterator[tuple[str, str, float]]  # column, strategy, what was measured on one benchmark
+
+
+def lengths(results: Results) -> Measured:
+    """τ of every strategy with its largest trees."""
     for key, result in results.items():
         for name, coupled in dict.fromkeys((plain_name(r["strategy"]), r["coupled"]) for r in result["rows"]):
             if (row := row_of(result, name, coupled)) is not None:
-                title = f"τ, {key.recipe}, temperature {key.temperature:g}" + ", coupled" * coupled
-                columns.setdefault(title, {}).setdefault(name, []).append(row["acceptance_length"])
+                column = f"{key.recipe}, T = {key.temperature:g}" + ", coupled" * coupled
+                yield column, name, row["acceptance_length"]
+
+
+def speeds(live: Sequence[dict[str, Any]]) -> Measured:
     for result in live:
-        title = f"speed, {result['plan']['num_nodes']} nodes, temperature {result['plan']['temperature']:g}"
+        setting = f"{result['plan']['num_nodes']} nodes, T = {result['plan']['temperature']:g}"
         for row in result["rows"]:
-            speeds = columns.setdefault(title + ", coupled" * row["coupled"], {}).setdefault(
-                plain_name(row["strategy"]), []
-            )
-            speeds.append(row["speed_ratio_median"])
-    num_benchmarks = len({key.benchmark for key in results})
-    most = {title: max(map(len, column.values())) for title, column in columns.items()}
-    titles = [
-        title if num == num_benchmarks else f"{title} ({num} of {num_benchmarks} benchmarks)"
-        for title, num in most.items()
-    ]
-    lines = [
-        [
-            name,
-            *(
-                f"{mean(column[name]):.2f}" if len(column.get(name, ())) == most[title] else ""
-                for title, column in columns.items()
-            ),
-        ]
-        for name in dict.fromkeys(name for column in columns.values() for name in column)
-    ]
-    return table(["strategy", *titles], lines)
+            yield setting + ", coupled" * row["coupled"], plain_name(row["strategy"]), row["speed_ratio_median"]
+
+
+def means_table(measured: Measured, num_benchmarks: int) -> str:
+    """Means over the benchmarks; none of a strategy that was measured on fewer than the others."""
+    columns: dict[str, dict[str, list[float]]] = {}
+    for column, name, value in measured:
+        columns.setdefault(column, {}).setdefault(name, []).append(value)
+    cells: dict[str, dict[str, str]] = {}
+    for title, column_values in columns.items():
+        most = max(map(len, column_values.values()))
+        title += f" ({most} of {num_benchmarks} benchmarks)" * (most < num_benchmarks)
+        cells[title] = {name: f"{mean(v):.2f}" for name, v in column_values.items() if len(v) == most}
+    names = dict.fromkeys(name for column_cells in cells.values() for name in column_cells)
+    lines = [[name, *(column_cells.get(name, "") for column_cells in cells.values())] for name in names]
+    return table(["strategy", *cells], lines)
 
 
 def claims_section(found: Sequence[Claim]) -> str:
@@ -208,7 +208,9 @@ def report(
         f"{first['num_nodes']} nodes, depth {first['depth']} and top-k {first['top_k']} where no other size is "
         "given; `concatenated` keeps all nodes of all trees, and accepts what an `oracle` would, that takes in "
         "each pass the tree that turns out best. Speed is relative to plain decoding in the same run.\n",
-        "## In short\n\nMeans over the benchmarks.\n\n" + summary_table(results, live),
+        "## In short\n\nτ, mean of the benchmarks, T the temperature:\n\n"
+        + means_table(lengths(results), len(asked)),
+        *(["Speed, mean of the benchmarks:\n\n" + means_table(speeds(live), len(asked))] if live else []),
         "## The heads\n\n" + heads_table(results),
         "## The paper's claims\n\n" + claims_section([claim for claim in found if claim.by_paper]),
         "## Ours\n\n" + claims_section([claim for claim in found if not claim.by_paper]),
