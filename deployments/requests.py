@@ -10,12 +10,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from deployments import openai
 from deployments.config import RouterArgs, TreeArgs
 from deployments.openai import ChatRequest, CompletionRequest, RequestError
-from taps.delivery import Delivery
+from taps.delivery import Delivery, end_tokens
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams
 
@@ -45,7 +45,7 @@ class RequestReader:
         self._args = args
         self._target = target
         self._tokenizer: Any = AutoTokenizer.from_pretrained(target_path)
-        self._end_tokens = _end_tokens(target_path, self._tokenizer)
+        self._end_tokens = end_tokens(target_path, self._tokenizer)
         self._longest_token = max(map(len, self._tokenizer.get_vocab()))
 
     def read_chat(self, request: ChatRequest, drafters_up: Collection[str]) -> Generation:
@@ -135,16 +135,6 @@ class RequestReader:
         if strategy == "off":
             return ()
         return chosen[:1] if strategy == "single" else chosen[:_MOST_DRAFTERS]
-
-
-def _end_tokens(path: str, tokenizer: Any) -> frozenset[int]:
-    """Ids that end an answer: the generation config's, and the tokenizer's own."""
-    try:
-        configured = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        configured = None
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
 def _sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:

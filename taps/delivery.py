@@ -7,10 +7,22 @@ of how tokens were decided.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
+
+from transformers import GenerationConfig
 
 FinishReason = Literal["stop", "length"]
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def end_tokens(path: str, tokenizer: Any) -> frozenset[int]:
+    """Ids that end an answer of the target at `path`: its generation config's, and the tokenizer's own."""
+    try:
+        configured = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:
+        configured = None
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
 
 
 class Decoder(Protocol):

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
+from jinja2 import TemplateError
 
 from taps.drafting.eagle import EagleDrafter
 from taps.local import LocalDrafter, LocalVerifier
 from taps.models.causal_lm import CausalLM
 from taps.scheduling import StepBudget
 from taps.target import Target
-from taps.training.answers import AnswerRecipe, AnswerRecorder, refuse_other_answers
+from taps.training.answers import AnswerRecipe, AnswerRecorder, num_answered, refuse_other_answers
 from taps.training.features import TargetFeatures
 from taps.training.shards import Recording, load_shard, shards
 from taps.training.sources import InvalidData, Prompt
@@ -29,25 +31,26 @@ PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": "x" * (i + 2)},)) for i 
 class Tokenizer:
     """Ids from lengths: enough of a tokenizer for the recorder."""
 
-    def __init__(self, eos_token_id: int = -1) -> None:
-        self.eos_token_id = eos_token_id
-
     def apply_chat_template(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> Any:
         length = len(messages[-1]["content"])
+        if messages[0]["role"] == "system":
+            raise TemplateError("no system messages")
         return {"input_ids": [(31 * length + 7 * i) % VOCAB for i in range(length)]}
 
 
 def record(
     directory: Path,
     recipe: AnswerRecipe = RECIPE,
-    eos: int = -1,
+    ends: frozenset[int] = frozenset(),
     drafters: Sequence[LocalDrafter] = (),
     prompts: Sequence[Prompt] = PROMPTS,
 ) -> dict[str, Recording]:
     verifier = LocalVerifier(Target(CausalLM(tiny_target()), 3, 64, StepBudget(16, 32)))
-    tokenizer: Any = Tokenizer(eos)
-    AnswerRecorder(verifier, tokenizer, directory, recipe, drafters, made_by="us").run(prompts)
-    verifier.close()
+    tokenizer: Any = Tokenizer()
+    try:
+        AnswerRecorder(verifier, tokenizer, directory, recipe, ends, drafters, made_by="us").run(prompts)
+    finally:
+        verifier.close()
     return {r.id: r for path in shards(directory) for r in load_shard(path)}
 
 
@@ -86,7 +89,7 @@ def test_progress_counts_the_tokens_of_unfinished_answers(
 def test_an_answer_ends_with_its_end_token(tmp_path: Path) -> None:
     whole = record(tmp_path / "whole")["p3"]
     end = int(whole.tokens[whole.answer_start + 4])
-    cut = record(tmp_path / "cut", eos=end)["p3"]
+    cut = record(tmp_path / "cut", ends=frozenset((VOCAB, end)))["p3"]
     answer = cut.tokens[cut.answer_start :].tolist()
     assert answer.index(end) == len(answer) - 1
     assert torch.equal(cut.tokens, whole.tokens[: len(cut.tokens)])
@@ -111,11 +114,41 @@ def test_a_sampled_answer_does_not_depend_on_what_else_is_answered(tmp_path: Pat
 def test_answers_of_another_target_or_to_other_prompts_are_not_taken_for_these(tmp_path: Path) -> None:
     record(tmp_path)
     tokenizer = Tokenizer()
-    refuse_other_answers(tmp_path, "us", tokenizer, [*PROMPTS[:3], Prompt("new", PROMPTS[0].messages)])
+    refuse_other_answers(tmp_path, "us", tokenizer, [*PROMPTS[:3], Prompt("new", PROMPTS[0].messages)], RECIPE)
     with pytest.raises(InvalidData, match="of another target"):
-        refuse_other_answers(tmp_path, "them", tokenizer, PROMPTS)
+        refuse_other_answers(tmp_path, "them", tokenizer, PROMPTS, RECIPE)
     with pytest.raises(InvalidData, match="another prompt with the id p1"):
-        refuse_other_answers(tmp_path, "us", tokenizer, [Prompt("p1", PROMPTS[2].messages)])
+        refuse_other_answers(tmp_path, "us", tokenizer, [Prompt("p1", PROMPTS[2].messages)], RECIPE)
+    with pytest.raises(InvalidData, match="made with max_new_tokens 12, not 13"):
+        refuse_other_answers(tmp_path, "us", tokenizer, PROMPTS, replace(RECIPE, max_new_tokens=13))
+
+
+def test_answers_to_other_prompts_do_not_count(tmp_path: Path) -> None:
+    record(tmp_path, prompts=PROMPTS[:3])
+    assert num_answered(tmp_path, PROMPTS[2:]) == 12
+    assert set(record(tmp_path, replace(RECIPE, answer_tokens=36, sessions=1), prompts=PROMPTS[2:])) == {
+        f"p{i}" for i in range(5)
+    }
+
+
+def test_what_the_chat_template_refuses_is_left_out_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = Prompt("p", ({"role": "system", "content": "be kind"}, *PROMPTS[0].messages))
+    assert set(record(tmp_path, prompts=[refused, *PROMPTS])) == {prompt.id for prompt in PROMPTS}
+    assert "1 prompts were left out: no system messages" in capsys.readouterr().out
+
+
+def test_two_processes_do_not_record_into_one_directory(tmp_path: Path) -> None:
+    with FileLock(tmp_path / ".lock"), pytest.raises(InvalidData, match="another process is recording"):
+        record(tmp_path)
+
+
+def test_a_shard_that_is_gone_is_made_again_and_none_is_overwritten(tmp_path: Path) -> None:
+    before = record(tmp_path)
+    shards(tmp_path)[1].unlink()
+    assert texts(record(tmp_path)) == texts(before)
+    assert [path.stem for path in shards(tmp_path)] == ["shard-00000", "shard-00002", "shard-00003"]
 
 
 def test_greedy_answers_are_not_repeated(tmp_path: Path) -> None:
@@ -123,12 +156,12 @@ def test_greedy_answers_are_not_repeated(tmp_path: Path) -> None:
     assert set(recorded) == {prompt.id for prompt in PROMPTS}
 
 
-@pytest.mark.parametrize("eos", [-1, 5])
-def test_speculative_generation_records_the_same(tmp_path: Path, eos: int) -> None:
+@pytest.mark.parametrize("ends", [frozenset(), frozenset((5,))])
+def test_speculative_generation_records_the_same(tmp_path: Path, ends: frozenset[int]) -> None:
     drafter = LocalDrafter("head", EagleDrafter(tiny_head(), 3, 256))
     plain, speculative = (
-        record(tmp_path / "plain", eos=eos),
-        record(tmp_path / "fast", eos=eos, drafters=[drafter]),
+        record(tmp_path / "plain", ends=ends),
+        record(tmp_path / "fast", ends=ends, drafters=[drafter]),
     )
     assert texts(speculative) == texts(plain)
     for name, recording in plain.items():

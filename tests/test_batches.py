@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from taps.training.batches import Answers, RecordedData, collate, draft_vocabulary
@@ -16,6 +18,7 @@ from taps.training.shards import (
     shard_rows,
     shards,
 )
+from taps.training.sources import InvalidData
 from tests.recordings import recording, saved
 
 
@@ -23,7 +26,8 @@ def test_recordings_survive_a_shard(tmp_path: Path) -> None:
     saved = [recording([1, 2, 3, 4], 2, "a"), recording([5, 6], 1, "b"), recording([7, 8, 9], 3, "c")]
     save_shard(tmp_path / "shard-00000.safetensors", saved)
     assert shards(tmp_path) == list(tmp_path.iterdir()), "no partial file is left"
-    assert shard_header(shards(tmp_path)[0]) == {"target": "", "ids": ["a", "b", "c"], "answer_tokens": 3}
+    header = {"target": "", "answering": {}, "ids": ["a", "b", "c"], "answer_tokens": 3}
+    assert shard_header(shards(tmp_path)[0]) == header
     for before, after in zip(saved, load_shard(shards(tmp_path)[0]), strict=True):
         assert (after.id, after.answer_start) == (before.id, before.answer_start)
         assert torch.equal(after.tokens, before.tokens)
@@ -83,7 +87,9 @@ def test_every_part_of_a_mixture_is_held_out_from(tmp_path: Path) -> None:
     held_out = [row.id for row in data.held_out]
     assert len(held_out) == 48
     assert 16 < sum(name.startswith("a") for name in held_out) < 32
-    assert len(data.training) == 8000 - 48, "what is not measured with is trained on"
+    alone = RecordedData([Answers(tmp_path / "a0")])
+    assert {row.id for row in alone.held_out}.isdisjoint(row.id for row in data.training), "nor by other runs"
+    assert len(data.training) == pytest.approx(8000 * 49 / 50, rel=0.01)
 
 
 def test_answers_come_in_the_order_of_their_prompts(tmp_path: Path) -> None:
@@ -97,6 +103,25 @@ def test_answers_are_taken_up_to_a_number_of_tokens(tmp_path: Path) -> None:
     rows = [*Answers(one, 7).rows(), *Answers(other).rows()]
     assert [row.id for row in rows[:3]] == ["r0", "r1", "r2"]
     assert [sum(row.num_answer_tokens for row in part) for part in (rows[:-10], rows[-10:])] == [9, 29]
+
+
+def test_fewer_answers_than_asked_for_are_refused(tmp_path: Path) -> None:
+    answers = saved(tmp_path / "answers", *many(10))
+    with pytest.raises(InvalidData, match="answers holds 29 answer tokens, 30 were asked for"):
+        Answers(answers, 30).rows()
+    assert len(Answers(answers, 30, tuple(f"r{i}" for i in range(10))).rows()) == 10, "all there is to prompts"
+    with pytest.raises(InvalidData, match=r"no recorded answers in .*elsewhere"):
+        Answers(tmp_path / "elsewhere").rows()
+
+
+def test_features_are_computed_for_those_kept_without_them(tmp_path: Path) -> None:
+    whole, bare = recording([1, 2, 3, 4], 2, "same"), recording([5, 6, 7], 1, "same")
+    kept = saved(tmp_path / "kept", whole)
+    without = saved(tmp_path / "without", replace(bare, features=torch.empty(0, 0)))
+    data = RecordedData([Answers(kept), Answers(without)], lambda found: [bare.features for _ in found])
+    rows = [*Answers(kept).rows(), *Answers(without).rows()]
+    for got, wanted in zip(data.load(rows), collate([whole, bare]), strict=True):
+        assert torch.equal(got, wanted)
 
 
 def test_the_draft_vocabulary_is_what_answers_use_most_then_the_lowest_ids(tmp_path: Path) -> None:

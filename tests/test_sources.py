@@ -100,6 +100,16 @@ def test_prompts_are_shuffled_by_the_seed_alone_and_keep_their_identity(tmp_path
     assert len({prompt.id for prompt in first}) == 20
 
 
+def test_prompts_with_the_same_id_or_none_are_told_apart(tmp_path: Path) -> None:
+    rows = [{"id": name, "messages": [USER]} for name in ("a", "a", "a~2", "b#3", None, None)]
+    (tmp_path / "other").mkdir()
+    path, copy = written(tmp_path / "x.jsonl", *rows), written(tmp_path / "other" / "x.jsonl", *rows)
+    ids = {prompt.id for prompt in load_prompts(path)}
+    assert ids == {"a", "a~2", "a~2~2", "b#3~", "x.jsonl, line 5", "x.jsonl, line 6"}
+    assert ids == {prompt.id for prompt in load_prompts(copy)}, "whatever the folder is called"
+    assert len({prompt.id for prompt in load_prompts(f"{path}+{copy}")}) == 12
+
+
 def test_a_mixture_takes_so_many_of_each_source_and_keeps_them_apart(tmp_path: Path) -> None:
     math, chat = numbered(tmp_path / "math.jsonl", 20), numbered(tmp_path / "chat.jsonl", 30)
     mixed = load_prompts(f"{math}:5+{chat}:10")

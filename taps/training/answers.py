@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from taps.composing import merged
@@ -24,16 +27,8 @@ from taps.decoding import Panel, decode
 from taps.drafting.drafter import Ask
 from taps.local import LocalDrafter, LocalVerifier
 from taps.sampling import SamplingParams
-from taps.training.shards import (
-    ANSWER_MARK,
-    Recording,
-    load_tokens,
-    save_shard,
-    shard_header,
-    shard_rows,
-    shards,
-)
-from taps.training.sources import InvalidData, Prompt
+from taps.training.shards import Recording, load_tokens, save_shard, shard_header, shard_rows, shards
+from taps.training.sources import ANSWER_MARK, InvalidData, Prompt
 
 _UNBOUNDED = 1 << 30
 _PATIENT_S = 600.0  # generation waits for its drafters
@@ -56,6 +51,13 @@ class AnswerRecipe:
     keep_features: bool = True  # else training computes them
     seed: int = 0
 
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """What a conversation's answer depends on (JSON)."""
+        return {
+            "max_new_tokens": self.max_new_tokens, "temperatures": list(self.temperatures), "seed": self.seed,
+        }  # fmt: skip
+
 
 class _Question(NamedTuple):
     """One answer to generate."""
@@ -71,20 +73,46 @@ def answer_sampling(row_id: str, temperature: float, seed: int) -> SamplingParam
 
 
 def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The prompt as the target sees it."""
-    ids: list[int] = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True)[
-        "input_ids"
-    ]
+    """The prompt as the target sees it. Raises `InvalidData` where its chat template refuses it."""
+    try:
+        ids: list[int] = tokenizer.apply_chat_template(list(prompt.messages), add_generation_prompt=True)[
+            "input_ids"
+        ]
+    except TemplateError as error:  # about roles and their order
+        raise InvalidData(f"the target's chat template refuses the prompt {prompt.id}: {error}") from error
     return ids
 
 
-def refuse_other_answers(directory: Path, made_by: str, tokenizer: Any, prompts: Sequence[Prompt]) -> None:
-    """Raise `InvalidData` where `directory` holds answers of another target, or to other prompts than these."""
-    asked = {prompt.id: prompt for prompt in prompts}
-    hint = f"{directory} holds answers {{}}; give another --work, or remove it"
+def num_answered(directory: Path, prompts: Sequence[Prompt]) -> int:
+    """Tokens of the recorded answers to these prompts."""
+    asked = {prompt.id for prompt in prompts}
+    rows = (row for path in shards(directory) for row in shard_rows(path))
+    return sum(row.num_answer_tokens for row in rows if row.prompt[0] in asked)
+
+
+def refuse_other_target(directory: Path, made_by: str) -> None:
+    """Raise `InvalidData` where `directory` holds answers of another target. Args: made_by: a fingerprint."""
     for path in shards(directory):
-        if shard_header(path).get("target", made_by) not in (made_by, ""):
-            raise InvalidData(hint.format("of another target"))
+        if shard_header(path).get("target") not in (made_by, "", None):
+            raise InvalidData(
+                f"{directory} holds answers of another target; give another directory, or remove it"
+            )
+
+
+def refuse_other_answers(
+    directory: Path, made_by: str, tokenizer: Any, prompts: Sequence[Prompt], recipe: AnswerRecipe
+) -> None:
+    """Raise `InvalidData` where `directory` holds answers of another target, otherwise made, or to prompts that
+    have only their ids in common with these.
+    """
+    refuse_other_target(directory, made_by)
+    asked = {prompt.id: prompt for prompt in prompts}
+    hint = f"{directory} holds answers {{}}; give another directory, or remove it"
+    for path in shards(directory):
+        answering = shard_header(path).get("answering") or recipe.decisive
+        for name, value in recipe.decisive.items():
+            if (made_with := answering.get(name, value)) != value:
+                raise InvalidData(hint.format(f"made with {name} {made_with}, not {value}"))
         for row in shard_rows(path):
             prompt = asked.get(row.prompt[0])
             if prompt is None:
@@ -102,32 +130,45 @@ class AnswerRecorder:
         tokenizer: PreTrainedTokenizerBase,
         directory: Path,
         recipe: AnswerRecipe,
+        end_tokens: frozenset[int],
         drafters: Sequence[LocalDrafter] = (),
         ask: Ask | None = None,
         made_by: str = "",
     ) -> None:
         """With `drafters` generation is speculative: faster where there is compute to spare, the same text.
 
-        Args: made_by: the target's fingerprint, kept with its answers.
+        Args: end_tokens: ids that end an answer; made_by: the target's fingerprint, kept with its answers.
         """
         self._verifier = verifier
         self._tokenizer: Any = tokenizer
         self._directory = directory
         self._recipe = recipe
+        self._end_tokens = end_tokens
         self._drafters = drafters
         self._ask = ask or Ask()
         self._made_by = made_by
-        self._left_out = 0
+        self._left_out: Counter[str] = Counter()  # by reason
         self._answering: dict[str, Context] = {}  # by row id
         self._unsaved: list[Recording] = []
-        directory.mkdir(parents=True, exist_ok=True)
-        headers = [shard_header(shard) for shard in shards(directory)]
-        self._done = {row_id for header in headers for row_id in header["ids"]}
-        self.num_tokens: int = sum(header["answer_tokens"] for header in headers)
+        self._done: set[str] = set()
+        self._num_tokens = 0
 
     def run(self, prompts: Sequence[Prompt]) -> None:
-        """Answer prompts in order until `answer_tokens` are reached or the prompts end."""
-        asyncio.run(self._run(self._questions(prompts)))
+        """Answer prompts in order until there are `answer_tokens` of answers to them, or they end.
+
+        Raises `InvalidData` while another process records into the same directory.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self._directory / ".lock", timeout=0):
+                self._done = {name for shard in shards(self._directory) for name in shard_header(shard)["ids"]}
+                self._num_tokens = num_answered(self._directory, prompts)
+                asyncio.run(self._run(self._questions(prompts)))
+        except Timeout as error:
+            raise InvalidData(
+                f"another process is recording answers into {self._directory}; wait for it, or give another "
+                "directory"
+            ) from error
 
     def _questions(self, prompts: Sequence[Prompt]) -> Iterator[_Question]:
         """Every prompt once, then again and again with other noise."""
@@ -142,7 +183,7 @@ class AnswerRecorder:
     async def _run(self, questions: Iterator[_Question]) -> None:
         async def worker() -> None:
             for question in questions:
-                if self.num_tokens >= self._recipe.answer_tokens:
+                if self._num_tokens >= self._recipe.answer_tokens:
                     return
                 await self._answer(question)
 
@@ -152,26 +193,29 @@ class AnswerRecorder:
         finally:
             progress.cancel()
             self._save()
-        print(f"answers: {self.num_tokens:,} tokens in {self._directory}", flush=True)
-        if self._left_out:
-            most = self._recipe.max_prompt_tokens
-            print(f"answers: {self._left_out:,} prompts of more than {most} tokens were left out", flush=True)
+        print(f"answers: {self._num_tokens:,} tokens in {self._directory}", flush=True)
+        for reason, count in self._left_out.items():
+            print(f"answers: {count:,} prompts were left out: {reason}", flush=True)
 
     async def _show_progress(self) -> None:
         """Print every few seconds how many tokens there are and at what rate they come, until cancelled."""
-        started, before = time.monotonic(), self.num_tokens
+        started, before = time.monotonic(), self._num_tokens
         while True:
             await asyncio.sleep(_PROGRESS_INTERVAL_S)
             unfinished = sum(context.num_generated for context in self._answering.values())
-            generated = self.num_tokens + unfinished
+            generated = self._num_tokens + unfinished
             rate = (generated - before) / (time.monotonic() - started)
             line = f"answers: {generated:,} of {self._recipe.answer_tokens:,} tokens, {rate:.0f} tokens/s"
             print(line, flush=True)
 
     async def _answer(self, question: _Question) -> None:
-        ids = prompt_tokens(self._tokenizer, question.prompt)
+        try:
+            ids = prompt_tokens(self._tokenizer, question.prompt)
+        except InvalidData as error:
+            self._left_out[str(error.__cause__)] += 1
+            return
         if len(ids) > self._recipe.max_prompt_tokens:
-            self._left_out += 1
+            self._left_out[f"more than {self._recipe.max_prompt_tokens} tokens"] += 1
             return
         context = self._answering[question.id] = Context(ids, _UNBOUNDED)
         async with AsyncExitStack() as stack:
@@ -190,23 +234,23 @@ class AnswerRecorder:
             features = context.since(0).features[: length - 1].to(torch.bfloat16)
         self._unsaved.append(Recording(question.id, tokens, len(ids), features))
         del self._answering[question.id]
-        self.num_tokens += length - len(ids)
+        self._num_tokens += length - len(ids)
         if len(self._unsaved) >= self._recipe.shard_size:
             self._save()
 
     def _answer_length(self, context: Context) -> int | None:
         """Tokens of the answer if it has ended: at the end token or the limit, whichever comes first."""
         answer = context.tokens[context.prompt_length :]
-        eos = self._tokenizer.eos_token_id
-        ended = answer.index(eos) + 1 if eos in answer else len(answer) + 1
+        ended = len(answer) + 1
+        if not self._end_tokens.isdisjoint(answer):
+            ended = 1 + next(i for i, token in enumerate(answer) if token in self._end_tokens)
         length = min(ended, self._recipe.max_new_tokens)
         return length if length <= len(answer) else None
 
     def _save(self) -> None:
         if self._unsaved:
-            save_shard(
-                self._directory / f"shard-{len(shards(self._directory)):05d}.safetensors",
-                self._unsaved,
-                self._made_by,
-            )
+            there = shards(self._directory)
+            number = int(there[-1].stem.removeprefix("shard-")) + 1 if there else 0
+            path = self._directory / f"shard-{number:05d}.safetensors"
+            save_shard(path, self._unsaved, self._made_by, self._recipe.decisive)
             self._unsaved = []

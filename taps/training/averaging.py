@@ -13,7 +13,7 @@ from taps.models.draft_head import DraftHead
 def average(one: DraftHead, other: DraftHead, weight: float) -> DraftHead:
     """`weight * one + (1 - weight) * other`, drafting from both vocabularies.
 
-    Raises `InvalidCheckpoint` where the two do not have the same weights, or the same target.
+    Raises `InvalidCheckpoint` where the names or shapes of their weights differ.
     """
     ours, theirs = one.trained(), other.trained()
     if {k: w.shape for k, w in ours.items()} != {k: w.shape for k, w in theirs.items()}:

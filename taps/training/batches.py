@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from taps.training.shards import Recording, ShardRow, load_row, shard_rows, shards
+from taps.training.sources import InvalidData
 
 _POOL_BATCHES = 32  # recordings are sorted by length within so many batches
 _PAIRS_BATCH = 8  # recordings
@@ -68,7 +70,10 @@ class Answers(NamedTuple):
     prompts: tuple[str, ...] | None = None  # only answers to these, in this order
 
     def rows(self) -> list[ShardRow]:
-        """The recordings, in the order of `prompts` or else in the order they were made."""
+        """The recordings, in the order of `prompts` or else in the order they were made.
+
+        Raises `InvalidData` where there are none, or not as many answer tokens as wanted of all prompts.
+        """
         taken, tokens = [], 0
         recorded = [row for path in shards(self.directory) for row in shard_rows(path)]
         if self.prompts is not None:
@@ -80,6 +85,12 @@ class Answers(NamedTuple):
                 break
             taken.append(row)
             tokens += row.num_answer_tokens
+        if not taken:
+            raise InvalidData(f"no recorded answers in {self.directory}; record some with `taps answer`")
+        if self.prompts is None and tokens < (self.tokens or 0):
+            raise InvalidData(
+                f"{self.directory} holds {tokens:,} answer tokens, {self.tokens:,} were asked for"
+            )
         return taken
 
 
@@ -92,8 +103,8 @@ class RecordedData:
         most = min(_HELD_OUT_MOST, len(first_answers))
         # Evenly over all of them: a mixture's parts follow each other.
         self.held_out = [first_answers[i * len(first_answers) // most] for i in range(most)]
-        kept_away = {row.prompt[0] for row in self.held_out}
-        self.training = [row for row in usable if row.prompt[0] not in kept_away]
+        # Those not measured with are not trained on either: another run, that starts from this head, may.
+        self.training = [row for row in usable if not _is_held_out(row)]
         self._compute_features = compute_features
 
     @property
@@ -128,12 +139,11 @@ class RecordedData:
 
     def load(self, rows: Sequence[ShardRow]) -> Batch:
         recordings = [load_row(row) for row in rows]
-        if not recordings[0].features.numel():
+        if bare := [i for i, row in enumerate(rows) if not row.has_features]:
             assert self._compute_features is not None, "these recordings were kept without features"
-            features = self._compute_features(recordings)
-            recordings = [
-                Recording(r.id, r.tokens, r.answer_start, f) for r, f in zip(recordings, features, strict=True)
-            ]
+            computed = self._compute_features([recordings[i] for i in bare])
+            for i, features in zip(bare, computed, strict=True):
+                recordings[i] = replace(recordings[i], features=features)
         return collate(recordings)
 
 

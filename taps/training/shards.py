@@ -1,12 +1,12 @@
 """Recorded conversations on disk: token ids and, where they were kept, the target's features.
 
-Knows tensors and files; nothing of prompts, targets or heads.
+Knows tensors and files; nothing of targets or heads.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-# Between a prompt's id and the number of a further answer to it.
-ANSWER_MARK = "#"
+from taps.training.sources import ANSWER_MARK
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,16 @@ def shards(directory: Path) -> list[Path]:
     return sorted(directory.glob("shard-*.safetensors"))
 
 
-def save_shard(path: Path, recordings: Sequence[Recording], target: str = "") -> None:
-    """Write recordings to one file, whole or not at all. Args: target: the fingerprint of who answered."""
+def save_shard(
+    path: Path, recordings: Sequence[Recording], target: str = "", answering: Mapping[str, Any] | None = None
+) -> None:
+    """Write recordings to one file, whole or not at all.
+
+    Args: target: the fingerprint of who answered; answering: how (JSON).
+    """
     header = {
         "target": target,
+        "answering": dict(answering or {}),
         "ids": [r.id for r in recordings],
         "answer_tokens": sum(r.num_answer_tokens for r in recordings),
     }
@@ -58,7 +63,7 @@ def save_shard(path: Path, recordings: Sequence[Recording], target: str = "") ->
 
 
 def shard_header(path: Path) -> dict[str, Any]:
-    """{"target", "ids", "answer_tokens"} of a shard, without reading its tensors."""
+    """{"target", "answering", "ids", "answer_tokens"} of a shard, without reading its tensors."""
     with safe_open(path, "pt") as file:
         header: dict[str, Any] = json.loads(file.metadata()["header"])
     return header
@@ -74,6 +79,7 @@ class ShardRow:
     number: int  # of the recording in the shard: feature rows before it are `first - number`
     length: int
     answer_start: int
+    has_features: bool
 
     @property
     def num_answer_tokens(self) -> int:
@@ -92,9 +98,10 @@ def shard_rows(path: Path) -> list[ShardRow]:
         ids = json.loads(file.metadata()["header"])["ids"]
         lengths = file.get_tensor("lengths").tolist()
         starts = file.get_tensor("answer_starts").tolist()
+        has_features = "features" in file.keys()  # noqa: SIM118 (safe_open is not a mapping)
     rows, first = [], 0
     for number, (row_id, length, start) in enumerate(zip(ids, lengths, starts, strict=True)):
-        rows.append(ShardRow(path, row_id, first, number, length, start))
+        rows.append(ShardRow(path, row_id, first, number, length, start, has_features))
         first += length
     return rows
 
@@ -104,7 +111,7 @@ def load_row(row: ShardRow) -> Recording:
     with safe_open(row.shard, "pt") as file:
         tokens: Tensor = file.get_slice("tokens")[row.first : row.first + row.length]
         features = torch.empty(0, 0)
-        if "features" in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+        if row.has_features:
             start = row.first - row.number
             features = file.get_slice("features")[start : start + row.length - 1]
     return Recording(row.id, tokens, row.answer_start, features)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ _SHAREGPT_ROLES = {
     "system": "system",
 }
 _POOL = 50_000  # rows of a hub dataset that are shuffled together
+# Between a prompt's id and the number of a further answer to it.
+ANSWER_MARK = "#"
 
 
 class InvalidData(ValueError):
@@ -35,7 +38,7 @@ class InvalidData(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    id: str
+    id: str  # unlike any other's of what was loaded with it
     messages: tuple[dict[str, str], ...]  # up to and including the last user message
 
 
@@ -53,8 +56,23 @@ def load_prompts(sources: str | Path, seed: int = 0) -> list[Prompt]:
         if count is not None and len(found) < count:
             raise InvalidData(f"{name} holds {len(found)} prompts, {count} were asked for")
         prompts += [Prompt(f"{Path(name).stem}/{p.id}", p.messages) for p in found] if len(parts) > 1 else found
+    prompts = _told_apart(prompts)
     random.Random(seed).shuffle(prompts)
     return prompts
+
+
+def _told_apart(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The same prompts; ids that came before, or that end like a further answer's, are marked."""
+    seen: dict[str, int] = {}
+    found = []
+    for prompt in prompts:
+        name = f"{prompt.id}~" if re.search(rf"{ANSWER_MARK}\d+$", prompt.id) else prompt.id
+        while seen.setdefault(name, 0):
+            seen[name] += 1
+            name = f"{name}~{seen[name]}"
+        seen[name] += 1
+        found.append(Prompt(name, prompt.messages))
+    return found
 
 
 def _split_count(part: str) -> tuple[str, int | None]:
@@ -65,14 +83,18 @@ def _split_count(part: str) -> tuple[str, int | None]:
 def _load_source(name: str, count: int | None, seed: int) -> list[Prompt]:
     path = Path(name)
     if path.is_file():
-        prompts = [_parse(row, where) for row, where in _file_rows(path)]
+        # Ids name the file without its folder: answers stay known when it is called by another path.
+        prompts = _told_apart(
+            _parse(row, f"{path}, {at}", f"{path.name}, {at}") for row, at in _file_rows(path)
+        )
         if not prompts:
             raise InvalidData(f"{name} holds no prompts")
         if count is not None:
             random.Random(seed).shuffle(prompts)
         return prompts[:count]
     rows = itertools.islice(_hub_rows(name, seed), count)
-    return [_parse(row, f"{name}, row {number}") for number, row in enumerate(rows, 1)]
+    places = ((row, f"{name}, row {number}") for number, row in enumerate(rows, 1))
+    return [_parse(row, place, place) for row, place in places]
 
 
 def _file_rows(path: Path) -> Iterator[tuple[Any, str]]:
@@ -83,15 +105,14 @@ def _file_rows(path: Path) -> Iterator[tuple[Any, str]]:
             rows: Iterable[Any] = json.loads(text)
         except json.JSONDecodeError as error:
             raise InvalidData(f"{path} is neither JSON nor JSON lines: {error}") from error
-        yield from ((row, f"{path}, row {number}") for number, row in enumerate(rows, 1))
+        yield from ((row, f"row {number}") for number, row in enumerate(rows, 1))
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            where = f"{path}, line {number}"
             try:
-                yield json.loads(line), where
+                yield json.loads(line), f"line {number}"
             except json.JSONDecodeError as error:
-                raise InvalidData(f"{where}: {error}; {_EXPECTED}") from error
+                raise InvalidData(f"{path}, line {number}: {error}; {_EXPECTED}") from error
 
 
 def _hub_rows(name: str, seed: int) -> Iterable[Any]:
@@ -110,7 +131,8 @@ def _hub_rows(name: str, seed: int) -> Iterable[Any]:
     return rows
 
 
-def _parse(row: Any, where: str) -> Prompt:
+def _parse(row: Any, where: str, place: str) -> Prompt:
+    """One prompt. Args: where: for errors; place: its id when it has none of its own."""
     try:
         messages = _messages(row)
     except (KeyError, TypeError, AttributeError) as error:
@@ -118,7 +140,8 @@ def _parse(row: Any, where: str) -> Prompt:
     users = [i for i, m in enumerate(messages) if m["role"] == "user"]
     if not users or not all(isinstance(v, str) for m in messages for v in m.values()):
         raise InvalidData(f"{where}: no user message, or a content that is not text; {_EXPECTED}")
-    return Prompt(str(row.get("id", where)), tuple(messages[: users[-1] + 1]))
+    own = row.get("id")
+    return Prompt(place if own is None else str(own), tuple(messages[: users[-1] + 1]))
 
 
 def _messages(row: Any) -> list[dict[str, str]]:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer
 
 from taps import __version__
+from taps.delivery import end_tokens
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
 from taps.local import in_process
@@ -25,11 +26,17 @@ from taps.models.embedded import target_path
 from taps.scheduling import StepBudget
 from taps.target import Target
 from taps.threads import computing_with
-from taps.training.answers import AnswerRecipe, AnswerRecorder, refuse_other_answers
+from taps.training.answers import (
+    AnswerRecipe,
+    AnswerRecorder,
+    num_answered,
+    refuse_other_answers,
+    refuse_other_target,
+)
 from taps.training.batches import Answers, RecordedData, draft_vocabulary
 from taps.training.features import TargetFeatures
-from taps.training.shards import load_row, shard_header, shards
-from taps.training.sources import InvalidData, Prompt, load_prompts
+from taps.training.shards import shard_header, shards
+from taps.training.sources import Prompt, load_prompts
 from taps.training.trainer import Trainer, TrainRecipe
 from taps.training.validation import Validation
 
@@ -59,8 +66,10 @@ def answer_sources(
     """
     prompts = load_prompts(sources, recipe.seed)
     # The other processes wait while the first one generates.
-    with PartialState(timeout=_GENERATION_TIMEOUT).main_process_first():
-        answer_prompts(target_path(target), prompts, work, recipe, heads)
+    state = PartialState(timeout=_GENERATION_TIMEOUT)
+    with state.main_process_first():
+        if state.is_main_process:
+            answer_prompts(target_path(target), prompts, work, recipe, heads)
     return [Answers(work, recipe.answer_tokens, tuple(prompt.id for prompt in prompts))]
 
 
@@ -71,23 +80,20 @@ def refuse_unfit_start(plan: SpecialistPlan) -> None:
             load_head(plan.init, target_path(plan.target), torch.float32)
 
 
-def recorded_tokens(work: Path) -> int:
-    return sum(shard_header(shard)["answer_tokens"] for shard in shards(work))
-
-
 def answer_prompts(
     target: str, prompts: Sequence[Prompt], work: Path, recipe: AnswerRecipe, heads: Sequence[str] = ()
 ) -> None:
-    """Record the target's answers into `work`, up to `recipe.answer_tokens` in all.
+    """Record the target's answers to `prompts` into `work`, up to `recipe.answer_tokens` in all.
 
-    Raises `InvalidData` when `work` holds other answers than these would be.
+    Raises `InvalidData` when `work` holds answers of another target, made otherwise, or to other prompts with
+    the same ids. Answers to prompts with other ids may be there, and do not count.
     """
     with computing_with(1) as num_threads:
         tokenizer = AutoTokenizer.from_pretrained(target)
         made_by = target_fingerprint(target)
-        refuse_other_answers(work, made_by, tokenizer, prompts)
+        refuse_other_answers(work, made_by, tokenizer, prompts, recipe)
         done = {row_id for shard in shards(work) for row_id in shard_header(shard)["ids"]}
-        if recorded_tokens(work) >= recipe.answer_tokens:
+        if num_answered(work, prompts) >= recipe.answer_tokens:
             return
         if recipe.answers_per_prompt == 1 and all(prompt.id in done for prompt in prompts):
             return
@@ -98,7 +104,8 @@ def answer_prompts(
         named = zip(heads, (EagleDrafter(head, recipe.sessions) for head in loaded), strict=True)
         engine = Target(model, recipe.sessions, longest, budget)
         with in_process(engine, named, num_threads) as (verifier, drafters):
-            AnswerRecorder(verifier, tokenizer, work, recipe, drafters, _TREE, made_by).run(prompts)
+            ends = end_tokens(target, tokenizer)
+            AnswerRecorder(verifier, tokenizer, work, recipe, ends, drafters, _TREE, made_by).run(prompts)
 
 
 def _load_target(target: str) -> CausalLM:
@@ -114,10 +121,10 @@ def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenanc
     Raises `InvalidData`, `InvalidState`, `InvalidCheckpoint`, `UnservableTarget`.
     """
     path = target_path(plan.target)
+    for part in answers:
+        refuse_other_target(part.directory, target_fingerprint(path))
     rows = [row for part in answers for row in part.rows()]
-    if not rows:
-        raise InvalidData(f"no recorded answers in {', '.join(str(part.directory) for part in answers)}")
-    kept = bool(load_row(rows[0]).features.numel())
+    kept = all(row.has_features for row in rows)
     data = RecordedData(answers, None if kept else TargetFeatures(_load_target(path)))
     head = _new_head(plan, path, draft_vocabulary(rows, plan.training.draft_vocab, _vocab_size(path)), data)
     weights = sum(p.numel() for p in head.parameters() if p.requires_grad)

@@ -48,7 +48,7 @@ class TrainRecipe:
     warmup: float = 0.01  # share of the updates; after it the rate falls to 0 along a line
     weight_decay: float = 0.01
     max_grad_norm: float = 0.5
-    feature_noise: float = 0.0  # uniform in [-x, x] / 2 times 512 / row length, as EAGLE adds; 0 adds none
+    feature_noise: float = 0.0  # uniform in [-x, x] / 2 times 512 / batch length, about as EAGLE; 0: none
     learn_prompts: bool = True  # from the prompts' positions too; EAGLE takes the answers' only
     num_passes: int = 3  # of HASS: drafting steps that are aligned
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -88,10 +88,7 @@ class Trainer:
         self, head: DraftHead, data: RecordedData, recipe: TrainRecipe, state: Path,
         identity: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Args: identity: what else tells this run from others (JSON): where the weights come from.
-
-        Raises `InvalidState` when `state` holds the state of another run.
-        """
+        """Args: identity: what else tells this run from others (JSON): where the weights come from."""
         self._head = head
         self._data = data
         self._recipe = recipe
@@ -117,7 +114,10 @@ class Trainer:
         }  # fmt: skip
 
     def run(self) -> Validation | None:
-        """Train to the end. How the head then does on held-out answers, if there are any."""
+        """Train to the end. How the head then does on held-out answers, if there are any.
+
+        Raises `InvalidState` when the state is of another run.
+        """
         self._resume()
         self._head.train()
         started, rows, shown = time.monotonic(), 0, 0.0
