@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from taps.evaluation.questions import load_questions
-from taps.evaluation.runner import commit, write_result
+from taps.evaluation.runner import commit, refuse_unwritable, write_result
 
 PLAIN: dict[str, Any] = {"strategy": "off"}
 
@@ -64,6 +64,7 @@ def ask(url: str, model: str, question: str, args: argparse.Namespace, taps: dic
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
+    made_with = {"commit": commit(), "cores": os.cpu_count(), "machine": platform.machine()}
     with urllib.request.urlopen(f"{args.url}/v1/models", timeout=30) as response:
         model = json.load(response)["data"][0]["id"]
     settings = [PLAIN, *(args.taps or [{}])]
@@ -83,7 +84,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
         "model": model,
-        "made_with": {"commit": commit(), "cores": os.cpu_count(), "machine": platform.machine()},
+        "made_with": made_with,
         "rows": [_row(taps, rows, answers[0]) for taps, rows in zip(settings, answers, strict=True)],
     }
 
@@ -115,6 +116,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="where the result goes, JSON")
     args = parser.parse_args()
+    if args.out:
+        refuse_unwritable(args.out)
     result = measure(args)
     for row in result["rows"][1:]:
         print(

@@ -52,21 +52,21 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "paper: as TAPS trained its heads (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--method", choices=("eagle-2", "hass"), help="default: the preset's")
-    parser.add_argument("--epochs", type=int, help="default: the preset's")
+    parser.add_argument("--epochs", type=_count, help="default: the preset's")
     parser.add_argument("--learning-rate", type=float, help="default: the preset's")
-    parser.add_argument("--batch-size", type=int, help="conversations per process (default: the preset's)")
-    parser.add_argument("--accumulation", type=int, help="batches per update (default: the preset's)")
+    parser.add_argument("--batch-size", type=_count, help="conversations per process (default: the preset's)")
+    parser.add_argument("--accumulation", type=_count, help="batches per update (default: the preset's)")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: the preset's")
     parser.add_argument("--feature-noise", type=float, help="width of uniform noise (default: the preset's)")
     parser.add_argument(
         "--learn-prompts", action=argparse.BooleanOptionalAction,
         help="learn from the prompts' positions too (default: the preset's)",
     )  # fmt: skip
-    parser.add_argument("--num-passes", type=int, help="drafting steps HASS aligns (default: the preset's)")
+    parser.add_argument("--num-passes", type=_count, help="drafting steps HASS aligns (default: the preset's)")
     parser.add_argument("--init", help="a head to start from: a directory or Hugging Face id")
     parser.add_argument(
         "--draft-vocab",
-        type=int,
+        type=_count,
         help="so many, the most frequent, it drafts from (default: the preset's)",
     )
     parser.set_defaults(run=_train)
@@ -82,21 +82,24 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
 def _add_answering(parser: argparse.ArgumentParser) -> None:
     """What `train` and `answer` share: how the target answers prompts."""
     parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
-    parser.add_argument("--answer-tokens", type=int, default=1_000_000, help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=320, help="per answer (default: %(default)s)")
+    parser.add_argument("--answer-tokens", type=_count, default=1_000_000, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=_count, default=320, help="per answer (default: %(default)s)")
     parser.add_argument(
-        "--max-prompt-tokens", type=int, default=512, help="longer prompts are left out (default: %(default)s)"
+        "--max-prompt-tokens",
+        type=_count,
+        default=512,
+        help="longer prompts are left out (default: %(default)s)",
     )
     parser.add_argument(
-        "--temperatures", type=float, nargs="+", help="taken in turn by the answers (default: 0 0 1)"
+        "--temperatures", type=_temperature, nargs="+", help="taken in turn by the answers (default: 0 0 1)"
     )
     parser.add_argument(
         "--answers-per-prompt",
-        type=int,
+        type=_count,
         default=8,
         help="at most, for few prompts (default: %(default)s)",
     )
-    parser.add_argument("--sessions", type=int, default=96, help="answered at once (default: %(default)s)")
+    parser.add_argument("--sessions", type=_count, default=96, help="answered at once (default: %(default)s)")
     parser.add_argument(
         "--speculate", nargs="+", default=[], metavar="HEAD",
         help="heads to generate answers with: faster where there is compute to spare, the same text",
@@ -106,7 +109,24 @@ def _add_answering(parser: argparse.ArgumentParser) -> None:
         help="keep token ids only and compute features in training: less disk, more compute",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, help="of answers and training (default: 0)")
-    parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--threads", type=_count, help="torch threads")
+
+
+def _count(text: str) -> int:
+    """A whole number of at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a temperature, a number of 0 or more")
+    return value
 
 
 def _answers(text: str) -> tuple[Path, int | None]:
@@ -134,11 +154,12 @@ def _add_measuring(
     parser.add_argument("--alone", default=[], nargs="+", type=Path, help="further heads, not combined")
     parser.add_argument("--out", required=True, type=Path, help="the result file, JSON")
     parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=128, help="per turn (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="default: %(default)s")
-    sizes = {"seed": 0, "questions": questions, "num-nodes": num_nodes, "depth": depth, "top-k": top_k}
+    parser.add_argument("--new-tokens", type=_count, default=128, help="per turn (default: %(default)s)")
+    parser.add_argument("--temperature", type=_temperature, default=0.0, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    sizes = {"questions": questions, "num-nodes": num_nodes, "depth": depth, "top-k": top_k}
     for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
+        parser.add_argument(f"--{name}", type=_count, default=default, help="default: %(default)s")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -156,8 +177,9 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from taps.evaluation.live import LivePlan, measure
-    from taps.evaluation.runner import write_result
+    from taps.evaluation.runner import refuse_unwritable, write_result
 
+    refuse_unwritable(args.out)
     plan = LivePlan(**_named(LivePlan, args))
     write_result(measure(args.target, args.heads, args.alone, args.data or args.benchmark, plan), args.out)
 
@@ -176,8 +198,9 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from taps.evaluation.runner import EvaluationPlan, evaluate, write_result
+    from taps.evaluation.runner import EvaluationPlan, evaluate, refuse_unwritable, write_result
 
+    refuse_unwritable(args.out)
     plan = EvaluationPlan(**_named(EvaluationPlan, args))
     run = f"{args.benchmark}-{args.new_tokens}-t{args.temperature:g}-s{args.seed}"
     data = args.data or args.benchmark

@@ -18,7 +18,7 @@ from taps.drafting.drafter import Ask, DraftJob
 from taps.evaluation.analysis import DrafterAnalysis
 from taps.evaluation.questions import InvalidQuestions, load_questions
 from taps.evaluation.replay import Strategy, replay
-from taps.evaluation.runner import strategies_for
+from taps.evaluation.runner import commit, strategies_for, unlike_names
 from taps.evaluation.statistics import (
     QuestionCounts,
     bootstrap,
@@ -64,6 +64,48 @@ def test_a_bad_question_is_refused_with_its_line(row: str, tmp_path: Path) -> No
     good = {"question_id": 1, "turns": ["One?"]}
     with pytest.raises(InvalidQuestions, match=r"q\.jsonl, line 2: "):
         load_questions(written(tmp_path / "q.jsonl", good, row))
+
+
+def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidQuestions, match="holds no questions"):
+        load_questions(written(tmp_path / "q.jsonl"))
+
+
+def test_one_turn_need_not_be_a_list(tmp_path: Path) -> None:
+    (question,) = load_questions(written(tmp_path / "q.jsonl", {"question_id": 1, "turns": "One?"}))
+    assert question.turns == ("One?",)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--questions", "0"], ["--new-tokens", "-1"], ["--temperature", "-0.5"], ["--temperature", "nan"],
+        ["--top-k", "many"],
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_are_refused(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", "--benchmark", "b", "--heads", "h", "--out", "o", *arguments])
+    assert f"{arguments[0]}: {arguments[1]!r} is not a" in capsys.readouterr().err
+
+
+def test_where_no_result_can_be_written_nothing_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--benchmark", "gsm8k", "--heads", "h", "--out", str(tmp_path)]) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_heads_that_results_could_not_tell_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="two heads are called math"):
+        unlike_names([Path("specialists/math"), Path("specialists/chat"), Path("old/math")])
+
+
+def test_the_commit_is_unknown_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None
 
 
 def test_fewer_questions_are_spread_over_the_file(tmp_path: Path) -> None:

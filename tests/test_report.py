@@ -22,7 +22,7 @@ from taps.evaluation.report import (
     routing_table,
     speeds,
 )
-from taps.evaluation.results import InvalidResults, Key, blends, load_results, row_of
+from taps.evaluation.results import InvalidResults, Key, blends, load_live, load_results, row_of
 
 LENGTHS = {
     "math-hass": 3.0,
@@ -94,7 +94,7 @@ def test_an_interval_around_one_decides_nothing() -> None:
     noisy = canned(lengths={"entropy": 2.8})
     for i, question in enumerate(next(r for r in noisy["rows"] if r["strategy"] == "entropy")["questions"]):
         question[0] += (-1) ** i * question[1] // 5
-    assert verdict(noisy, "Confidence routes better") == "not reproduced: every interval includes no difference"
+    assert verdict(noisy, "Confidence routes better") == "not reproduced: every interval includes 1"
     (claim,) = (c for c in claims({KEY: noisy, Key("hass", "svamp", 0.0): canned()}) if "routes" in c.statement)
     assert claim.verdict == "reproduced in 1 of 2, the others undecided"
 
@@ -168,17 +168,17 @@ def test_the_summary_holds_means_over_benchmarks_and_speeds() -> None:
         "coupled": False,
         "nodes_per_pass": 8, "acceptance_length": 3.0, "draft_ms": 12.4, "verify_ms": 60.0,
     }  # fmt: skip
-    live = [{"plan": {"benchmark": "gsm8k", "temperature": 0.0, "num_nodes": 8}, "rows": [row]}]
+    live = {KEY: {"rows": [row]}}
     found = means_table(lengths({KEY: canned(), Key("hass", "mt_bench", 0.0): other}), 2)
     assert "| strategy | hass, T = 0 |" in found
     assert "| math | 3.00 |" in found
     assert "| merged | 2.70 |" in found
     assert "averaged" not in found, "measured on one of two"
     assert means_table(speeds(live), 2).splitlines()[::2] == [
-        "| strategy | 8 nodes, T = 0 (1 of 2 benchmarks) |",
+        "| strategy | hass, T = 0 (1 of 2 benchmarks) |",
         "| merged | 1.50 |",
     ]
-    assert "| gsm8k | 0 | 8 | merged | 1.50 (1.48 to 1.55) | 3.00 | 12 | 60 | 8.0 |" in live_table(live)
+    assert "| hass | gsm8k | 0 | merged | 1.50 (1.48 to 1.55) | 3.00 | 12 | 60 | 8.0 |" in live_table(live)
 
 
 def test_results_are_told_apart_by_how_the_heads_they_combine_were_trained(tmp_path: Path) -> None:
@@ -232,11 +232,20 @@ def test_one_command_writes_the_page_and_every_plot_it_shows(tmp_path: Path) -> 
             result = canned(benchmark, temperature, {"averaged-hass": 1.5})
             result["heads"]["averaged-hass"] = {"averaged": {"math-hass": 0.5, "chat-hass": 0.5}}
             (source / name).write_text(json.dumps(result))
+    row = {
+        "strategy": "merged", "drafters": ["math-hass", "chat-hass"], "coupled": False,
+        "speed_ratio_median": 1.5, "speed_ratios": [1.4, 1.5, 1.7], "nodes_per_pass": 8,
+        "acceptance_length": 3.0, "draft_ms": 12.4, "verify_ms": 60.0,
+    }  # fmt: skip
+    live = canned() | {"rows": [row], "threads": 2, "made_with": {"device": "cpu"}}
+    (source / "live-gsm8k-t0.json").write_text(json.dumps(live))
     assert main(["report", "--results", str(source), "--out", str(tmp_path / "study")]) == 0
     page = (tmp_path / "study" / "README.md").read_text()
     plots = {path.name for path in (tmp_path / "study").glob("*.svg")}
     assert len(plots) == 12
     assert all(f"]({name})" in page for name in plots)
+    assert "20 of mt_bench, 20 of gsm8k, at most 128 new tokens a turn" in page
+    assert "one stream on 2 threads (cpu), trees of 60 nodes" in page
     assert page.index("mt_bench") < page.index("gsm8k", page.index("## Acceptance length"))
 
 
@@ -250,3 +259,14 @@ def test_results_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "eval-b.json").write_text(json.dumps(canned()))
     with pytest.raises(InvalidResults, match="a second time"):
         load_results(tmp_path)
+    other = canned("mt_bench")
+    (tmp_path / "eval-b.json").write_text(json.dumps(other | {"plan": other["plan"] | {"depth": 6}}))
+    with pytest.raises(InvalidResults, match=r"eval-a.*eval-b.* differ in their trees"):
+        load_results(tmp_path)
+    (tmp_path / "eval-b.json").write_text(json.dumps(other | {"heads": other["heads"] | {"math-eagle-2": {}}}))
+    with pytest.raises(InvalidResults, match="two heads that are both reported as math"):
+        load_results(tmp_path)
+    (tmp_path / "eval-b.json").unlink()
+    (tmp_path / "live-a.json").write_text("half a")
+    with pytest.raises(InvalidResults, match=r"live-a\.json is not a result"):
+        load_live(tmp_path)

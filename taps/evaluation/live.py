@@ -7,6 +7,8 @@ strategies; nothing of Ray or HTTP (`cluster.bench` measures a running cluster).
 from __future__ import annotations
 
 import asyncio
+import os
+import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -25,7 +27,7 @@ from taps.decoding import Panel, decode
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
 from taps.evaluation.questions import load_questions
-from taps.evaluation.runner import commit
+from taps.evaluation.runner import commit, heads_made, unlike_names
 from taps.local import LocalDrafter, LocalVerifier, in_process
 from taps.metrics import SpeculationCounts
 from taps.models.causal_lm import CausalLM
@@ -108,16 +110,25 @@ def measure(
 
     Args: heads: those that are combined; alone: further ones, timed by themselves.
     """
+    every = [*heads, *alone]
+    names, device = unlike_names(every), "cuda" if torch.cuda.is_available() else "cpu"
+    made_with = {
+        "taps": __version__, "torch": torch.__version__, "commit": commit(), "cores": os.cpu_count(),
+        "machine": platform.machine(), "device": device,
+    }  # fmt: skip
     path = target_path(target)
     with computing_with(1) as num_threads:
-        engine = Target(CausalLM.load(path, torch.bfloat16), 2, _MAX_LEN)
-        named = [(h.name, EagleDrafter(load_head(h, path, torch.bfloat16), 2)) for h in (*heads, *alone)]
+        loaded = [load_head(head, path, torch.bfloat16).to(device) for head in every]
+        engine = Target(CausalLM.load(path, torch.bfloat16, device), 2, _MAX_LEN)
+        named = zip(names, (EagleDrafter(head, 2) for head in loaded), strict=True)
         with in_process(engine, named, num_threads) as (verifier, drafters):
             settings = _settings(drafters, len(heads), (False, True) if plan.temperature else (False,))
             timed = _time_all(AutoTokenizer.from_pretrained(path), verifier, settings, data, plan)
     return {
         "plan": asdict(plan),
-        "made_with": {"taps": __version__, "torch": torch.__version__, "commit": commit()},
+        "target": target,
+        "heads": heads_made(every),
+        "made_with": made_with,
         "threads": num_threads,
         "rows": [_row(setting, rows, timed[0]) for setting, rows in zip(settings, timed, strict=True)],
     }
@@ -176,6 +187,7 @@ def _row(setting: Setting, rows: Sequence[Timed], plain: Sequence[Timed]) -> dic
     passes = sum(row.counts.num_passes for row in rows)
     return {
         "strategy": setting.strategy,
+        "drafters": [drafter.name for drafter in setting.drafters],
         "coupled": setting.coupled,
         "speed_ratio_median": round(statistics.median(ratios), 4),
         "speed_ratios": [round(ratio, 4) for ratio in ratios],

@@ -49,6 +49,8 @@ def load_questions(source: str | Path, limit: int | None = None) -> list[Questio
     else:
         raise InvalidQuestions(f"{source} is neither a file nor one of {', '.join(HUB)}")
     questions = [_parse(row, number, where) for number, (row, where) in enumerate(rows)]
+    if not questions:
+        raise InvalidQuestions(f"{source} holds no questions; {_EXPECTED}")
     if limit is None or limit >= len(questions):
         return questions
     return [questions[i * len(questions) // limit] for i in range(limit)]
@@ -88,7 +90,7 @@ def _parse(row: Any, number: int, where: str) -> Question:
 
 def _turns(row: Any) -> tuple[str, ...]:
     if "turns" in row:
-        return tuple(row["turns"])
+        return (row["turns"],) if isinstance(row["turns"], str) else tuple(row["turns"])
     if "messages" in row:
         return tuple(m["content"] for m in row["messages"] if m["role"] == "user")
     if "Body" in row:

@@ -5,14 +5,12 @@ Everything it says is computed from the files. Knows results; nothing of models.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from taps.evaluation.claims import Claim, claims
-from taps.evaluation.results import Results, Row, blends, counts, load_results, plain_name, row_of
+from taps.evaluation.results import Results, Row, blends, counts, load_live, load_results, plain_name, row_of
 from taps.evaluation.statistics import bootstrap_ratio, quartiles
 
 
@@ -110,20 +108,19 @@ def averaging_table(results: Results) -> str:
     return table(["recipe", "benchmark", "temperature", "heads", "λ of the first", "τ"], lines)
 
 
-def live_table(live: Sequence[dict[str, Any]]) -> str:
+def live_table(live: Results) -> str:
     lines = []
-    for result in live:
-        plan = result["plan"]
+    for key, result in live.items():
         for row in result["rows"]:
             lower, upper = quartiles(row["speed_ratios"])
             lines.append([
-                plan["benchmark"], f"{plan['temperature']:g}", str(plan["num_nodes"]),
+                key.recipe, key.benchmark, f"{key.temperature:g}",
                 plain_name(row["strategy"]) + ", coupled" * row["coupled"],
                 f"{row['speed_ratio_median']:.2f} ({lower:.2f} to {upper:.2f})",
                 f"{row['acceptance_length']:.2f}", f"{row['draft_ms']:.0f}", f"{row['verify_ms']:.0f}",
                 f"{row['nodes_per_pass']:.1f}",
             ])  # fmt: skip
-    header = "benchmark, temperature, nodes, strategy, speed, τ, draft ms, verify ms, nodes per pass"
+    header = "recipe, benchmark, temperature, strategy, speed, τ, draft ms, verify ms, nodes per pass"
     return table(header.split(", "), lines)
 
 
@@ -139,9 +136,9 @@ def lengths(results: Results) -> Measured:
                 yield column, name, row["acceptance_length"]
 
 
-def speeds(live: Sequence[dict[str, Any]]) -> Measured:
-    for result in live:
-        setting = f"{result['plan']['num_nodes']} nodes, T = {result['plan']['temperature']:g}"
+def speeds(live: Results) -> Measured:
+    for key, result in live.items():
+        setting = f"{key.recipe}, T = {key.temperature:g}"
         for row in result["rows"]:
             yield setting + ", coupled" * row["coupled"], plain_name(row["strategy"]), row["speed_ratio_median"]
 
@@ -181,19 +178,19 @@ def write_report(source: Path, out: Path) -> None:
     from taps.evaluation.plots import draw_all
 
     results = load_results(source)
-    live = [json.loads(path.read_text()) for path in sorted(source.glob("live-*.json"))]
+    live = load_live(source)
     out.mkdir(parents=True, exist_ok=True)
     plots = draw_all(results, out)
     (out / "README.md").write_text(report(results, live, plots, source))
 
 
-def report(
-    results: Results, live: Sequence[dict[str, Any]], plots: Mapping[str, Mapping[str, str]], source: Path
-) -> str:
+def report(results: Results, live: Results, plots: Mapping[str, Mapping[str, str]], source: Path) -> str:
     """The text. Args: plots: subject -> recipe and temperature -> file name."""
-    plans = [result["plan"] for result in results.values()]
-    asked = {plan["benchmark"]: f"{plan['questions']} of {plan['benchmark']}" for plan in plans}
-    first, found = plans[0], claims(results)
+    asked = {
+        key.benchmark: f"{len(result['rows'][0]['questions'])} of {key.benchmark}"
+        for key, result in results.items()
+    }
+    plan, found = next(iter(results.values()))["plan"], claims(results)
 
     def drawn(subject: str, caption: str) -> str:
         shown = plots.get(subject, {}).items()
@@ -203,14 +200,21 @@ def report(
         "# Specialists: what they buy\n\n"
         f"Made by `taps report` from the files in `{source}`; nothing here is written by hand.\n\n"
         "The acceptance length τ is the number of tokens per verify pass, the bonus token included, pooled "
-        f"over the questions of a benchmark: {', '.join(asked.values())}, {first['new_tokens']} new tokens a "
-        "turn. Behind it stand 95 % bootstrap intervals over questions. Trees have "
-        f"{first['num_nodes']} nodes, depth {first['depth']} and top-k {first['top_k']} where no other size is "
+        f"over the questions of a benchmark: {', '.join(asked.values())}, at most {plan['new_tokens']} new "
+        "tokens a turn. Behind it stand 95 % bootstrap intervals over questions. Trees have "
+        f"{plan['num_nodes']} nodes, depth {plan['depth']} and top-k {plan['top_k']} where no other size is "
         "given; `concatenated` keeps all nodes of all trees, and accepts what an `oracle` would, that takes in "
         "each pass the tree that turns out best. Speed is relative to plain decoding in the same run.\n",
         "## In short\n\nτ, mean of the benchmarks, T the temperature:\n\n"
         + means_table(lengths(results), len(asked)),
-        *(["Speed, mean of the benchmarks:\n\n" + means_table(speeds(live), len(asked))] if live else []),
+        *(
+            [
+                f"Speed, mean of the benchmarks, {_live_setting(live)}:\n\n"
+                + means_table(speeds(live), len(asked))
+            ]
+            if live
+            else []
+        ),
         "## The heads\n\n" + heads_table(results),
         "## The paper's claims\n\n" + claims_section([claim for claim in found if claim.by_paper]),
         "## Ours\n\n" + claims_section([claim for claim in found if not claim.by_paper]),
@@ -237,6 +241,16 @@ def report(
     if live:
         parts.append(
             "## Speed\n\nTokens a second as a ratio to plain decoding in the same run: median over questions, "
-            "and quartiles.\n\n" + live_table(live)
+            f"and quartiles; {_live_setting(live)}.\n\n" + live_table(live)
         )
     return "\n".join(parts)
+
+
+def _live_setting(live: Results) -> str:
+    """What speeds were measured with."""
+    result = next(iter(live.values()))
+    plan, threads, device = result["plan"], result["threads"], result["made_with"]["device"]
+    return (
+        f"one stream on {threads} threads ({device}), trees of {plan['num_nodes']} nodes, depth "
+        f"{plan['depth']} and top-k {plan['top_k']}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,19 +34,38 @@ Results = Mapping[Key, dict[str, Any]]
 
 def load_results(directory: Path) -> dict[Key, dict[str, Any]]:
     """Every evaluation in `directory`, in the order tables have. Raises `InvalidResults`."""
+    found = _load(directory, "eval")
+    if not found:
+        raise InvalidResults(f"{directory} holds no eval-*.json; make some with `taps eval --out`")
+    return found
+
+
+def load_live(directory: Path) -> dict[Key, dict[str, Any]]:
+    """Every measurement of speed in `directory`; there may be none. Raises `InvalidResults`."""
+    return _load(directory, "live")
+
+
+def _load(directory: Path, kind: str) -> dict[Key, dict[str, Any]]:
+    """The files `kind`-*.json, whose trees and lengths of answers have to be the same."""
     found: dict[Key, dict[str, Any]] = {}
-    for path in sorted(directory.glob("eval-*.json")):
+    shapes: dict[tuple[int, ...], Path] = {}
+    for path in sorted(directory.glob(f"{kind}-*.json")):
         try:
             result = json.loads(path.read_text())
             plan = result["plan"]
             key = Key(_recipe(result), plan["benchmark"], plan["temperature"])
+            shapes[tuple(plan[name] for name in ("num_nodes", "depth", "top_k", "new_tokens"))] = path
+            heads = Counter(plain_name(name) for name in result["heads"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InvalidResults(f"{path} is not a result of `taps eval`: {error!r}") from error
+            raise InvalidResults(f"{path} is not a result of `taps eval` or `taps bench`: {error!r}") from error
+        if twice := [name for name, count in heads.items() if count > 1]:
+            raise InvalidResults(f"{path} measures two heads that are both reported as {twice[0]}")
         if key in found:
             raise InvalidResults(f"{path} measures {key} a second time")
         found[key] = result
-    if not found:
-        raise InvalidResults(f"{directory} holds no eval-*.json; make some with `taps eval --out`")
+    if len(shapes) > 1:
+        one, other = list(shapes.values())[:2]
+        raise InvalidResults(f"{one} and {other} differ in their trees or new tokens: report on them apart")
     return dict(sorted(found.items(), key=lambda item: _place(item[0])))
 
 

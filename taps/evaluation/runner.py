@@ -6,6 +6,7 @@ Knows benchmarks, heads and strategies; nothing of plots.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ from taps.metrics import SpeculationCounts
 from taps.models.checkpoints import load_head
 from taps.models.embedded import target_path
 from taps.sampling import SamplingParams
+from taps.threads import computing_with
 from taps.training.answers import AnswerRecipe, answer_sampling
 from taps.training.shards import Recording, load_shard, shards
 from taps.training.sources import Prompt
@@ -41,6 +43,7 @@ from taps.training.specialist import answer_prompts
 
 SMALL_TREES = (8, 16)  # what one stream on two cores can afford
 _UNBOUNDED = 1 << 20
+_GIT_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
@@ -166,10 +169,12 @@ def evaluate(
 
     Args: combined: heads that are routed and merged; alone: further ones, measured by themselves.
     """
+    made_with = {"taps": __version__, "torch": torch.__version__, "commit": commit()}
     path = target_path(target)
+    names = unlike_names([*combined, *alone])
+    with computing_with(1):
+        heads = [load_head(head, path, torch.float32) for head in (*combined, *alone)]
     runs = record(path, load_questions(data, plan.questions), work, plan)
-    names = [head.name for head in (*combined, *alone)]
-    heads = [load_head(head, path, torch.float32) for head in (*combined, *alone)]
     drafters = [EagleDrafter(head, plan.batch_size, max_len=4096) for head in heads]
     strategies = strategies_for(names[: len(combined)], names[len(combined) :], plan.num_nodes)
     couplings = (False, True) if plan.temperature else (False,)
@@ -195,28 +200,54 @@ def evaluate(
     return {
         "plan": asdict(plan),
         "target": target,
-        "heads": {name: _made(head) for name, head in zip(names, (*combined, *alone), strict=True)},
+        "heads": heads_made([*combined, *alone]),
         "runs": len(runs),
-        "made_with": {"taps": __version__, "torch": torch.__version__, "commit": commit()},
+        "made_with": made_with,
         "rows": [row.as_json(names) for row in rows],
         "analysis": {name: a.as_json() for name, a in zip(names, analyses, strict=True)},
     }
 
 
-def _made(head: Path) -> Any:
-    """How a head came to be, as its config says."""
-    settings = json.loads((head / "config.json").read_text()) if (head / "config.json").is_file() else {}
-    return settings.get("taps", {"path": str(head)})
+def unlike_names(heads: Sequence[Path]) -> list[str]:
+    """What results call heads: the names of their directories. Raises `ValueError` where two have the same."""
+    names = [head.name for head in heads]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(
+            f"two heads are called {twice[0]}: results could not tell them apart; rename a directory"
+        )
+    return names
+
+
+def heads_made(heads: Sequence[Path]) -> dict[str, Any]:
+    """How heads came to be, by name, as their configs say."""
+    made = {}
+    for head in heads:
+        settings = json.loads((head / "config.json").read_text()) if (head / "config.json").is_file() else {}
+        made[head.name] = settings.get("taps", {"path": str(head)})
+    return made
 
 
 def commit() -> str | None:
-    """The commit of the code that ran, when it ran in a checkout."""
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    """The commit of the code that runs, if it runs in a checkout. Ask before measuring: others may commit."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        asked = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=_GIT_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return asked.stdout.strip() or None
 
 
-def write_result(result: dict[str, Any], path: Path) -> None:
+def refuse_unwritable(path: Path) -> None:
+    """Raise `OSError` where no result can be written to `path`, before anything is measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OSError(f"{path} cannot be written; name another file for the result")
+
+
+def write_result(result: dict[str, Any], path: Path) -> None:
+    """Write a result as JSON, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.rename(path)
