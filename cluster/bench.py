@@ -83,6 +83,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "questions": len(answers[0]),
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
+        "seed": args.seed,
         "model": model,
         "made_with": made_with,
         "rows": [_row(taps, rows, answers[0]) for taps, rows in zip(settings, answers, strict=True)],
@@ -116,6 +117,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="where the result goes, JSON")
     args = parser.parse_args()
+    if args.questions < 2 or args.max_tokens < 2:
+        parser.error("speeds are compared over at least 2 questions with answers of at least 2 tokens")
     if args.out:
         refuse_unwritable(args.out)
     result = measure(args)

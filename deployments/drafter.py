@@ -30,6 +30,10 @@ class Drafter:
         """Name and kind, and the fingerprint of the target a head was made for."""
         return self._description
 
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises several times in a row."""
+        self._drafter.check()
+
     async def lease(self) -> AsyncIterator[Message]:
         async for grant in self._server.lease():
             yield grant

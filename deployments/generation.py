@@ -67,7 +67,7 @@ class Generator:
 
     async def _keep_on(self, panel: Panel, specialist: Specialist, index: int) -> None:
         """Lease the specialist and keep it on the panel; when it is lost, lease another replica."""
-        waits = self._args.lease_deadline_s, self._args.lease_deadline_s
+        waits = self._args.lease_deadline_s, self._args.verify_deadline_s
         while True:
             try:
                 async with drafter_session(

@@ -13,14 +13,16 @@ from torch import Tensor
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask
 from taps.models.cache import CacheFull
-from taps.sampling import SamplingParams
+from taps.sampling import InvalidLogits, SamplingParams
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 
 VERSION = 1
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 # Errors that travel by name: the far side raises the same type.
-_ERRORS: dict[str, type[Exception]] = {e.__name__: e for e in (CacheFull, PromptTooLong, InvalidTree)}
+_ERRORS: dict[str, type[Exception]] = {
+    e.__name__: e for e in (CacheFull, PromptTooLong, InvalidTree, InvalidLogits)
+}
 
 Message = dict[str, Any]
 

@@ -43,6 +43,7 @@ class Observer:
         if step.is_prefill:
             if record.num_prefills == 1:
                 self._first.observe(since_last_ms)
+                self._prompt_tokens.inc(record.prompt_tokens)
         else:
             # A pass is seen by each of its sessions.
             self._passes.inc(1.0 / verdict.batch_size)
@@ -60,7 +61,6 @@ class Observer:
 
     def observe_end(self, record: RequestRecord, outcome: str) -> None:
         self._requests.inc(tags={"outcome": outcome})
-        self._prompt_tokens.inc(record.prompt_tokens)
         for index, name in enumerate(record.drafters):
             if drafted := record.drafted_by_drafter[index]:
                 self._drafted.inc(drafted, tags={"drafter": name})

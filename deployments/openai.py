@@ -220,7 +220,8 @@ def _validated(model: type[R], body: bytes) -> R:
     try:
         return model.model_validate(parsed)
     except ValidationError as error:
-        first = error.errors()[0]
+        # Of a union's alternatives, the one that came closest.
+        first = max(error.errors(), key=lambda found: len(found["loc"]))
         where = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
         reason = first["msg"].removeprefix("Value error, ")
         raise RequestError(f"{where}: {reason}" if where else reason, param=where or None) from error
@@ -228,7 +229,7 @@ def _validated(model: type[R], body: bytes) -> R:
 
 def _is_union_tag(part: int | str) -> bool:
     """Whether pydantic put this part of a location there to name a member of a union."""
-    return isinstance(part, str) and (part in ("str", "int") or "[" in part or not part.islower())
+    return isinstance(part, str) and (part in ("str", "int") or "[" in part)
 
 
 def new_id(prefix: str) -> str:

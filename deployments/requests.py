@@ -10,6 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from deployments import openai
@@ -75,9 +76,6 @@ class RequestReader:
             except (TypeError, ValueError) as error:
                 raise RequestError(f"the prompt cannot be tokenized: {error}", "prompt") from error
             return ids
-        limit = self._target["vocab_size"]
-        if not all(0 <= token < limit for token in request.prompt):
-            raise RequestError(f"token ids must lie between 0 and {limit - 1}", "prompt")
         return request.prompt
 
     def _refuse_far_too_long(self, num_characters: int, where: str) -> None:
@@ -100,6 +98,10 @@ class RequestReader:
         where = "messages" if isinstance(request, ChatRequest) else "prompt"
         if not prompt:
             raise RequestError("the prompt is empty", where)
+        # Text, too, may hold tokens that were added to the tokenizer alone.
+        last = self._target["vocab_size"] - 1
+        if (other := next((token for token in prompt if not 0 <= token <= last), None)) is not None:
+            raise RequestError(f"token ids must lie between 0 and {last}; the prompt has {other}", where)
         limit = self._target["max_tokens"]
         room = limit - len(prompt)
         if room < 1 or (max_tokens or 1) > room:
@@ -121,8 +123,9 @@ class RequestReader:
         chosen = options.model_dump(exclude={"drafters"}, exclude_none=True)
         try:
             return TreeArgs(**self._args.tree.model_dump() | chosen)
-        except ValueError as error:
-            raise RequestError(f"taps: {error}", "taps") from error
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise RequestError(f"taps: {reason}", "taps") from error
 
     def _choose(self, strategy: str, names: list[str] | None, up: Collection[str]) -> tuple[str, ...]:
         """The drafters to ask: those named, or the configured ones that are up."""

@@ -26,6 +26,7 @@ from deployments.requests import Generation, RequestReader
 from taps.decoding import VerifierBusy, VerifierGone
 from taps.delivery import Delivered
 from taps.models.embedded import target_path
+from taps.sampling import InvalidLogits
 from taps.verdict import PromptTooLong
 
 logger = logging.getLogger("ray.serve")
@@ -35,6 +36,11 @@ AnyRequest = TypeVar("AnyRequest", ChatRequest, CompletionRequest)
 
 def _refusal(error: RequestError) -> Response:
     return JSONResponse(error.body(), error.status)
+
+
+async def _close(pieces: AsyncGenerator[Delivered, None]) -> None:
+    """Free what an answer held: its sessions, and the drafters they lease."""
+    await pieces.aclose()
 
 
 @api.exception_handler(HTTPException)
@@ -68,6 +74,7 @@ class Router:
         core = serve.get_replica_context().app_name
         self._directory = Directory(self._target, core, args.discovery_interval_s, args.drafters or ())
         self._directory.start()
+        self._closing: set[asyncio.Task[None]] = set()  # sessions whose answers are complete
 
     @api.get("/health")
     async def health(self) -> Response:
@@ -123,31 +130,39 @@ class Router:
         if stream:
             events = self._events(await anext(pieces), pieces, record, writer)
             return StreamingResponse(events, media_type="text/event-stream")
-        async with aclosing(pieces):
-            answer = [piece async for piece in pieces]
+        answer = [await anext(pieces)]
+        while answer[-1].finish_reason is None:
+            answer.append(await anext(pieces))
+        closing = asyncio.create_task(_close(pieces))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
         text = "".join(piece.text for piece in answer)
         return JSONResponse(writer.whole(text, answer[-1].finish_reason, *record.summary()))
 
     async def _events(
         self,
-        first: Delivered,
+        piece: Delivered,
         pieces: AsyncGenerator[Delivered, None],
         record: RequestRecord,
         writer: Writer,
     ) -> AsyncIterator[str]:
-        """Server-sent events. A client that goes away closes this generator, which frees the session."""
+        """Server-sent events. A client that goes away closes this generator, which frees the session.
+
+        Args: piece: the first one; pieces: all others.
+        """
         async with aclosing(pieces):
             try:
-                yield writer.chunk(first.text, first.finish_reason, first=True)
-                async for piece in pieces:
+                yield writer.chunk(piece.text, piece.finish_reason, first=True)
+                while piece.finish_reason is None:
+                    piece = await anext(pieces)
                     if piece.text or piece.finish_reason:
                         yield writer.chunk(piece.text, piece.finish_reason)
             except RequestError as error:
                 yield openai.error_event(error)
                 return
-        if writer.include_usage:
-            yield writer.usage_chunk(*record.summary())
-        yield openai.DONE
+            if writer.include_usage:
+                yield writer.usage_chunk(*record.summary())
+            yield openai.DONE
 
     async def _pieces(self, job: Generation, record: RequestRecord) -> AsyncGenerator[Delivered, None]:
         """The answer piece by piece; failures as request errors, and one record whatever happens."""
@@ -167,7 +182,8 @@ class Router:
                         return
         except VerifierBusy as error:
             outcome = "overloaded"
-            reason = "the server is at capacity; try again"
+            up = self._directory.verifier_is_up
+            reason = "the server is at capacity; try again" if up else "no verifier is up; try again soon"
             raise RequestError(reason, status=503, code="overloaded") from error
         except PromptTooLong as error:
             outcome = "refused"
@@ -179,6 +195,9 @@ class Router:
         except VerifierGone as error:
             outcome = "failed"
             raise RequestError(f"the target could not answer: {error}", status=503) from error
+        except InvalidLogits as error:  # as it would on any other verifier
+            outcome = "failed"
+            raise RequestError(f"the target cannot answer this: {error}", status=500) from error
         except Exception as error:  # our own bugs, too, end a started stream with an error event
             outcome = "failed"
             logger.exception("request %s failed", record.id)

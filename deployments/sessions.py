@@ -16,7 +16,7 @@ from taps.context import ContextDelta
 from taps.decoding import DrafterGone, VerifierBusy, VerifierGone
 from taps.drafting.drafter import Ask
 from taps.models.cache import CacheFull
-from taps.sampling import SamplingParams
+from taps.sampling import InvalidLogits, SamplingParams
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 
@@ -24,7 +24,7 @@ from taps.verdict import PromptTooLong, Verdict
 _VERIFIER_FAILURES = (PeerGone, RemoteError, VersionMismatch)
 _NO_ROOM = (BackPressureError, CacheFull, NoneFree)
 # A drafter that fails in any of these ways is left out; it never fails a request.
-_DRAFTER_FAILURES = (*_VERIFIER_FAILURES, *_NO_ROOM, PromptTooLong, InvalidTree)
+_DRAFTER_FAILURES = (*_VERIFIER_FAILURES, *_NO_ROOM, PromptTooLong, InvalidTree, InvalidLogits)
 
 
 class RemoteVerifierSession:

@@ -32,6 +32,10 @@ class Verifier:
         """What the router and its drafters must know of the target."""
         return self._description
 
+    def check_health(self) -> None:
+        """Called by Serve, which replaces a replica that raises several times in a row."""
+        self._verifier.check()
+
     async def lease(self) -> AsyncIterator[Message]:
         async for grant in self._server.lease():
             yield grant

@@ -15,6 +15,8 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 T = TypeVar("T")
 
+_MOST_FAILURES = 3
+
 
 class Batcher(Generic[Job, Result]):
     """Runs `step` on all waiting jobs, over and over, in a thread of its own.
@@ -33,6 +35,12 @@ class Batcher(Generic[Job, Result]):
         self._waiting: list[tuple[Job, asyncio.Future[Result]]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=prepare)
         self._runner: asyncio.Task[None] | None = None
+        self._failed_in_a_row = 0
+
+    def check(self) -> None:
+        """Raise RuntimeError once several steps in a row have raised: a lost device does not come back."""
+        if self._failed_in_a_row >= _MOST_FAILURES:
+            raise RuntimeError(f"the last {self._failed_in_a_row} steps failed")
 
     async def submit(self, job: Job) -> Result:
         """The job's result. Cancelling the caller takes the job out before the next step."""
@@ -83,9 +91,12 @@ class Batcher(Generic[Job, Result]):
     async def _run_step(self, jobs: list[Job]) -> Sequence[Result | Exception | None]:
         """A step that raises fails its jobs, not the batcher: the callers decide what to do."""
         try:
-            return await self.between_steps(lambda: self._step(jobs))
+            results = await self.between_steps(lambda: self._step(jobs))
         except Exception as error:  # whatever a model raises must reach the waiting sessions
+            self._failed_in_a_row += 1
             return [error] * len(jobs)
+        self._failed_in_a_row = 0
+        return results
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

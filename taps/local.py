@@ -44,6 +44,10 @@ class LocalVerifier:
             nodes = [(token, parent, -1.0, 0) for token, parent in ((0, 0), (1, 0), (2, 1))]
             await session.verify(ProposalTree.ordered(root, nodes, len(nodes) + 1))
 
+    def check(self) -> None:
+        """Raise RuntimeError when it can do no more steps."""
+        self._batcher.check()
+
     def close(self) -> None:
         self._batcher.close()
 
@@ -81,6 +85,10 @@ class LocalDrafter:
         """A session whose nodes are marked with bit `index`. Raises `CacheFull`."""
         async with self._batcher.holding(self._drafter.open, self._drafter.close) as state:
             yield LocalDrafterSession(self._batcher, state, self.name, index)
+
+    def check(self) -> None:
+        """Raise RuntimeError when it can do no more steps."""
+        self._batcher.check()
 
     def close(self) -> None:
         self._batcher.close()

@@ -5,6 +5,7 @@ Knows tokens, parents and probabilities; nothing of models, caches, Ray or HTTP.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -134,6 +135,8 @@ class ProposalTree:
             raise InvalidTree("a tree needs equally many tokens, parents, scores and owners, at least one")
         if self.parents[ROOT] != NO_PARENT:
             raise InvalidTree("the first node of a tree is its root and has parent -1")
+        if self.scores[ROOT] != 0 or not math.isfinite(self.entropy):
+            raise InvalidTree(f"the root has score {self.scores[ROOT]}, not 0, or the entropy {self.entropy}")
         for i in range(1, n):
             if not 0 <= self.parents[i] < i:
                 raise InvalidTree(f"node {i} has parent {self.parents[i]}: parents come before children")

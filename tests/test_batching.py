@@ -118,6 +118,21 @@ async def test_a_step_that_raises_fails_its_jobs_but_not_those_after() -> None:
         assert await batcher.submit(14) == "14"
 
 
+async def test_a_batcher_whose_steps_all_raise_says_so() -> None:
+    def step(jobs: Sequence[int]) -> list[Outcome]:
+        if 13 in jobs:
+            raise RuntimeError("the device is lost")
+        return [str(job) for job in jobs]
+
+    with batching(step) as batcher:
+        for job in (13, 13, 14, 13, 13):
+            await asyncio.gather(batcher.submit(job), return_exceptions=True)
+            batcher.check()
+        await asyncio.gather(batcher.submit(13), return_exceptions=True)
+        with pytest.raises(RuntimeError, match="the last 3 steps failed"):
+            batcher.check()
+
+
 async def test_a_cancelled_job_is_never_stepped() -> None:
     step = GatedStep()
     with batching(step) as batcher:

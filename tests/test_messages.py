@@ -26,7 +26,7 @@ from deployments.messages import (
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask
 from taps.models.cache import CacheFull
-from taps.sampling import SamplingParams
+from taps.sampling import InvalidLogits, SamplingParams
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 from tests.fakes import chain
@@ -93,7 +93,7 @@ def test_the_version_is_checked_before_anything_else_is_believed() -> None:
         decode(encode({"version": 99, **error_message(CacheFull("full"))}))
 
 
-@pytest.mark.parametrize("kind", [CacheFull, PromptTooLong, InvalidTree])
+@pytest.mark.parametrize("kind", [CacheFull, PromptTooLong, InvalidTree, InvalidLogits])
 def test_an_error_is_raised_again_with_its_type_and_text(kind: type[Exception]) -> None:
     with pytest.raises(kind, match="all 16 slots are in use") as caught:
         sent(error_message(kind("all 16 slots are in use")))

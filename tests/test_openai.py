@@ -222,6 +222,14 @@ def test_a_message_that_cannot_be_shown_to_the_target_is_refused(message: Json) 
     assert str(refusal(messages=[message]).param).startswith("messages.0")
 
 
+def test_of_several_forms_the_one_that_came_closest_is_named() -> None:
+    parts = [{"type": "image_url", "image_url": {"url": "x"}}]
+    error = refusal(messages=[{"role": "user", "content": parts}])
+    assert error.param == "messages.0.content.0.type"
+    assert "Input should be 'text'" in error.message
+    assert refusal(stop=["a", 5]).param == "stop.1"
+
+
 def test_messages_are_made_plain_for_the_chat_template() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = chat(messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}])
@@ -260,6 +268,7 @@ def test_every_strategy_can_be_asked_for(strategy: str) -> None:
         ({"depth": 0}, "taps.depth"),
         ({"drafters": "math"}, "taps.drafters"),
         ({"temperature": 0}, "taps.temperature"),
+        ({"numNodes": 4}, "taps.numNodes"),
     ],
 )
 def test_a_bad_speculation_option_is_refused_and_named(options: Json, param: str) -> None:

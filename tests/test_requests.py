@@ -103,6 +103,19 @@ def test_token_ids_outside_the_vocabulary_are_refused(reader: RequestReader, pro
         read_completion(reader, prompt)
 
 
+def test_text_with_tokens_the_target_does_not_have_is_refused(reader: RequestReader) -> None:
+    messages = [{"role": "user", "content": "hello \N{SNOWMAN}"}]
+    with pytest.raises(RequestError, match=f"between 0 and 999; the prompt has {ord(chr(0x2603))}") as caught:
+        read_chat(reader, messages=messages)
+    assert caught.value.param == "messages"
+
+
+def test_a_tree_that_is_too_wide_is_refused_in_one_sentence(reader: RequestReader) -> None:
+    reader._args.tree.top_k = 20
+    with pytest.raises(RequestError, match=r"^taps: depth \* top_k is \d+, the most is \d+$"):
+        read_chat(reader, taps={"depth": 16})
+
+
 def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(
     reader: RequestReader, monkeypatch: pytest.MonkeyPatch
 ) -> None:

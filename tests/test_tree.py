@@ -118,11 +118,13 @@ def test_owned_by_marks_every_drafted_node_and_nothing_else() -> None:
         ({"parents": (-1, 0, 0, 5, 0, 2)}, "node 3 has parent 5"),
         ({"parents": (-1, NO_PARENT, 0, 1, 0, 2)}, "node 1 has parent -1"),
         ({"scores": (0.0, -0.2, -0.1, -0.4, -0.5, -0.9)}, "must not increase"),
+        ({"scores": (-0.1, -0.1, -0.2, -0.4, -0.5, -0.9)}, "root has score -0.1"),
+        ({"entropy": float("nan")}, "the entropy nan"),
         ({"scores": (0.0, 0.1, -0.2, -0.4, -0.5, -0.9)}, "node 1 has score"),
         ({"scores": (0.0, -0.1, float("nan"), -0.4, -0.5, -0.9)}, "node 2 has score nan"),
     ],
 )
-def test_check_says_what_is_wrong(change: dict[str, tuple[float, ...]], reason: str) -> None:
+def test_check_says_what_is_wrong(change: dict[str, float | tuple[float, ...]], reason: str) -> None:
     broken = ProposalTree.from_wire(TREE.to_wire())
     for name, value in change.items():
         object.__setattr__(broken, name, value)
