@@ -171,7 +171,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    _add_measuring(parser, questions=10, num_nodes=8, depth=3, top_k=3)
+    _add_measuring(parser, questions=10, num_nodes=8, depth=4, top_k=4)
     parser.set_defaults(run=_bench)
 
 

@@ -53,8 +53,8 @@ class LivePlan:
     temperature: float = 0.0
     seed: int = 0
     num_nodes: int = 8
-    depth: int = 3
-    top_k: int = 3
+    depth: int = 4
+    top_k: int = 4
 
 
 class Setting(NamedTuple):
