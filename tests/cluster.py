@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import socket
 import subprocess
@@ -62,7 +63,10 @@ class Cluster:
         path = self._directory / "serve_config.yaml"
         path.write_text(yaml.safe_dump(config))
         command = [str(Path(sys.executable).parent / "serve"), "deploy", "-a", self._dashboard, str(path)]
-        subprocess.run(command, check=True, timeout=120, capture_output=True)
+        # Another shell knows nothing of the token that Ray gave this process.
+        other_shell = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        env = other_shell | {"RAY_AUTH_MODE": "token"}
+        subprocess.run(command, check=True, timeout=120, capture_output=True, env=env)
         self.config = config
 
     def changed(self) -> dict[str, Any]:

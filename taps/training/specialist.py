@@ -185,7 +185,7 @@ def _next_steps(plan: SpecialistPlan) -> str:
     target = "" if plan.target == "embedded" else f", target: {plan.target}"
     return (
         f"saved {plan.out}. To serve it, add this to the applications of serve_config.yaml and run "
-        "`serve deploy serve_config.yaml`:\n\n"
+        "`RAY_AUTH_MODE=token serve deploy serve_config.yaml`:\n\n"
         f"  - name: {plan.domain}\n"
         "    route_prefix: null\n"
         "    import_path: deployments.app:specialist\n"
