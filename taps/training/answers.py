@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
@@ -94,9 +93,11 @@ def refuse_other_target(directory: Path, made_by: str) -> None:
     """Raise `InvalidData` where `directory` holds answers of another target. Args: made_by: a fingerprint."""
     for path in shards(directory):
         if shard_header(path).get("target") not in (made_by, "", None):
-            raise InvalidData(
-                f"{directory} holds answers of another target; give another directory, or remove it"
-            )
+            raise _others(directory, "of another target")
+
+
+def _others(directory: Path, which: str) -> InvalidData:
+    return InvalidData(f"{directory} holds answers {which}; give another directory, or remove it")
 
 
 def refuse_other_answers(
@@ -107,18 +108,17 @@ def refuse_other_answers(
     """
     refuse_other_target(directory, made_by)
     asked = {prompt.id: prompt for prompt in prompts}
-    hint = f"{directory} holds answers {{}}; give another directory, or remove it"
     for path in shards(directory):
         answering = shard_header(path).get("answering") or recipe.decisive
         for name, value in recipe.decisive.items():
             if (made_with := answering.get(name, value)) != value:
-                raise InvalidData(hint.format(f"made with {name} {made_with}, not {value}"))
+                raise _others(directory, f"made with {name} {made_with}, not {value}")
         for row in shard_rows(path):
             prompt = asked.get(row.prompt[0])
             if prompt is None:
                 continue
             if load_tokens(row)[: row.answer_start].tolist() != prompt_tokens(tokenizer, prompt):
-                raise InvalidData(hint.format(f"to another prompt with the id {prompt.id}"))
+                raise _others(directory, f"to another prompt with the id {prompt.id}")
 
 
 class AnswerRecorder:
@@ -147,7 +147,7 @@ class AnswerRecorder:
         self._drafters = drafters
         self._ask = ask or Ask()
         self._made_by = made_by
-        self._left_out: Counter[str] = Counter()  # by reason
+        self._left_out: dict[str, set[str]] = {}  # ids of prompts, by reason
         self._answering: dict[str, Context] = {}  # by row id
         self._unsaved: list[Recording] = []
         self._done: set[str] = set()
@@ -194,8 +194,8 @@ class AnswerRecorder:
             progress.cancel()
             self._save()
         print(f"answers: {self._num_tokens:,} tokens in {self._directory}", flush=True)
-        for reason, count in self._left_out.items():
-            print(f"answers: {count:,} prompts were left out: {reason}", flush=True)
+        for reason, ids in self._left_out.items():
+            print(f"answers: {len(ids):,} prompts were left out: {reason}", flush=True)
 
     async def _show_progress(self) -> None:
         """Print every few seconds how many tokens there are and at what rate they come, until cancelled."""
@@ -212,10 +212,10 @@ class AnswerRecorder:
         try:
             ids = prompt_tokens(self._tokenizer, question.prompt)
         except InvalidData as error:
-            self._left_out[str(error.__cause__)] += 1
+            self._leave_out(question, str(error.__cause__))
             return
         if len(ids) > self._recipe.max_prompt_tokens:
-            self._left_out[f"more than {self._recipe.max_prompt_tokens} tokens"] += 1
+            self._leave_out(question, f"more than {self._recipe.max_prompt_tokens} tokens")
             return
         context = self._answering[question.id] = Context(ids, _UNBOUNDED)
         async with AsyncExitStack() as stack:
@@ -237,6 +237,9 @@ class AnswerRecorder:
         self._num_tokens += length - len(ids)
         if len(self._unsaved) >= self._recipe.shard_size:
             self._save()
+
+    def _leave_out(self, question: _Question, reason: str) -> None:
+        self._left_out.setdefault(reason, set()).add(question.prompt.id)
 
     def _answer_length(self, context: Context) -> int | None:
         """Tokens of the answer if it has ended: at the end token or the limit, whichever comes first."""

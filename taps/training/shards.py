@@ -98,10 +98,10 @@ def shard_rows(path: Path) -> list[ShardRow]:
         ids = json.loads(file.metadata()["header"])["ids"]
         lengths = file.get_tensor("lengths").tolist()
         starts = file.get_tensor("answer_starts").tolist()
-        has_features = "features" in file.keys()  # noqa: SIM118 (safe_open is not a mapping)
+        tensors = file.keys()
     rows, first = [], 0
     for number, (row_id, length, start) in enumerate(zip(ids, lengths, starts, strict=True)):
-        rows.append(ShardRow(path, row_id, first, number, length, start, has_features))
+        rows.append(ShardRow(path, row_id, first, number, length, start, "features" in tensors))
         first += length
     return rows
 

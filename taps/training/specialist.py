@@ -121,8 +121,9 @@ def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenanc
     Raises `InvalidData`, `InvalidState`, `InvalidCheckpoint`, `UnservableTarget`.
     """
     path = target_path(plan.target)
+    made_by = target_fingerprint(path)
     for part in answers:
-        refuse_other_target(part.directory, target_fingerprint(path))
+        refuse_other_target(part.directory, made_by)
     rows = [row for part in answers for row in part.rows()]
     kept = all(row.has_features for row in rows)
     data = RecordedData(answers, None if kept else TargetFeatures(_load_target(path)))
@@ -130,7 +131,7 @@ def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenanc
     weights = sum(p.numel() for p in head.parameters() if p.requires_grad)
     print(f"training {plan.domain}: {weights:,} weights, {data.num_answer_tokens:,} answer tokens", flush=True)
     identity = {
-        "target": target_fingerprint(path),
+        "target": made_by,
         "init": plan.init,
         "draft_vocab": zlib.crc32(head.draft_vocab.numpy().tobytes()),
     }
