@@ -220,11 +220,15 @@ def _validated(model: type[R], body: bytes) -> R:
     try:
         return model.model_validate(parsed)
     except ValidationError as error:
-        # Of a union's alternatives, the one that came closest.
-        first = max(error.errors(), key=lambda found: len(found["loc"]))
-        where = ".".join(str(part) for part in first["loc"] if not _is_union_tag(part))
-        reason = first["msg"].removeprefix("Value error, ")
+        where, reason = complaint(error)
         raise RequestError(f"{where}: {reason}" if where else reason, param=where or None) from error
+
+
+def complaint(error: ValidationError) -> tuple[str, str]:
+    """Which field is wrong, and why; of a union's alternatives, the one that came closest."""
+    found = max(error.errors(), key=lambda found: len(found["loc"]))
+    where = ".".join(str(part) for part in found["loc"] if not _is_union_tag(part))
+    return where, found["msg"].removeprefix("Value error, ")
 
 
 def _is_union_tag(part: int | str) -> bool:

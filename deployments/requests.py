@@ -99,8 +99,9 @@ class RequestReader:
         if not prompt:
             raise RequestError("the prompt is empty", where)
         # Text, too, may hold tokens that were added to the tokenizer alone.
-        last = self._target["vocab_size"] - 1
-        if (other := next((token for token in prompt if not 0 <= token <= last), None)) is not None:
+        last, lowest, highest = self._target["vocab_size"] - 1, min(prompt), max(prompt)
+        if lowest < 0 or highest > last:
+            other = lowest if lowest < 0 else highest
             raise RequestError(f"token ids must lie between 0 and {last}; the prompt has {other}", where)
         limit = self._target["max_tokens"]
         room = limit - len(prompt)
@@ -124,7 +125,7 @@ class RequestReader:
         try:
             return TreeArgs(**self._args.tree.model_dump() | chosen)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            _, reason = openai.complaint(error)
             raise RequestError(f"taps: {reason}", "taps") from error
 
     def _choose(self, strategy: str, names: list[str] | None, up: Collection[str]) -> tuple[str, ...]:

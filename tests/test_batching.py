@@ -106,25 +106,22 @@ async def test_an_exception_fails_its_own_job_alone() -> None:
     assert isinstance(results[1], ValueError)
 
 
-async def test_a_step_that_raises_fails_its_jobs_but_not_those_after() -> None:
-    def step(jobs: Sequence[int]) -> list[Outcome]:
-        if 13 in jobs:
-            raise RuntimeError("the model broke")
-        return [str(job) for job in jobs]
+def unlucky(jobs: Sequence[int]) -> list[Outcome]:
+    """A step that a job 13 breaks."""
+    if 13 in jobs:
+        raise RuntimeError("the model broke")
+    return [str(job) for job in jobs]
 
-    with batching(step) as batcher:
+
+async def test_a_step_that_raises_fails_its_jobs_but_not_those_after() -> None:
+    with batching(unlucky) as batcher:
         results = await asyncio.gather(*map(batcher.submit, (12, 13)), return_exceptions=True)
         assert [str(result) for result in results] == ["the model broke"] * 2
         assert await batcher.submit(14) == "14"
 
 
 async def test_a_batcher_whose_steps_all_raise_says_so() -> None:
-    def step(jobs: Sequence[int]) -> list[Outcome]:
-        if 13 in jobs:
-            raise RuntimeError("the device is lost")
-        return [str(job) for job in jobs]
-
-    with batching(step) as batcher:
+    with batching(unlucky) as batcher:
         for job in (13, 13, 14, 13, 13):
             await asyncio.gather(batcher.submit(job), return_exceptions=True)
             batcher.check()

@@ -56,7 +56,7 @@ fi
 measure() { # COMMAND RESULT BENCHMARK RECIPE TEMPERATURE: every head and combination, unless it was
     local command=$1 out=$results/$2 benchmark=$3 recipe=$4 temperature=$5 asked=80 alone
     [[ $benchmark != mt_bench ]] || asked=40
-    [[ $command == eval ]] || asked=$((10 - 4 * temperature))
+    [[ $command == eval ]] || asked=$((10 - 4 * temperature)) # sampled, twice as many ways are timed
     if [[ $recipe == adapted ]]; then
         alone=("$heads/mixed-full-hass")
     else
