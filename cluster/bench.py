@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 import urllib.request
@@ -22,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from taps.evaluation.questions import load_questions
-from taps.evaluation.runner import commit, refuse_unwritable, write_result
+from taps.evaluation.runner import made_with, refuse_unwritable, write_result
 
 PLAIN: dict[str, Any] = {"strategy": "off"}
 
@@ -64,7 +62,7 @@ def ask(url: str, model: str, question: str, args: argparse.Namespace, taps: dic
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    made_with = {"commit": commit(), "cores": os.cpu_count(), "machine": platform.machine()}
+    environment = made_with()
     with urllib.request.urlopen(f"{args.url}/v1/models", timeout=30) as response:
         model = json.load(response)["data"][0]["id"]
     settings = [PLAIN, *(args.taps or [{}])]
@@ -85,7 +83,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "temperature": args.temperature,
         "seed": args.seed,
         "model": model,
-        "made_with": made_with,
+        "made_with": environment,
         "rows": [_row(taps, rows, answers[0]) for taps, rows in zip(settings, answers, strict=True)],
     }
 

@@ -7,8 +7,6 @@ strategies; nothing of Ray or HTTP (`cluster.bench` measures a running cluster).
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,14 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer
 
-from taps import __version__
 from taps.composing import STRATEGIES, Compose, concatenated
 from taps.context import Context
 from taps.decoding import Panel, decode
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
 from taps.evaluation.questions import load_questions
-from taps.evaluation.runner import commit, heads_made, unlike_names
+from taps.evaluation.runner import heads_made, made_with, unlike_names
 from taps.local import LocalDrafter, LocalVerifier, in_process
 from taps.metrics import SpeculationCounts
 from taps.models.causal_lm import CausalLM
@@ -48,13 +45,13 @@ class LivePlan:
     """What is timed on which questions. Trees are small: on two cores a large one costs more than it saves."""
 
     benchmark: str
-    questions: int = 10
-    new_tokens: int = 128
-    temperature: float = 0.0
-    seed: int = 0
-    num_nodes: int = 8
-    depth: int = 4
-    top_k: int = 4
+    questions: int
+    new_tokens: int
+    temperature: float
+    seed: int
+    num_nodes: int
+    depth: int
+    top_k: int
 
 
 class Setting(NamedTuple):
@@ -112,10 +109,7 @@ def measure(
     """
     every = [*heads, *alone]
     names, device = unlike_names(every), "cuda" if torch.cuda.is_available() else "cpu"
-    made_with = {
-        "taps": __version__, "torch": torch.__version__, "commit": commit(), "cores": os.cpu_count(),
-        "machine": platform.machine(), "device": device,
-    }  # fmt: skip
+    environment = made_with() | {"device": device}
     path = target_path(target)
     with computing_with(1) as num_threads:
         loaded = [load_head(head, path, torch.bfloat16).to(device) for head in every]
@@ -128,7 +122,7 @@ def measure(
         "plan": asdict(plan),
         "target": target,
         "heads": heads_made(every),
-        "made_with": made_with,
+        "made_with": environment,
         "threads": num_threads,
         "rows": [_row(setting, rows, timed[0]) for setting, rows in zip(settings, timed, strict=True)],
     }

@@ -196,6 +196,11 @@ def report(results: Results, live: Results, plots: Mapping[str, Mapping[str, str
         shown = plots.get(subject, {}).items()
         return "".join(f"{caption}, {where}:\n\n![{caption}, {where}]({name})\n\n" for where, name in shown)
 
+    summary = "## In short\n\nτ, mean of the benchmarks, T the temperature:\n\n"
+    summary += means_table(lengths(results), len(asked))
+    if live:
+        summary += f"\nSpeed, mean of the benchmarks, {_live_setting(live)}:\n\n"
+        summary += means_table(speeds(live), len(asked))
     parts = [
         "# Specialists: what they buy\n\n"
         f"Made by `taps report` from the files in `{source}`; nothing here is written by hand.\n\n"
@@ -205,16 +210,7 @@ def report(results: Results, live: Results, plots: Mapping[str, Mapping[str, str
         f"{plan['num_nodes']} nodes, depth {plan['depth']} and top-k {plan['top_k']} where no other size is "
         "given; `concatenated` keeps all nodes of all trees, and accepts what an `oracle` would, that takes in "
         "each pass the tree that turns out best. Speed is relative to plain decoding in the same run.\n",
-        "## In short\n\nτ, mean of the benchmarks, T the temperature:\n\n"
-        + means_table(lengths(results), len(asked)),
-        *(
-            [
-                f"Speed, mean of the benchmarks, {_live_setting(live)}:\n\n"
-                + means_table(speeds(live), len(asked))
-            ]
-            if live
-            else []
-        ),
+        summary,
         "## The heads\n\n" + heads_table(results),
         "## The paper's claims\n\n" + claims_section([claim for claim in found if claim.by_paper]),
         "## Ours\n\n" + claims_section([claim for claim in found if not claim.by_paper]),

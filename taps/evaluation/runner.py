@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -52,12 +53,12 @@ class EvaluationPlan:
 
     benchmark: str
     questions: int
-    new_tokens: int = 128  # per turn
-    temperature: float = 0.0
-    seed: int = 0
-    num_nodes: int = 60  # of every tree, root included
-    depth: int = 5
-    top_k: int = 10
+    new_tokens: int  # per turn
+    temperature: float
+    seed: int
+    num_nodes: int  # of every tree, root included
+    depth: int
+    top_k: int
     batch_size: int = 16
 
 
@@ -169,7 +170,7 @@ def evaluate(
 
     Args: combined: heads that are routed and merged; alone: further ones, measured by themselves.
     """
-    made_with = {"taps": __version__, "torch": torch.__version__, "commit": commit()}
+    environment = made_with()
     path = target_path(target)
     names = unlike_names([*combined, *alone])
     with computing_with(1):
@@ -202,7 +203,7 @@ def evaluate(
         "target": target,
         "heads": heads_made([*combined, *alone]),
         "runs": len(runs),
-        "made_with": made_with,
+        "made_with": environment,
         "rows": [row.as_json(names) for row in rows],
         "analysis": {name: a.as_json() for name, a in zip(names, analyses, strict=True)},
     }
@@ -237,6 +238,14 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return asked.stdout.strip() or None
+
+
+def made_with() -> dict[str, Any]:
+    """Versions and machine, for a result. Ask before measuring, as for `commit`."""
+    return {
+        "taps": __version__, "torch": torch.__version__, "commit": commit(), "cores": os.cpu_count(),
+        "machine": platform.machine(),
+    }  # fmt: skip
 
 
 def refuse_unwritable(path: Path) -> None:
