@@ -37,7 +37,7 @@ average() { # NAME METHOD WEIGHT: of the math head
 
 if wanted heads; then
     for domain in math chat; do
-        "$taps" answer --data "$train/$domain.jsonl" --out "$answers/$domain" --answer-tokens 1000000
+        "$taps" answer --data "$train/$domain.jsonl" --out "$answers/$domain" --answer-tokens 500000
     done
     train_heads math "$answers/math:500000"
     train_heads chat "$answers/chat:500000"

@@ -8,9 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from taps.evaluation.claims import Claim, claims
-from taps.evaluation.results import Results, Row, blends, counts, load_live, load_results, plain_name, row_of
+from taps.evaluation.results import (
+    Key,
+    Results,
+    Row,
+    blends,
+    counts,
+    load_live,
+    load_results,
+    plain_name,
+    row_of,
+)
 from taps.evaluation.statistics import bootstrap_ratio, quartiles
 
 
@@ -45,17 +56,39 @@ def _cell(row: Row) -> str:
     return f"{row['acceptance_length']:.2f} ({low:.2f} to {high:.2f})"
 
 
-def heads_table(results: Results) -> str:
-    """How every head was trained; the averages are left out."""
-    heads = {name: made for result in results.values() for name, made in result["heads"].items()}
-    lines = []
-    for name, made in heads.items():
-        if (training := made.get("training")) is not None:
-            start = "" if made.get("init") is None else Path(made["init"]).name
-            tokens = f"{made['answer_tokens']:,}"
-            recipe = f"{training['method']}, epochs: {training['epochs']}"
-            lines.append([name, recipe, start, made.get("prompts", ""), tokens])
-    return table(["head", "recipe", "from", "prompts", "answer tokens"], lines)
+def heads_table(results: Results, live: Results | None = None) -> str:
+    """How every head was trained, the averages left out, and what for where it was trained more than once."""
+    uses = [(f"τ of {_where(key)}", result) for key, result in results.items()]
+    uses += [(f"speed on {_where(key)}", result) for key, result in (live or {}).items()]
+    found: dict[str, dict[tuple[str, ...], list[str]]] = {}
+    for use, result in uses:
+        for name, made in result["heads"].items():
+            if "training" in made:
+                found.setdefault(name, {}).setdefault(_trained(made), []).append(use)
+    lines = [
+        [name, *trained, "; ".join(used) if len(trainings) > 1 else "all"]
+        for name, trainings in found.items()
+        for trained, used in trainings.items()
+    ]
+    return table(
+        ["head", "recipe", "from", "prompts", "answer tokens", "held-out τ, chains", "used for"], lines
+    )
+
+
+def _where(key: Key) -> str:
+    return f"{key.benchmark} at T = {key.temperature:g}"
+
+
+def _trained(made: Mapping[str, Any]) -> tuple[str, ...]:
+    """Recipe, origin, data and held-out acceptance length, as words."""
+    held_out = made.get("held_out")
+    return (
+        f"{made['training']['method']}, epochs: {made['training']['epochs']}",
+        "" if made.get("init") is None else Path(made["init"]).name,
+        made.get("prompts", ""),
+        f"{made['answer_tokens']:,}",
+        "" if held_out is None else f"{held_out['acceptance_length']:.3f}",
+    )
 
 
 def coupling_table(results: Results) -> str:
@@ -211,7 +244,7 @@ def report(results: Results, live: Results, plots: Mapping[str, Mapping[str, str
         "given; `concatenated` keeps all nodes of all trees, and accepts what an `oracle` would, that takes in "
         "each pass the tree that turns out best. Speed is relative to plain decoding in the same run.\n",
         summary,
-        "## The heads\n\n" + heads_table(results),
+        "## The heads\n\n" + heads_table(results, live),
         "## The paper's claims\n\n" + claims_section([claim for claim in found if claim.by_paper]),
         "## Ours\n\n" + claims_section([claim for claim in found if not claim.by_paper]),
         "## Acceptance length\n\n" + drawn("acceptance", "τ (lighter: coupled)"),
