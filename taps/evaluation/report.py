@@ -66,7 +66,7 @@ def heads_table(results: Results, live: Results | None = None) -> str:
             if "training" in made:
                 found.setdefault(name, {}).setdefault(_trained(made), []).append(use)
     lines = [
-        [name, *trained, "; ".join(used) if len(trainings) > 1 else "all"]
+        [name, *trained, "; ".join(dict.fromkeys(used)) if len(trainings) > 1 else "all"]
         for name, trainings in found.items()
         for trained, used in trainings.items()
     ]
