@@ -195,7 +195,7 @@ def test_results_are_told_apart_by_how_the_heads_they_combine_were_trained(tmp_p
 
 
 def test_the_heads_table_says_what_each_was_made_from() -> None:
-    lines = heads_table({KEY: canned()}).splitlines()
+    lines = heads_table({KEY: canned()}, {}).splitlines()
     assert lines[2:] == [
         "| math-hass | hass, epochs: 1 | math-eagle-2 | rows | 2,000 |  | all |",
         "| chat-hass | hass, epochs: 1 |  | rows | 2,000 |  | all |",
@@ -207,9 +207,9 @@ def test_a_head_that_was_trained_again_says_what_each_of_them_measured() -> None
     again["heads"]["math-hass"] |= {"held_out": {"acceptance_length": 1.9412}}
     lines = heads_table({KEY: canned(), key: again}, {key: again}).splitlines()
     assert lines[2:] == [
-        "| math-hass | hass, epochs: 1 | math-eagle-2 | rows | 2,000 |  | τ of gsm8k at T = 0 |",
+        "| math-hass | hass, epochs: 1 | math-eagle-2 | rows | 2,000 |  | τ at T = 0: gsm8k |",
         "| math-hass | hass, epochs: 1 | math-eagle-2 | rows | 2,000 | 1.941 "
-        "| τ of svamp at T = 0; speed on svamp at T = 0 |",
+        "| τ at T = 0: svamp; speed at T = 0: svamp |",
         "| chat-hass | hass, epochs: 1 |  | rows | 2,000 |  | all |",
     ]
 

@@ -8,20 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from taps.evaluation.claims import Claim, claims
-from taps.evaluation.results import (
-    Key,
-    Results,
-    Row,
-    blends,
-    counts,
-    load_live,
-    load_results,
-    plain_name,
-    row_of,
-)
+from taps.evaluation.results import Results, Row, blends, counts, load_live, load_results, plain_name, row_of
 from taps.evaluation.statistics import bootstrap_ratio, quartiles
 
 
@@ -56,30 +45,25 @@ def _cell(row: Row) -> str:
     return f"{row['acceptance_length']:.2f} ({low:.2f} to {high:.2f})"
 
 
-def heads_table(results: Results, live: Results | None = None) -> str:
+def heads_table(results: Results, live: Results) -> str:
     """How every head was trained, the averages left out, and what for where it was trained more than once."""
-    uses = [(f"τ of {_where(key)}", result) for key, result in results.items()]
-    uses += [(f"speed on {_where(key)}", result) for key, result in (live or {}).items()]
-    found: dict[str, dict[tuple[str, ...], list[str]]] = {}
-    for use, result in uses:
-        for name, made in result["heads"].items():
-            if "training" in made:
-                found.setdefault(name, {}).setdefault(_trained(made), []).append(use)
-    lines = [
-        [name, *trained, "; ".join(dict.fromkeys(used)) if len(trainings) > 1 else "all"]
-        for name, trainings in found.items()
-        for trained, used in trainings.items()
-    ]
-    return table(
-        ["head", "recipe", "from", "prompts", "answer tokens", "held-out τ, chains", "used for"], lines
-    )
+    found: dict[str, dict[tuple[str, ...], dict[str, list[str]]]] = {}  # by name, training and measurement
+    for measured, files in (("τ", results), ("speed", live)):
+        for key, result in files.items():
+            for name, made in result["heads"].items():
+                if "training" in made:
+                    uses = found.setdefault(name, {}).setdefault(_trained(made), {})
+                    uses.setdefault(f"{measured} at T = {key.temperature:g}", []).append(key.benchmark)
+    lines = []
+    for name, trainings in found.items():
+        for trained, uses in trainings.items():
+            used = "; ".join(f"{use}: {', '.join(dict.fromkeys(on))}" for use, on in uses.items())
+            lines.append([name, *trained, used if len(trainings) > 1 else "all"])
+    header = ["head", "recipe", "from", "prompts", "answer tokens", "held-out τ of chains", "used for"]
+    return table(header, lines)
 
 
-def _where(key: Key) -> str:
-    return f"{key.benchmark} at T = {key.temperature:g}"
-
-
-def _trained(made: Mapping[str, Any]) -> tuple[str, ...]:
+def _trained(made: Row) -> tuple[str, ...]:
     """Recipe, origin, data and held-out acceptance length, as words."""
     held_out = made.get("held_out")
     return (
