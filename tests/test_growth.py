@@ -14,7 +14,7 @@ from taps.tree import ROOT, ProposalTree
 
 def grown() -> Growth:
     """Two levels below root 9, worked by hand: node numbers are 1, 2 and then 3, 4 | 5, 6."""
-    growth = Growth(9, Ask(num_nodes=5, depth=1, top_k=2))
+    growth = Growth(9, Ask(num_nodes=5, depth=2, top_k=2))
     growth.extend([[5, 6]], [[-0.1, -1.0]], [0.4])
     growth.extend([[7, 8], [3, 4]], [[-0.5, -2.0], [-0.05, -0.3]], [0.2, 0.6])
     return growth
@@ -47,14 +47,54 @@ def test_an_ask_bounds_nodes_depth_and_children(seed: int) -> None:
     rng = random.Random(seed)
     ask = Ask(num_nodes=rng.randrange(1, 20), depth=rng.randrange(0, 4), top_k=rng.randrange(1, 5))
     growth = Growth(0, ask)
-    for _ in range(ask.depth + 1):
+    levels = 0
+    while growth.frontier:
+        levels += 1
         rows = [[-rng.random() for _ in range(ask.top_k)] for _ in growth.frontier]
         growth.extend([list(range(ask.top_k)) for _ in rows], rows, [1.0] * len(rows))
         assert len(growth.frontier) <= ask.top_k
+    assert levels <= ask.depth + 1
     tree = growth.tree().check()
     assert len(tree) <= ask.num_nodes
     assert max(tree.depths) <= ask.depth + 1
     assert max(map(len, tree.children)) <= ask.top_k
+
+
+def test_growth_ends_when_nothing_below_could_enter_the_tree() -> None:
+    """Worked by hand: two nodes fit, and after the second level these are 5 and 6; the best below is at -1.5."""
+    growth = Growth(9, Ask(num_nodes=3, depth=4, top_k=2))
+    growth.extend([[5, 6]], [[-0.5, -0.9]], [0.4])
+    assert growth.frontier == [1, 2]
+    growth.extend([[7, 8], [3, 4]], [[-1.0, -2.0], [-0.8, -3.0]], [0.2, 0.6])
+    assert growth.frontier == []
+    assert growth.tree().tokens == (9, 5, 6)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_tree_that_ends_early_is_the_whole_one(seed: int) -> None:
+    """The whole one has room for every node. Distributions are a function of the path."""
+    rng = random.Random(seed)
+    ask = Ask(num_nodes=rng.randrange(1, 12), depth=rng.randrange(0, 5), top_k=rng.randrange(1, 5))
+    sharpness = rng.choice([0.0, 0.1, 1.0, 5.0])  # 0: every path is certain, and all tie
+
+    def grow(ask: Ask) -> ProposalTree:
+        growth = Growth(0, ask)
+        paths: dict[int, tuple[int, ...]] = {ROOT: (seed,)}
+        while growth.frontier:
+            first = len(paths)
+            rows = []
+            for node in growth.frontier:
+                dice = random.Random(str(paths[node]))
+                rows.append(sorted((-sharpness * dice.random() for _ in range(ask.top_k)), reverse=True))
+            for node in growth.frontier:
+                for child in range(ask.top_k):
+                    paths[first] = (*paths[node], child)
+                    first += 1
+            growth.extend([list(range(ask.top_k)) for _ in rows], rows, [0.0] * len(rows))
+        return growth.tree()
+
+    whole = grow(Ask(10_000, ask.depth, ask.top_k))
+    assert grow(ask) == whole.prefix(ask.num_nodes)
 
 
 def test_every_frontier_node_needs_its_candidates() -> None:

@@ -75,9 +75,10 @@ class EagleDrafter:
         """Take in every session's news in one forward, then grow all trees level by level."""
         growing = [_Growing(job) for job in jobs]
         self._expand(growing, self._take_in(jobs))
-        for level in range(max(job.ask.depth for job in jobs)):
-            active = [g for g in growing if level < g.growth.ask.depth]
-            self._expand(active, self._forward_level(active, level + 1))
+        level = 0
+        while active := [g for g in growing if g.growth.frontier]:
+            level += 1
+            self._expand(active, self._forward_level(active, level))
         return [g.growth.tree() for g in growing]
 
     def _take_in(self, jobs: Sequence[DraftJob]) -> Tensor:

@@ -1,13 +1,15 @@
 """Growing a proposal tree level by level (EAGLE-2, Li et al. 2406.16858, section 4).
 
 The root's distribution gives `top_k` children; then `depth` times the `top_k` best nodes of the newest level
-are extended by their `top_k` children; at the end all nodes are reranked by cumulative log-probability.
+are extended by their `top_k` children; at the end all nodes are reranked by cumulative log-probability. Growth
+ends before `depth` once nothing further could enter the tree.
 
 Knows the candidates' probabilities; nothing of how they were computed.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 
@@ -23,7 +25,8 @@ class Growth:
         self._root = root
         self._nodes: list[tuple[int, int, float, int]] = []  # (token, parent, score, owners)
         self._entropies: list[float] = []
-        self.frontier: list[int] = [ROOT]  # the nodes whose children come next
+        self._levels_left = ask.depth + 1
+        self.frontier: list[int] = [ROOT]  # the nodes whose children come next; empty when the tree is grown
 
     def token(self, node: int) -> int:
         return self._nodes[node - 1][0] if node else self._root
@@ -39,6 +42,9 @@ class Growth:
     ) -> None:
         """Add the children of every frontier node, best first, and move the frontier to the best of them.
 
+        No child scores above its parent. So when the best of the newest level is not better than the last
+        node of a full tree, nothing below that level is, and the tree is grown.
+
         Args: tokens, logprobs: [frontier, k] candidates and their draft log-probability, nats, -inf for those
         that cannot be sampled; entropies [frontier] of the distributions they come from, nats.
         """
@@ -49,7 +55,18 @@ class Growth:
             self._nodes += [(t, node, base + s, 0) for t, s in possible]
         self._entropies += entropies
         newest = range(first, len(self._nodes) + 1)
-        self.frontier = sorted(newest, key=self._score, reverse=True)[: self.ask.top_k]
+        self._levels_left -= 1
+        best = heapq.nlargest(self.ask.top_k, newest, key=self._score)
+        goes_on = self._levels_left > 0 and best and self._score(best[0]) > self._last_score()
+        self.frontier = best if goes_on else []
+
+    def _last_score(self) -> float:
+        """The lowest score in a full tree, which a node must exceed to enter; -inf while there is room."""
+        size = self.ask.num_nodes - 1
+        if size < 1:
+            return 0.0
+        scores = heapq.nlargest(size, (score for _, _, score, _ in self._nodes))
+        return scores[-1] if len(scores) == size else -math.inf
 
     def tree(self) -> ProposalTree:
         """The best nodes, ordered."""
