@@ -61,7 +61,7 @@ def test_an_ask_bounds_nodes_depth_and_children(seed: int) -> None:
 
 
 def test_growth_ends_when_nothing_below_could_enter_the_tree() -> None:
-    """Worked by hand: two nodes fit, and after the second level these are 5 and 6; the best below is at -1.5."""
+    """By hand: two nodes fit, after the second level these are 5 and 6, and the best below is at -1.5."""
     growth = Growth(9, Ask(num_nodes=3, depth=4, top_k=2))
     growth.extend([[5, 6]], [[-0.5, -0.9]], [0.4])
     assert growth.frontier == [1, 2]
