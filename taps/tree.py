@@ -6,7 +6,7 @@ Knows tokens, parents and probabilities; nothing of models, caches, Ray or HTTP.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,7 +34,7 @@ class ProposalTree:
     parents: tuple[int, ...]  # [n] index of the parent; -1 for the root
     scores: tuple[float, ...]  # [n] cumulative draft log-probability, nats; 0 for the root
     owners: tuple[int, ...]  # [n] bit d is set when drafter d proposed this node; 0 for the root
-    entropy: float = 0.0  # mean entropy of the draft distributions the tree was grown from, nats
+    entropies: tuple[float, ...] = ()  # [n] of the distribution of a node's children, nats; () if not known
 
     @classmethod
     def root_only(cls, token: int) -> ProposalTree:
@@ -47,12 +47,13 @@ class ProposalTree:
         root: int,
         nodes: Iterable[tuple[int, int, float, int]],
         num_nodes: int,
-        entropy: float = 0.0,
+        entropies: Sequence[float] = (),
     ) -> ProposalTree:
         """The best `num_nodes` (root included) of `nodes`, in the order a tree must have.
 
         `nodes` are (token, parent, score, owners); parents count the root as 0 and come before their
         children. A child scored above its parent is clamped to it. Ordered by (score, depth, index).
+        `entropies` are by the same count.
         """
         tokens, parents, scores, owners, depths = [root], [NO_PARENT], [0.0], [0], [0]
         for token, parent, score, owner in nodes:
@@ -69,7 +70,7 @@ class ProposalTree:
             (NO_PARENT, *(place[parents[i]] for i in order[1:])),
             tuple(scores[i] for i in order),
             tuple(owners[i] for i in order),
-            entropy,
+            tuple(entropies[i] for i in order) if entropies else (),
         )
 
     def __len__(self) -> int:
@@ -82,6 +83,15 @@ class ProposalTree:
         for i in range(1, len(self)):
             depths[i] = depths[self.parents[i]] + 1
         return tuple(depths)
+
+    @cached_property
+    def entropy(self) -> float:
+        """Mean entropy of the draft distributions that gave the tree nodes, nats; 0 where not known.
+
+        Others do not count: how far growth went beyond the tree must not change what it is worth.
+        """
+        gave = sorted(set(self.parents[1:])) if self.entropies else []
+        return sum(self.entropies[i] for i in gave) / max(len(gave), 1)
 
     @cached_property
     def is_chain(self) -> bool:
@@ -121,12 +131,14 @@ class ProposalTree:
         n = max(1, num_nodes)
         if n >= len(self):
             return self
-        return ProposalTree(self.tokens[:n], self.parents[:n], self.scores[:n], self.owners[:n], self.entropy)
+        return ProposalTree(
+            self.tokens[:n], self.parents[:n], self.scores[:n], self.owners[:n], self.entropies[:n]
+        )
 
     def owned_by(self, drafter: int) -> ProposalTree:
         """The same tree with every drafted node owned by drafter number `drafter`."""
         owners = (0, *([1 << drafter] * (len(self) - 1)))
-        return ProposalTree(self.tokens, self.parents, self.scores, owners, self.entropy)
+        return ProposalTree(self.tokens, self.parents, self.scores, owners, self.entropies)
 
     def check(self) -> ProposalTree:
         """Return self, or raise `InvalidTree` when the lengths or the order are not those of a tree."""
@@ -135,8 +147,10 @@ class ProposalTree:
             raise InvalidTree("a tree needs equally many tokens, parents, scores and owners, at least one")
         if self.parents[ROOT] != NO_PARENT:
             raise InvalidTree("the first node of a tree is its root and has parent -1")
-        if self.scores[ROOT] != 0 or not math.isfinite(self.entropy):
-            raise InvalidTree(f"the root has score {self.scores[ROOT]}, not 0, or the entropy {self.entropy}")
+        if self.scores[ROOT] != 0:
+            raise InvalidTree(f"the root has score {self.scores[ROOT]}, not 0")
+        if len(self.entropies) not in (0, n) or not all(map(math.isfinite, self.entropies)):
+            raise InvalidTree(f"a tree has a finite entropy for each of its {n} nodes, or none")
         for i in range(1, n):
             if not 0 <= self.parents[i] < i:
                 raise InvalidTree(f"node {i} has parent {self.parents[i]}: parents come before children")
@@ -151,7 +165,7 @@ class ProposalTree:
             "parents": self.parents,
             "scores": self.scores,
             "owners": self.owners,
-            "entropy": self.entropy,
+            "entropies": self.entropies,
         }
 
     @classmethod
@@ -162,5 +176,5 @@ class ProposalTree:
             tuple(message["parents"]),
             tuple(message["scores"]),
             tuple(message["owners"]),
-            message["entropy"],
+            tuple(message["entropies"]),
         ).check()

@@ -33,7 +33,7 @@ def random_tree(rng: random.Random, num_nodes: int = 8, root: int = 0, vocab_siz
     nodes = [
         (rng.randrange(vocab_size), rng.randrange(i + 1), -rng.uniform(0, 4), 1) for i in range(num_nodes - 1)
     ]
-    return ProposalTree.ordered(root, nodes, num_nodes, entropy=rng.random())
+    return ProposalTree.ordered(root, nodes, num_nodes, [rng.random() for _ in range(num_nodes)])
 
 
 def chain(*tokens: int, root: int = 0, score: float = -0.1) -> ProposalTree:
@@ -218,7 +218,7 @@ def foresight(target: TableTarget, params: SamplingParams, prompt_length: int = 
             nodes += [(wrong, parent, -0.2 * depth, 0), (right, parent, -0.1 * depth, 0)]
             parent = len(nodes)
             history.append(right)
-        return ProposalTree.ordered(tokens[-1], nodes, ask.num_nodes, entropy=0.1)
+        return ProposalTree.ordered(tokens[-1], nodes, ask.num_nodes, [0.1] * (len(nodes) + 1))
 
     return draft
 
@@ -236,7 +236,9 @@ def lies(seed: int, vocab_size: int = VOCAB) -> Draft:
     def draft(tokens: Sequence[int], ask: Ask) -> ProposalTree:
         root = tokens[-1] if rng.random() < 0.7 else rng.randrange(vocab_size)
         tree = random_tree(rng, 3 * ask.num_nodes, root, vocab_size)
-        return ProposalTree(tree.tokens, tree.parents, (0.0,) * len(tree), (7,) * len(tree), entropy=-1.0)
+        return ProposalTree(
+            tree.tokens, tree.parents, (0.0,) * len(tree), (7,) * len(tree), (-1.0,) * len(tree)
+        )
 
     return draft
 

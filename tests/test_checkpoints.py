@@ -85,6 +85,23 @@ def test_the_published_eagle_layout_loads(saved: Path, target: Path) -> None:
     assert not torch.equal(predict(head), predict(tiny_head()))
 
 
+def test_what_a_checkpoint_repeats_of_its_target_is_not_read(saved: Path, target: Path) -> None:
+    inverse = torch.ones(4)
+    rewrite(saved, {"lm_head.weight": torch.zeros(3, 3), "layers.0.self_attn.rotary_emb.inv_freq": inverse})
+    assert torch.equal(predict(load_head(saved, target, torch.float32)), predict(tiny_head()))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_file_that_is_not_whole_is_named(saved: Path, target: Path, name: str) -> None:
+    torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
+    if name == "pytorch_model.bin":
+        (saved / "model.safetensors").unlink()
+    for kept in (0, 100, 3000):
+        (saved / name).write_bytes((saved / name).read_bytes()[:kept])
+        with pytest.raises(InvalidCheckpoint, match=f"{name} cannot be read, perhaps it is not whole"):
+            load_head(saved, target, torch.float32)
+
+
 def test_an_input_norm_is_used_where_the_checkpoint_has_one(saved: Path, target: Path) -> None:
     rewrite(saved, {"layers.0.input_layernorm.weight": torch.full((HIDDEN,), 0.5)})
     assert not torch.equal(predict(load_head(saved, target, torch.float32)), predict(tiny_head()))
@@ -97,6 +114,8 @@ def test_an_input_norm_is_used_where_the_checkpoint_has_one(saved: Path, target:
         ({"layers.0.mlp.up_proj.weight": None}, {}, "lacks layers.0.mlp.up_proj.weight"),
         ({"fc.weight": torch.zeros(HIDDEN, 3 * HIDDEN)}, {}, "EAGLE-3 heads"),
         ({"layers.0.mlp.up_proj.weight": torch.zeros(3, HIDDEN)}, {}, "not those of its config"),
+        ({"layers.0.self_attn.q_proj.bias": torch.zeros(HIDDEN)}, {}, "q_proj.bias, which the one Llama layer"),
+        ({"layers.1.mlp.up_proj.weight": torch.zeros(3, HIDDEN)}, {}, "head of another kind"),
         ({}, {"hidden_size": 64}, "hidden size 64, not 32"),
         ({}, {"vocab_size": 50}, "vocabulary of 50 tokens, the target has 97"),
         ({}, {"taps": {"target_fingerprint": "0000"}}, "trained for another target"),

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from taps.composing import STRATEGIES, Compose, concatenated, confidence, entropy, merged, off, single
+from taps.composing.merging import expected_entropy
 from taps.composing.routing import confidence_score
 from taps.tree import ProposalTree
 from taps.verification import accept
@@ -99,16 +100,14 @@ def test_a_drafter_with_nothing_to_say_is_not_routed_to() -> None:
 
 
 def test_entropy_takes_the_lowest_and_the_first_of_equals() -> None:
-    trees = [
-        ProposalTree.ordered(0, [(t, 0, -0.1, 1)], 2, entropy=e) for t, e in [(5, 2.0), (6, 0.5), (7, 0.5)]
-    ]
+    trees = [ProposalTree.ordered(0, [(t, 0, -0.1, 1)], 2, [e, 0.0]) for t, e in [(5, 2.0), (6, 0.5), (7, 0.5)]]
     assert entropy(trees, 0, 8) == trees[1]
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_merged_is_the_union_of_all_paths_each_once_with_all_its_owners_and_the_best_score(seed: int) -> None:
     trees = random_trees(seed)
-    sure = [replace(tree, entropy=0.3) for tree in trees]
+    sure = [replace(tree, entropies=()) for tree in trees]
     union = merged(sure, 0, 1 << 30)
     paths = [union.token_path(node) for node in range(1, len(union))]
     assert len(paths) == len(set(paths))
@@ -116,12 +115,22 @@ def test_merged_is_the_union_of_all_paths_each_once_with_all_its_owners_and_the_
 
 
 def test_a_drafter_that_is_unsure_is_discounted_by_its_excess_entropy() -> None:
-    sure, unsure = replace(chain(5, score=-0.9), entropy=0.5), replace(chain(6, score=-0.2), entropy=1.5)
+    sure = replace(chain(5, score=-0.9), entropies=(0.5, 0.0))
+    unsure = replace(chain(6, score=-0.2), entropies=(1.5, 0.0))
     union = merged([sure, unsure], 0, 8)
-    assert union.tokens == (0, 5, 6)
-    assert union.scores == pytest.approx((0.0, -0.9, -1.2))
+    assert union.tokens == (0, 6, 5)
+    assert union.scores == pytest.approx((0.0, -0.7, -0.9)), "by half of the one nat"
     silent = ProposalTree.root_only(0)
-    assert merged([silent, unsure], 0, 8) == replace(unsure, entropy=0.0), "who says nothing is not the surest"
+    assert merged([silent, unsure], 0, 8) == replace(unsure, entropies=()), "who says nothing is not the surest"
+
+
+def test_the_expected_entropy_weighs_distributions_by_how_likely_they_are_reached() -> None:
+    """Two nats at the root, one after a node of probability 1/4; what a leaf would give does not count."""
+    nodes = [(5, 0, math.log(0.25), 1), (6, 1, math.log(0.125), 1)]
+    tree = ProposalTree.ordered(0, nodes, 3, [2.0, 1.0, 9.0])
+    assert expected_entropy(tree) == pytest.approx((2.0 + 0.25 * 1.0) / 1.25)
+    assert tree.entropy == pytest.approx(1.5)
+    assert expected_entropy(ProposalTree.root_only(0)) == 0.0
 
 
 def test_merging_a_tree_with_itself_changes_only_the_owners() -> None:

@@ -59,11 +59,28 @@ def test_a_format_is_read(row: Any, expected: tuple[str, tuple[str, ...]], tmp_p
     assert (question.id, question.turns) == expected
 
 
-@pytest.mark.parametrize("row", ["not JSON", "3", "{}", '{"turns": []}', '{"turns": [5]}', '{"question": ""}'])
+@pytest.mark.parametrize(
+    "row",
+    [
+        "not JSON",
+        "3",
+        "{}",
+        '{"turns": []}',
+        '{"turns": [5]}',
+        '{"question": ""}',
+        '{"Body": "Tom", "Question": null}',
+    ],
+)
 def test_a_bad_question_is_refused_with_its_line(row: str, tmp_path: Path) -> None:
     good = {"question_id": 1, "turns": ["One?"]}
     with pytest.raises(InvalidQuestions, match=r"q\.jsonl, line 2: "):
         load_questions(written(tmp_path / "q.jsonl", good, row))
+
+
+def test_questions_that_results_could_not_tell_apart_are_refused(tmp_path: Path) -> None:
+    rows = ({"question_id": i, "turns": [f"{number}?"]} for number, i in enumerate((1, 2, 1)))
+    with pytest.raises(InvalidQuestions, match="two questions with the id 1"):
+        load_questions(written(tmp_path / "q.jsonl", *rows))
 
 
 def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
@@ -152,7 +169,7 @@ def test_a_ratio_of_two_strategies_pairs_their_questions() -> None:
 def tree(*nodes: tuple[int, int, float], owner: int = 0) -> ProposalTree:
     """Nodes (token, parent, probability of the path)."""
     rows = [(token, parent, math.log(p), 1 << owner) for token, parent, p in nodes]
-    return ProposalTree.ordered(9, rows, len(rows) + 1, entropy=1.0)
+    return ProposalTree.ordered(9, rows, len(rows) + 1, [1.0] * (len(rows) + 1))
 
 
 def text(*tokens: int) -> Recording:
@@ -235,6 +252,8 @@ def test_an_evaluation_of_the_shipped_heads(temperature: str, tmp_path: Path) ->
     assert {coupled for _, coupled in rows} == ({False} if temperature == "0" else {False, True})
     assert len({sum(tokens for tokens, _ in row["questions"]) for row in result["rows"]}) == 1
     assert all(len(row["questions"]) == 2 for row in result["rows"])
+    assert result["questions"]["ids"] == ["0", "1"]
+    assert all(len(head["weights_sha256"]) == 64 for head in result["heads"].values())
     assert rows["concatenated", False]["acceptance_length"] == rows["union", False]["acceptance_length"]
     assert rows["oracle", False]["acceptance_length"] >= rows["math", False]["acceptance_length"]
     assert sum(result["analysis"]["math"]["nodes"]) > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -24,7 +25,7 @@ def test_growth_begins_at_the_root() -> None:
     growth = Growth(9, Ask())
     assert growth.frontier == [ROOT]
     assert growth.token(ROOT) == 9
-    assert growth.tree() == ProposalTree.root_only(9)
+    assert growth.tree().tokens == (9,)
 
 
 def test_the_frontier_is_the_best_of_the_newest_level_only() -> None:
@@ -34,12 +35,14 @@ def test_the_frontier_is_the_best_of_the_newest_level_only() -> None:
     assert [growth.parent(node) for node in growth.frontier] == [1, 2]
 
 
-def test_the_tree_is_the_best_nodes_by_path_probability_with_the_mean_entropy() -> None:
+def test_the_tree_is_the_best_nodes_by_path_probability_with_the_entropies_they_come_from() -> None:
     tree = grown().tree()
     assert tree.tokens == (9, 5, 7, 6, 3)
     assert tree.parents == (-1, 0, 1, 0, 3)
     assert tree.scores == pytest.approx((0.0, -0.1, -0.6, -1.0, -1.05))
+    assert tree.entropies == (0.4, 0.2, 0.0, 0.6, 0.0)
     assert tree.entropy == pytest.approx(0.4)
+    assert tree.prefix(3).entropy == pytest.approx(0.3), "nothing comes from the other node of the first level"
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -90,11 +93,13 @@ def test_a_tree_that_ends_early_is_the_whole_one(seed: int) -> None:
                 for child in range(ask.top_k):
                     paths[first] = (*paths[node], child)
                     first += 1
-            growth.extend([list(range(ask.top_k)) for _ in rows], rows, [0.0] * len(rows))
+            growth.extend([list(range(ask.top_k)) for _ in rows], rows, [-sum(row) for row in rows])
         return growth.tree()
 
     whole = grow(Ask(10_000, ask.depth, ask.top_k))
-    assert grow(ask) == whole.prefix(ask.num_nodes)
+    early, prefix = grow(ask), whole.prefix(ask.num_nodes)
+    assert early.entropy == prefix.entropy
+    assert replace(early, entropies=()) == replace(prefix, entropies=())
 
 
 def test_every_frontier_node_needs_its_candidates() -> None:

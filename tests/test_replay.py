@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import astuple, replace
 
 import torch
 
-from taps.composing import STRATEGIES
+from taps.composing import STRATEGIES, Compose, concatenated
 from taps.context import Context
 from taps.decoding import Panel, decode
 from taps.drafting.drafter import Ask, Drafter
@@ -34,15 +35,13 @@ def make_drafters() -> list[Drafter]:
 
 
 async def live(
-    drafters: Sequence[LocalDrafter], strategy: str, ask: Ask
+    drafters: Sequence[LocalDrafter], compose: Compose, ask: Ask
 ) -> tuple[SpeculationCounts, Recording]:
     counts, context = SpeculationCounts(), Context(PROMPT, 1 << 20)
     verifier = LocalVerifier(Target(CausalLM(tiny_target()), 1, 256, StepBudget(tree_nodes=64)))
     async with AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(drafters)]
-        steps = decode(
-            context, lambda: verifier.session(PARAMS), Panel(sessions, 60.0), STRATEGIES[strategy], ask
-        )
+        steps = decode(context, lambda: verifier.session(PARAMS), Panel(sessions, 60.0), compose, ask)
         async with aclosing(steps):
             async for step in steps:
                 room = NEW_TOKENS - (context.num_generated - len(step.verdict.tokens))
@@ -57,19 +56,20 @@ async def live(
 
 
 def test_replay_counts_what_live_decoding_counts() -> None:
-    """Of all strategies at once: they share the trees, and each comes by other positions."""
-    ask = Ask(num_nodes=10, depth=3, top_k=3, sampling=PARAMS)
-    names = ("single", "confidence", "merged")
+    """Of all strategies and sizes at once: they share the widest trees, and each comes by other positions."""
+    ask = Ask(num_nodes=12, depth=3, top_k=3, sampling=PARAMS)
+    sizes = dict.fromkeys(("single", "confidence", "entropy", "merged"), (12, 5)) | {"every node": (23,)}
+    composed = STRATEGIES | {"every node": lambda trees, root, _: concatenated(trees, root)}
+    strategies = [Strategy(name, (0, 1), composed[name], size) for name in sizes for size in sizes[name]]
     lived = {}
-    for name in names:
+    for name, _, _, size in map(astuple, strategies):
         local = [LocalDrafter(f"d{i}", d) for i, d in enumerate(make_drafters())]
-        lived[name] = asyncio.run(live(local, name, ask))
-    recording = lived["single"][1]
-    strategies = [Strategy(name, (0, 1), STRATEGIES[name], 10) for name in names]
-    alone = Strategy("alone", (1,), STRATEGIES["single"], 4)
-    (replayed,) = replay(make_drafters(), [recording], [ask], [*strategies, alone])
-    for walk in replayed.walks[:3]:
-        counts, recorded = lived[walk.strategy.name]
+        asked = replace(ask, num_nodes=min(size, ask.num_nodes))
+        lived[name, size] = asyncio.run(live(local, composed[name], asked))
+    recording = lived["single", 12][1]
+    (replayed,) = replay(make_drafters(), [recording], [ask], strategies)
+    for walk in replayed.walks:
+        counts, recorded = lived[walk.strategy.name, walk.strategy.num_nodes]
         assert torch.equal(recorded.tokens, recording.tokens)
         assert walk.counts.num_tokens == counts.num_tokens == NEW_TOKENS - 1
         assert walk.counts.num_passes == counts.num_passes

@@ -12,6 +12,7 @@ from taps.cli import main
 from taps.evaluation.claims import claims, compare, compare_means, depth_shift
 from taps.evaluation.plots import acceptance_bars
 from taps.evaluation.report import (
+    PER_QUESTION,
     acceptance_table,
     averaging_table,
     coupling_table,
@@ -48,9 +49,9 @@ def canned(
             "strategy": name, "drafters": ["math-hass"], "coupled": coupled, "num_nodes": 60,
             "acceptance_length": length + 0.5 * coupled,
             "interval_95": [length + 0.5 * coupled - 0.1, length + 0.5 * coupled + 0.1],
-            "per_question_mean": length, "nodes_per_pass": 59.0, "histogram": [10, 20, 10],
-            "per_question_interval_95": [length - 0.1, length + 0.1],
-            "accepted_by_depth": {"math-hass": [50, 400, 600], "chat-hass": [50, 200, 200]},
+            "per_question_mean": length + 0.05, "nodes_per_pass": 59.0, "histogram": [10, 20, 10],
+            "per_question_interval_95": [length - 0.05, length + 0.15],
+            "question_depths": [{"math-hass": [5, 40, 55 + i], "chat-hass": [5, 20, 20]} for i in range(11)],
             "chosen": {"math-hass": 30, "chat-hass": 10},
             "questions": [[round(100 * (length + 0.5 * coupled)) * (i + 1), 100 * (i + 1)] for i in range(20)],
         }
@@ -110,8 +111,8 @@ def test_a_comparison_pairs_questions_and_names_heads_without_their_method() -> 
 def test_the_share_of_the_specialist_deep_down_is_compared_with_its_share_at_the_top() -> None:
     shift = depth_shift(KEY, canned())
     assert shift is not None
-    assert shift.ratio == pytest.approx((600 / 800) / (50 / 100))
-    assert shift.interval.low < shift.ratio < shift.interval.high
+    assert shift.ratio == pytest.approx((660 / 880) / (55 / 110))
+    assert 1.47 < shift.interval.low < shift.ratio < shift.interval.high < 1.53
     assert verdict(canned(), "Depth shifts") == "reproduced"
     assert depth_shift(Key("hass", "humaneval", 0.0), canned("humaneval")) is None
 
@@ -154,6 +155,8 @@ def test_a_row_of_another_size_is_found_by_its_size() -> None:
 def test_the_tables_hold_what_was_measured() -> None:
     results = {KEY: canned(), Key("hass", "gsm8k", 1.0): canned(temperature=1.0)}
     assert "| merged | 60 | 3.20 (3.10 to 3.30) | 3.20 |" in acceptance_table(results, "hass", 0.0)
+    per_question = acceptance_table(results, "hass", 0.0, measure=PER_QUESTION)
+    assert "| merged | 60 | 3.25 (3.15 to 3.35) | 3.25 |" in per_question
     assert "| math | 3.00 (2.90 to 3.10) | 3.50 (3.40 to 3.60) | +16.7% (+16.7% to +16.7%) |" in coupling_table(
         results
     )
@@ -168,7 +171,7 @@ def test_the_summary_holds_means_over_benchmarks_and_speeds() -> None:
         "coupled": False,
         "nodes_per_pass": 8, "acceptance_length": 3.0, "draft_ms": 12.4, "verify_ms": 60.0,
     }  # fmt: skip
-    live = {KEY: {"rows": [row]}}
+    live = {KEY: {"rows": [row | {"tokens_per_second_median": 81.6}]}}
     found = means_table(lengths({KEY: canned(), Key("hass", "mt_bench", 0.0): other}), 2)
     assert "| strategy | hass, T = 0 |" in found
     assert "| math | 3.00 |" in found
@@ -178,7 +181,7 @@ def test_the_summary_holds_means_over_benchmarks_and_speeds() -> None:
         "| strategy | hass, T = 0 (1 of 2 benchmarks) |",
         "| merged | 1.50 |",
     ]
-    assert "| hass | gsm8k | 0 | merged | 1.50 (1.48 to 1.55) | 3.00 | 12 | 60 | 8.0 |" in live_table(live)
+    assert "| hass | gsm8k | 0 | merged | 1.50 (1.48 to 1.55) | 82 | 3.00 | 12 | 60 | 8.0 |" in live_table(live)
 
 
 def test_results_are_told_apart_by_how_the_heads_they_combine_were_trained(tmp_path: Path) -> None:
@@ -246,6 +249,7 @@ def test_one_command_writes_the_page_and_every_plot_it_shows(tmp_path: Path) -> 
             (source / name).write_text(json.dumps(result))
     row = {
         "strategy": "merged", "drafters": ["math-hass", "chat-hass"], "coupled": False,
+        "tokens_per_second_median": 81.6,
         "speed_ratio_median": 1.5, "speed_ratios": [1.4, 1.5, 1.7], "nodes_per_pass": 8,
         "acceptance_length": 3.0, "draft_ms": 12.4, "verify_ms": 60.0,
     }  # fmt: skip

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from taps.tree import ROOT, ProposalTree
+
+# Half of it merged a little better than all or none, at 8, 16 and 60 nodes; by less than 1 %.
+_DISCOUNT = 0.5
+
+
+def expected_entropy(tree: ProposalTree) -> float:
+    """How unsure its drafter is of the next token where it expects to be, nats; 0 where not known.
+
+    The mean over the nodes with children of their distributions' entropy, by the probability of their paths.
+    """
+    drawn_from = sorted(set(tree.parents[1:])) if tree.entropies else []
+    weights = [math.exp(tree.scores[i]) for i in drawn_from]
+    return sum(w * tree.entropies[i] for w, i in zip(weights, drawn_from, strict=True)) / (sum(weights) or 1.0)
 
 
 def merged(trees: Sequence[ProposalTree], root: int, num_nodes: int) -> ProposalTree:
@@ -12,13 +26,14 @@ def merged(trees: Sequence[ProposalTree], root: int, num_nodes: int) -> Proposal
 
     Drafters that propose the same path give one node that all of them own, with the best of their scores. A
     drafter outside its domain is overconfident in its paths but knows that it is unsure: each tree's scores are
-    discounted by its mean entropy, as far as that exceeds the surest tree's.
+    discounted by half of its expected entropy, as far as that exceeds the surest tree's.
     """
-    surest = min((tree.entropy for tree in trees if len(tree) > 1), default=0.0)
+    unsure = [expected_entropy(tree) for tree in trees]
+    surest = min((nats for tree, nats in zip(trees, unsure, strict=True) if len(tree) > 1), default=0.0)
     place: dict[tuple[int, int], int] = {}  # (merged parent, token) -> merged node
     tokens, parents, scores, owners = [root], [-1], [0.0], [0]
-    for tree in trees:
-        discount = tree.entropy - surest
+    for tree, nats in zip(trees, unsure, strict=True):
+        discount = _DISCOUNT * (nats - surest)
         merged_at = [ROOT] * len(tree)
         for i in range(1, len(tree)):
             parent, token = merged_at[tree.parents[i]], tree.tokens[i]

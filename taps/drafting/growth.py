@@ -24,7 +24,7 @@ class Growth:
         self.ask = ask
         self._root = root
         self._nodes: list[tuple[int, int, float, int]] = []  # (token, parent, score, owners)
-        self._entropies: list[float] = []
+        self._entropies: list[float] = [0.0]  # [1 + nodes] of its children's distribution
         self._levels_left = ask.depth + 1
         self.frontier: list[int] = [ROOT]  # the nodes whose children come next; empty when the tree is grown
 
@@ -53,7 +53,9 @@ class Growth:
             base = self._score(node)
             possible = ((t, s) for t, s in zip(children, scores, strict=True) if s > -math.inf)
             self._nodes += [(t, node, base + s, 0) for t, s in possible]
-        self._entropies += entropies
+        for node, entropy in zip(self.frontier, entropies, strict=True):
+            self._entropies[node] = entropy
+        self._entropies += [0.0] * (len(self._nodes) + 1 - first)
         newest = range(first, len(self._nodes) + 1)
         self._levels_left -= 1
         best = heapq.nlargest(self.ask.top_k, newest, key=self._score)
@@ -70,5 +72,4 @@ class Growth:
 
     def tree(self) -> ProposalTree:
         """The best nodes, ordered."""
-        entropy = sum(self._entropies) / len(self._entropies) if self._entropies else 0.0
-        return ProposalTree.ordered(self._root, self._nodes, self.ask.num_nodes, entropy)
+        return ProposalTree.ordered(self._root, self._nodes, self.ask.num_nodes, self._entropies)

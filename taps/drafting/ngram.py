@@ -17,7 +17,7 @@ _OTHERS = 100  # tokens that what is left of the probability is thought to be sp
 def _entropy(sure: float) -> float:
     """Nats, of a distribution that gives one token the probability `sure`."""
     rest = 1.0 - sure
-    return -sure * math.log(sure) - (rest * math.log(rest / _OTHERS) if rest else 0.0)
+    return -sure * math.log(sure) - rest * math.log(rest / _OTHERS)
 
 
 class NgramDrafter:
@@ -42,12 +42,15 @@ class NgramDrafter:
         tokens += job.delta.tokens
         length = min(job.ask.depth + 1, job.ask.num_nodes - 1)
         start, matched = self._lookup(tokens)
-        drafted = tokens[start : start + length] if matched else []
+        if not matched:
+            return ProposalTree.root_only(tokens[-1])
+        drafted = tokens[start : start + length]
         # A longer match is a surer one; the score is a guess that orders these nodes among others'.
-        sure = matched / (matched + 1) if matched else 1.0
+        sure = matched / (matched + 1)
         n = len(drafted) + 1
         scores = tuple(math.log(sure) * i for i in range(n))
-        return ProposalTree((tokens[-1], *drafted), tuple(range(-1, n - 1)), scores, (0,) * n, _entropy(sure))
+        parents = tuple(range(-1, n - 1))
+        return ProposalTree((tokens[-1], *drafted), parents, scores, (0,) * n, (_entropy(sure),) * n)
 
     def _lookup(self, tokens: Sequence[int]) -> tuple[int, int]:
         """Where the latest earlier occurrence of the longest suffix ends, and that suffix's length."""

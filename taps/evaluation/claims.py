@@ -5,7 +5,6 @@ Knows results; nothing of how they are shown.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,10 @@ from taps.evaluation.statistics import (
     Interval,
     bootstrap_mean_ratio,
     bootstrap_ratio,
+    bootstrap_share_ratio,
     mean_ratio,
     pooled,
+    share_ratio,
 )
 
 _SPECIALIST_OF = {"gsm8k": "math", "math_500": "math", "svamp": "math", "mt_bench": "chat", "humaneval": "code"}
@@ -76,23 +77,28 @@ def compare_means(
 def depth_shift(key: Key, result: dict[str, Any]) -> Comparison | None:
     """The specialist's share of the accepted tokens of the paper's merged tree, deep down against at the top.
 
-    A token that both drafters proposed counts for both. The interval takes tokens for independent, and is the
-    narrower for it than one over questions. None where the specialist was not measured.
+    A token that both drafters proposed counts for both. None where the specialist was not measured.
     """
     row = row_of(result, "concatenated")
     own = _SPECIALIST_OF.get(key.benchmark, "")
-    by_depth = {plain_name(name): n for name, n in (row or {}).get("accepted_by_depth", {}).items()}
+    shares = [_deep_and_first(depths, own) for depths in (row or {}).get("question_depths", [])]
+    if not shares or None in shares:
+        return None
+    questions = [share for share in shares if share is not None]
+    sums = [sum(column) for column in zip(*questions, strict=True)]
+    if not all(sums):
+        return None
+    names = f"share of {own} at depth 3 and more", "its share at depth 1"
+    return Comparison(key, *names, share_ratio(sums), bootstrap_share_ratio(questions))
+
+
+def _deep_and_first(by_drafter: dict[str, list[int]], own: str) -> tuple[int, int, int, int] | None:
+    """Accepted tokens: the specialist's and all at depth 3 and more, the specialist's and all at depth 1."""
+    by_depth = {plain_name(name): n for name, n in by_drafter.items()}
     if own not in by_depth or len(by_depth) < 2:
         return None
     total = [sum(column) for column in zip(*by_depth.values(), strict=True)]
-    first, deep = (by_depth[own][0], total[0]), (sum(by_depth[own][2:]), sum(total[2:]))
-    if not first[0] or not deep[0]:
-        return None
-    ratio = (deep[0] / deep[1]) / (first[0] / first[1])
-    # The logarithm of a ratio of two shares is about normal (Katz et al. 1978).
-    spread = 1.96 * math.sqrt(1 / deep[0] - 1 / deep[1] + 1 / first[0] - 1 / first[1])
-    interval = Interval(ratio * math.exp(-spread), ratio * math.exp(spread))
-    return Comparison(key, f"share of {own} at depth 3 and more", "its share at depth 1", ratio, interval)
+    return sum(by_depth[own][2:]), sum(total[2:]), by_depth[own][0], total[0]
 
 
 @dataclass(frozen=True)
@@ -151,8 +157,7 @@ def claims(results: Results) -> list[Claim]:
         Claim("Confidence routes better than entropy", gather(lambda _: [("confidence", "entropy")])),
         Claim("Merging (the paper's, every node of both trees) beats confidence routing",
               gather(lambda _: [("concatenated", "confidence")])),
-        Claim("Depth shifts towards the specialist: its share of the accepted tokens grows (intervals take "
-              "tokens for independent)", shifts),
+        Claim("Depth shifts towards the specialist: its share of the accepted tokens grows", shifts),
         Claim("Merging within the same nodes beats confidence routing",
               gather(lambda _: [("merged", "confidence")]), by_paper=False),
         Claim("Within the same nodes, on average over the benchmarks, merging beats each specialist",

@@ -23,8 +23,8 @@ from taps.context import Context
 from taps.decoding import Panel, decode
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
-from taps.evaluation.questions import load_questions
-from taps.evaluation.runner import heads_made, made_with, unlike_names
+from taps.evaluation.questions import Question, load_questions
+from taps.evaluation.runner import digest, heads_made, made_with, unlike_names
 from taps.local import LocalDrafter, LocalVerifier, in_process
 from taps.metrics import SpeculationCounts
 from taps.models.causal_lm import CausalLM
@@ -110,18 +110,19 @@ def measure(
     every = [*heads, *alone]
     names, device = unlike_names(every), "cuda" if torch.cuda.is_available() else "cpu"
     environment = made_with() | {"device": device}
-    path = target_path(target)
+    path, questions = target_path(target), load_questions(data, plan.questions)
     with computing_with(1) as num_threads:
         loaded = [load_head(head, path, torch.bfloat16).to(device) for head in every]
         engine = Target(CausalLM.load(path, torch.bfloat16, device), 2, _MAX_LEN)
         named = zip(names, (EagleDrafter(head, 2) for head in loaded), strict=True)
         with in_process(engine, named, num_threads) as (verifier, drafters):
             settings = _settings(drafters, len(heads), (False, True) if plan.temperature else (False,))
-            timed = _time_all(AutoTokenizer.from_pretrained(path), verifier, settings, data, plan)
+            timed = _time_all(AutoTokenizer.from_pretrained(path), verifier, settings, questions, plan)
     return {
         "plan": asdict(plan),
         "target": target,
         "heads": heads_made(every),
+        "questions": {"ids": [question.id for question in questions], "sha256": digest(questions)},
         "made_with": environment,
         "threads": num_threads,
         "rows": [_row(setting, rows, timed[0]) for setting, rows in zip(settings, timed, strict=True)],
@@ -141,11 +142,15 @@ def _settings(drafters: Sequence[LocalDrafter], num_together: int, coupled: Sequ
 
 
 def _time_all(
-    tokenizer: Any, verifier: LocalVerifier, settings: Sequence[Setting], data: str | Path, plan: LivePlan
+    tokenizer: Any,
+    verifier: LocalVerifier,
+    settings: Sequence[Setting],
+    questions: Sequence[Question],
+    plan: LivePlan,
 ) -> list[list[Timed]]:
     """The answers of every setting."""
     timed: list[list[Timed]] = [[] for _ in settings]
-    for number, question in enumerate(load_questions(data, plan.questions)):
+    for number, question in enumerate(questions):
         messages = [{"role": "user", "content": question.turns[0]}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         params = SamplingParams(plan.temperature, seed=plan.seed, choice=number)

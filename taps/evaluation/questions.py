@@ -6,6 +6,7 @@ Knows rows; nothing of models.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ def load_questions(source: str | Path, limit: int | None = None) -> list[Questio
     else:
         raise InvalidQuestions(f"{source} is neither a file nor one of {', '.join(HUB)}")
     questions = [_parse(row, number, where) for number, (row, where) in enumerate(rows)]
+    if twice := [name for name, count in Counter(q.id for q in questions).items() if count > 1]:
+        raise InvalidQuestions(
+            f"{source} holds two questions with the id {twice[0]}; give them ids of their own"
+        )
     if not questions:
         raise InvalidQuestions(f"{source} holds no questions; {_EXPECTED}")
     if limit is None or limit >= len(questions):
@@ -94,6 +99,6 @@ def _turns(row: Any) -> tuple[str, ...]:
     if "messages" in row:
         return tuple(m["content"] for m in row["messages"] if m["role"] == "user")
     if "Body" in row:
-        return (f"{row['Body'].rstrip('. ')}. {row['Question']}",)
+        return (row["Body"].rstrip(". ") + ". " + row["Question"],)
     text = next(row[key] for key in ("question", "problem", "prompt", "") if key in row or not key)
     return (text,) if isinstance(text, str) else tuple(text)

@@ -63,11 +63,12 @@ class Walk:
 
     def step(self, proposals: Sequence[ProposalTree]) -> None:
         """One verify pass, of the trees its drafters grew here."""
-        if self.strategy.compose is None:
-            candidates = [tree.prefix(self.strategy.num_nodes) for tree in proposals]
-        else:
-            root = self._tokens[self.end - 1]
-            candidates = [self.strategy.compose(proposals, root, self.strategy.num_nodes)]
+        asked_for = self.strategy.num_nodes
+        candidates = [
+            tree.prefix(asked_for) for tree in proposals
+        ]  # what drafters give who are asked for so many
+        if self.strategy.compose is not None:
+            candidates = [self.strategy.compose(candidates, self._tokens[self.end - 1], asked_for)]
         accepted = [(tree, accept(tree, self._decided)) for tree in candidates]
         tree, acceptance = max(accepted, key=lambda pair: len(pair[1].tokens))
         self.chosen.update(_sole_owner(tree))

@@ -19,8 +19,18 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def acceptance_table(results: Results, recipe: str, temperature: float, coupled: bool = False) -> str:
-    """τ with its interval: strategies down, benchmarks across, and their mean."""
+_POOLED = ("acceptance_length", "interval_95")
+PER_QUESTION = ("per_question_mean", "per_question_interval_95")
+
+
+def acceptance_table(
+    results: Results,
+    recipe: str,
+    temperature: float,
+    coupled: bool = False,
+    measure: tuple[str, str] = _POOLED,
+) -> str:
+    """τ with its interval: strategies down, benchmarks across, and their mean. Args: measure: its fields."""
     chosen = {k: r for k, r in results.items() if (k.recipe, k.temperature) == (recipe, temperature)}
     measured = dict.fromkeys(
         (plain_name(row["strategy"]), row["num_nodes"])
@@ -33,16 +43,25 @@ def acceptance_table(results: Results, recipe: str, temperature: float, coupled:
         cells, lengths = [], []
         for result in chosen.values():
             row = row_of(result, name, coupled, num_nodes)
-            cells.append("" if row is None else _cell(row))
-            lengths += [] if row is None else [row["acceptance_length"]]
+            cells.append("" if row is None else _cell(row, measure))
+            lengths += [] if row is None else [row[measure[0]]]
         mean = f"{sum(lengths) / len(lengths):.2f}" if len(lengths) == len(chosen) else ""
         lines.append([name, str(num_nodes or "all"), *cells, mean])
     return table(["strategy", "nodes", *(k.benchmark for k in chosen), "mean"], lines)
 
 
-def _cell(row: Row) -> str:
-    low, high = row["interval_95"]
-    return f"{row['acceptance_length']:.2f} ({low:.2f} to {high:.2f})"
+def _acceptance(results: Results, recipe: str, temperature: float, coupled: bool) -> str:
+    """τ pooled, and to unfold as the mean of the questions'."""
+    per_question = acceptance_table(results, recipe, temperature, coupled, PER_QUESTION)
+    return (
+        f"{acceptance_table(results, recipe, temperature, coupled)}\n<details>\n"
+        f"<summary>Mean of the questions' own τ</summary>\n\n{per_question}\n</details>\n"
+    )
+
+
+def _cell(row: Row, measure: tuple[str, str] = _POOLED) -> str:
+    length, (low, high) = (row[name] for name in measure)
+    return f"{length:.2f} ({low:.2f} to {high:.2f})"
 
 
 def heads_table(results: Results, live: Results) -> str:
@@ -134,10 +153,11 @@ def live_table(live: Results) -> str:
                 key.recipe, key.benchmark, f"{key.temperature:g}",
                 plain_name(row["strategy"]) + ", coupled" * row["coupled"],
                 f"{row['speed_ratio_median']:.2f} ({lower:.2f} to {upper:.2f})",
+                f"{row['tokens_per_second_median']:.0f}",
                 f"{row['acceptance_length']:.2f}", f"{row['draft_ms']:.0f}", f"{row['verify_ms']:.0f}",
                 f"{row['nodes_per_pass']:.1f}",
             ])  # fmt: skip
-    header = "recipe, benchmark, temperature, strategy, speed, τ, draft ms, verify ms, nodes per pass"
+    header = "recipe, benchmark, temperature, strategy, speed, tokens/s, τ, draft ms, verify ms, nodes per pass"
     return table(header.split(", "), lines)
 
 
@@ -234,12 +254,11 @@ def report(results: Results, live: Results, plots: Mapping[str, Mapping[str, str
         "## Acceptance length\n\n" + drawn("acceptance", "τ (lighter: coupled)"),
     ]
     for recipe, temperature in dict.fromkeys((k.recipe, k.temperature) for k in results):
-        parts.append(f"### {recipe}, temperature {temperature:g}\n\n")
-        parts.append(acceptance_table(results, recipe, temperature))
-        if temperature:
-            parts.append("\nCoupled drafting:\n\n" + acceptance_table(results, recipe, temperature, True))
-    if coupled := coupling_table(results):
-        parts.append("## Coupled drafting\n\nDrafting with the noise the target samples with.\n\n" + coupled)
+        parts.append(f"### {recipe}, temperature {temperature:g}\n")
+        for coupled in (False, True)[: 1 + bool(temperature)]:
+            parts.append("Coupled drafting:\n" * coupled + _acceptance(results, recipe, temperature, coupled))
+    if gains := coupling_table(results):
+        parts.append("## Coupled drafting\n\nDrafting with the noise the target samples with.\n\n" + gains)
     parts.append("## Which drafter the routers take\n\nShares of the passes.\n\n" + routing_table(results))
     parts.append("## Depth\n\n" + depth_table(results) + "\n" + drawn("depth", "Accepted by depth"))
     if any(blends(result) for result in results.values()):

@@ -5,6 +5,7 @@ Knows benchmarks, heads and strategies; nothing of plots.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -33,7 +34,7 @@ from taps.evaluation.statistics import (
     pooled,
 )
 from taps.metrics import SpeculationCounts
-from taps.models.checkpoints import load_head
+from taps.models.checkpoints import load_head, weight_file
 from taps.models.embedded import target_path
 from taps.sampling import SamplingParams
 from taps.threads import computing_with
@@ -127,7 +128,7 @@ class _Row:
     coupled: bool
     totals: SpeculationCounts = field(default_factory=SpeculationCounts)
     chosen: Counter[int] = field(default_factory=Counter)
-    questions: dict[str, QuestionCounts] = field(default_factory=dict)
+    questions: dict[str, SpeculationCounts] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -137,12 +138,12 @@ class _Row:
     def add(self, question: str, counts: SpeculationCounts, chosen: Counter[int]) -> None:
         self.totals += counts
         self.chosen += chosen
-        tokens, passes = self.questions.get(question, QuestionCounts(0, 0))
-        self.questions[question] = QuestionCounts(tokens + counts.num_tokens, passes + counts.num_passes)
+        self.questions[question] = self.questions.get(question, SpeculationCounts()) + counts
 
     def as_json(self, names: Sequence[str]) -> dict[str, Any]:
-        questions, totals = list(self.questions.values()), self.totals
-        return {
+        totals = self.totals
+        questions = [QuestionCounts(c.num_tokens, c.num_passes) for c in self.questions.values()]
+        row = {
             "strategy": self.strategy.name,
             "drafters": [names[i] for i in self.strategy.drafters],
             "coupled": self.coupled,
@@ -153,13 +154,18 @@ class _Row:
             "per_question_interval_95": [round(edge, 4) for edge in bootstrap_mean(questions)],
             "nodes_per_pass": round(totals.num_draft_tokens / max(totals.num_passes, 1), 2),
             "histogram": totals.histogram(),
-            "accepted_by_depth": {
-                names[i]: [totals.accepted_at[i, depth] for depth in range(1, totals.max_depth + 1)]
-                for i in self.strategy.drafters
-            },
+            "accepted_by_depth": self._by_depth(totals, names),
             "chosen": {names[i]: n for i, n in sorted(self.chosen.items())},
             "questions": questions,
         }
+        if self.strategy.compose is concatenated:  # the claim about depths is about this one
+            row["question_depths"] = [self._by_depth(counts, names) for counts in self.questions.values()]
+        return row
+
+    def _by_depth(self, counts: SpeculationCounts, names: Sequence[str]) -> dict[str, list[int]]:
+        """Accepted tokens that each drafter proposed, by depth from 1."""
+        depths = range(1, self.totals.max_depth + 1)
+        return {names[i]: [counts.accepted_at[i, depth] for depth in depths] for i in self.strategy.drafters}
 
 
 def evaluate(
@@ -175,7 +181,8 @@ def evaluate(
     names = unlike_names([*combined, *alone])
     with computing_with(1):
         heads = [load_head(head, path, torch.float32) for head in (*combined, *alone)]
-    runs = record(path, load_questions(data, plan.questions), work, plan)
+    questions = load_questions(data, plan.questions)
+    runs = record(path, questions, work, plan)
     drafters = [EagleDrafter(head, plan.batch_size, max_len=4096) for head in heads]
     strategies = strategies_for(names[: len(combined)], names[len(combined) :], plan.num_nodes)
     couplings = (False, True) if plan.temperature else (False,)
@@ -202,6 +209,7 @@ def evaluate(
         "plan": asdict(plan),
         "target": target,
         "heads": heads_made([*combined, *alone]),
+        "questions": {"ids": list(rows[0].questions), "sha256": digest(questions)},
         "runs": len(runs),
         "made_with": environment,
         "rows": [row.as_json(names) for row in rows],
@@ -225,7 +233,15 @@ def heads_made(heads: Sequence[Path]) -> dict[str, Any]:
     for head in heads:
         settings = json.loads((head / "config.json").read_text()) if (head / "config.json").is_file() else {}
         made[head.name] = settings.get("taps", {"path": str(head)})
+        if (weights := weight_file(head)) is not None:
+            made[head.name]["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     return made
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """SHA-256 of what is asked, so that results tell whether they are of the same questions."""
+    asked = json.dumps([asdict(question) for question in questions])
+    return hashlib.sha256(asked.encode()).hexdigest()
 
 
 def commit() -> str | None:

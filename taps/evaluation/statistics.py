@@ -72,6 +72,18 @@ def bootstrap_mean_ratio(
     return _middle(lengths(ours) / lengths(theirs))
 
 
+def share_ratio(sums: Sequence[float]) -> float:
+    """(a / b) / (c / d) of four sums."""
+    a, b, c, d = sums
+    return (a / b) / (c / d)
+
+
+def bootstrap_share_ratio(questions: Sequence[Sequence[int]], seed: int = 0) -> Interval:
+    """The 95 % interval of `share_ratio` of the sums over questions, each giving (a, b, c, d)."""
+    sums = torch.tensor(questions, dtype=torch.float64)[_drawn(len(questions), seed)].sum(1).clamp_min(1)
+    return _middle((sums[:, 0] / sums[:, 1]) / (sums[:, 2] / sums[:, 3]))
+
+
 def _drawn(count: int, seed: int) -> torch.Tensor:
     """Indices [resamples, count], drawn with replacement."""
     return torch.randint(count, (_RESAMPLES, count), generator=torch.Generator().manual_seed(seed))

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
@@ -24,6 +25,7 @@ from taps.models.causal_lm import fingerprint
 from taps.models.draft_head import DraftHead
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_OF_THE_TARGET = {"lm_head.weight", "layers.0.self_attn.rotary_emb.inv_freq"}  # and not read from heads
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 
 
@@ -75,6 +77,8 @@ def load_head(path_or_id: str | Path, target: str | Path, dtype: torch.dtype) ->
     directory = resolve(path_or_id)
     settings = _read_config(directory)
     weights = {_plain_name(k): v for k, v in _read_weights(directory).items()}
+    for name in weights.keys() & _OF_THE_TARGET:
+        del weights[name]
     embeddings, lm_head = load_target_ends(target)
     config = LlamaConfig(**{k: v for k, v in settings.items() if k not in ("taps", "architectures")})
     _check_fit(directory, settings, config, weights, embeddings)
@@ -89,6 +93,11 @@ def load_head(path_or_id: str | Path, target: str | Path, dtype: torch.dtype) ->
     missing = sorted(head.trained().keys() - weights.keys())
     if missing:
         raise InvalidCheckpoint(f"{directory} lacks {', '.join(missing)}: it is not an EAGLE-2 or HASS head")
+    if unknown := sorted(weights.keys() - head.trained().keys()):
+        raise InvalidCheckpoint(
+            f"{directory} has {', '.join(unknown)}, which the one Llama layer of an EAGLE-2 or HASS head has "
+            "no place for: it is a head of another kind"
+        )
     try:
         head.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -136,15 +145,22 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return settings
 
 
+def weight_file(directory: Path) -> Path | None:
+    """The file that holds a head's weights; None where there is none."""
+    return next((path for name in _WEIGHT_FILES if (path := directory / name).is_file()), None)
+
+
 def _read_weights(directory: Path) -> dict[str, Tensor]:
-    for name in _WEIGHT_FILES:
-        path = directory / name
-        if path.is_file():
-            if path.suffix == ".safetensors":
-                return load_file(path)
-            weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-            return weights
-    raise InvalidCheckpoint(f"{directory} has neither {' nor '.join(_WEIGHT_FILES)}")
+    path = weight_file(directory)
+    if path is None:
+        raise InvalidCheckpoint(f"{directory} has neither {' nor '.join(_WEIGHT_FILES)}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise InvalidCheckpoint(f"{path} cannot be read, perhaps it is not whole: {error}") from error
+    return weights
 
 
 def _plain_name(name: str) -> str:
