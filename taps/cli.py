@@ -1,8 +1,9 @@
-"""The `taps` command: prepare the embedded target; record answers; train, average and evaluate specialists."""
+"""The `taps` command: the embedded target; answers to train on; specialists, made, measured and exported."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_train(commands.add_parser("train", help="train a specialist from prompts"))
     _add_answer(commands.add_parser("answer", help="record the target's answers to prompts, to train on later"))
     _add_average(commands.add_parser("average", help="average two specialists' weights"))
+    _add_export(commands.add_parser("export", help="write a specialist for other EAGLE engines"))
     _add_eval(commands.add_parser("eval", help="acceptance length of specialists on a benchmark"))
     _add_bench(
         commands.add_parser("bench", help="speed of specialists against plain decoding, in this process")
@@ -119,6 +121,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    """A number from 0 to 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return share
+
+
 def _temperature(text: str) -> float:
     try:
         value = float(text)
@@ -136,10 +149,17 @@ def _answers(text: str) -> tuple[Path, int | None]:
 
 def _add_average(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("heads", nargs=2, type=Path, help="two specialist directories")
-    parser.add_argument("--weight", type=float, default=0.5, help="of the first (default: %(default)s)")
+    parser.add_argument("--weight", type=_share, default=0.5, help="λ, of the first (default: %(default)s)")
     parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path)
     parser.set_defaults(run=_average)
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("head", type=Path, help="a specialist's directory")
+    parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
+    parser.add_argument("--out", required=True, type=Path)
+    parser.set_defaults(run=_export)
 
 
 def _add_measuring(
@@ -205,6 +225,16 @@ def _eval(args: argparse.Namespace) -> None:
     run = f"{args.benchmark}-{args.new_tokens}-t{args.temperature:g}-s{args.seed}"
     data = args.data or args.benchmark
     write_result(evaluate(args.target, args.heads, args.alone, data, args.work / run, plan), args.out)
+
+
+def _export(args: argparse.Namespace) -> None:
+    import torch
+
+    from taps.models.checkpoints import export_head
+    from taps.models.embedded import target_path
+
+    export_head(args.head, target_path(args.target), args.out, torch.bfloat16)
+    print(f"saved {args.out}, which drafts from the whole vocabulary")
 
 
 def _average(args: argparse.Namespace) -> None:

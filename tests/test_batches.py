@@ -59,6 +59,13 @@ def test_rows_are_read_by_themselves(tmp_path: Path) -> None:
         assert torch.equal(alone.features, whole.features)
 
 
+def test_a_shard_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    (path,) = shards(saved(tmp_path / "answers", recording([1, 2, 3, 4], 2)))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InvalidData, match=r"shard-00000\.safetensors cannot be read"):
+        Answers(tmp_path / "answers").rows()
+
+
 def many(count: int) -> list[Recording]:
     return [recording([9, i, *range(i % 3 + 1)], 1, f"r{i}") for i in range(count)]
 
@@ -72,6 +79,13 @@ def test_an_epoch_takes_every_recording_once_except_those_held_out_or_too_short(
     assert sorted(ids) == sorted({r.id for r in many(120)} - {row.id for row in data.held_out})
     assert max(map(len, epoch)) == 4
     assert epoch == data.epoch(4, 0, 0) != data.epoch(4, 0, 1)
+
+
+def test_answers_that_are_all_held_out_train_nothing(tmp_path: Path) -> None:
+    held_out = RecordedData([Answers(saved(tmp_path / "many", *many(120)))]).held_out[0]
+    answers = saved(tmp_path / "few", load_row(held_out))
+    with pytest.raises(InvalidData, match="of 1 recorded answers all are held out"):
+        RecordedData([Answers(answers)])
 
 
 def test_all_answers_to_a_prompt_are_held_out_together(tmp_path: Path) -> None:

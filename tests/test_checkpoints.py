@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from taps.models.checkpoints import InvalidCheckpoint, load_head, load_target_ends, save_head
+from taps.models.checkpoints import InvalidCheckpoint, export_head, load_head, load_target_ends, save_head
 from taps.training.alignment import Alignment
 from tests.tiny import HIDDEN, VOCAB, saved_target, tiny_head
 
@@ -83,6 +83,24 @@ def test_the_published_eagle_layout_loads(saved: Path, target: Path) -> None:
     assert (head.config.rope_parameters or {})["rope_theta"] == 500000.0
     assert head.fc.bias is not None
     assert not torch.equal(predict(head), predict(tiny_head()))
+
+
+def test_an_export_has_what_eagles_own_loader_wants_and_nothing_else(tmp_path: Path, target: Path) -> None:
+    """It loads one Llama layer strictly: embeddings, no draft vocabulary, no norm before the first layer."""
+    save_head(tiny_head(draft_vocab=torch.tensor([3, 5])), tmp_path / "head", {"domain": "x"}, torch.float32)
+    export_head(tmp_path / "head", target, tmp_path / "export", torch.float32)
+    layer = "layers.0."
+    wanted = {"embed_tokens.weight", "fc.weight", f"{layer}post_attention_layernorm.weight"}
+    wanted |= {f"{layer}self_attn.{name}_proj.weight" for name in "qkvo"}
+    wanted |= {f"{layer}mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    tensors = load_file(tmp_path / "export" / "model.safetensors")
+    pickled = torch.load(tmp_path / "export" / "pytorch_model.bin", weights_only=True)
+    assert tensors.keys() == pickled.keys() == wanted
+    assert all(torch.equal(tensor, pickled[name]) for name, tensor in tensors.items())
+    exported = load_head(tmp_path / "export", target, torch.float32)
+    assert exported.draft_vocab.numel() == VOCAB
+    assert torch.equal(predict(exported), predict(tiny_head()))
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["taps"]["domain"] == "x"
 
 
 def test_what_a_checkpoint_repeats_of_its_target_is_not_read(saved: Path, target: Path) -> None:

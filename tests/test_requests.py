@@ -158,6 +158,15 @@ def test_options_go_before_the_configuration(reader: RequestReader) -> None:
     assert read_chat(reader).strategy == "merged"
 
 
+def test_drafters_are_told_the_noise_of_the_request_unless_the_configuration_says_no(
+    reader: RequestReader, tmp_path: Path
+) -> None:
+    job = read_chat(reader, temperature=0.7, seed=3)
+    assert job.ask.sampling == job.params == SamplingParams(0.7, seed=3)
+    uncoupled = RequestReader(str(tmp_path), TARGET, RouterArgs(tree=TreeArgs(coupled=False)))
+    assert read_chat(uncoupled, temperature=0.7, seed=3).ask.sampling is None
+
+
 @pytest.mark.parametrize(
     ("options", "drafters"),
     [

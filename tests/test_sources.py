@@ -33,12 +33,10 @@ def numbered(path: Path, count: int) -> Path:
         "[1]",
         '"text"',
         "{}",
-        '{"messages": []}',
         '{"messages": "hi"}',
         '{"messages": ["hi"]}',
         '{"messages": [{"role": "user"}]}',
         '{"messages": [{"role": "user", "content": 5}]}',
-        '{"messages": [{"role": "assistant", "content": "hi"}]}',
         '{"conversations": [{"from": "bystander", "value": "hi"}]}',
         '{"conversations": [{"from": "human"}]}',
         '{"output": "4"}',
@@ -50,9 +48,40 @@ def test_a_bad_row_is_refused_with_its_number_and_what_is_expected(tmp_path: Pat
         load_prompts(path)
 
 
-def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [["", "  "], ['{"messages": []}']])
+def test_a_file_without_prompts_is_refused(tmp_path: Path, rows: list[str]) -> None:
     with pytest.raises(InvalidData, match="holds no prompts"):
-        load_prompts(written(tmp_path / "data.jsonl", "", "  "))
+        load_prompts(written(tmp_path / "data.jsonl", *rows))
+
+
+def test_conversations_in_which_no_user_says_anything_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the files that went around as ShareGPT have them."""
+    empty = [
+        {"id": "a", "conversations": []},
+        {"id": "b", "conversations": [{"from": "chatgpt", "value": "hi"}]},
+        {"id": "c", "conversations": [{"from": "human", "value": " "}, {"from": "bing", "value": "hi"}]},
+        {"instruction": ""},
+    ]
+    cut = {"id": "d", "conversations": [{"from": "gpt", "value": "so"}, {"from": "human", "value": "why?"}]}
+    (prompt,) = load_prompts(written(tmp_path / "data.jsonl", *empty, cut))
+    assert prompt.messages == ({"role": "user", "content": "why?"},)
+    assert "data.jsonl: 4 rows in which no user says anything were left out" in capsys.readouterr().out
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes('{"instruction": "café"}'.encode("latin-1"))
+    with pytest.raises(InvalidData, match=r"data\.jsonl is not a text file in UTF-8"):
+        load_prompts(path)
+    path.write_text('{"instruction": "café"}', encoding="utf-8-sig")
+    assert load_prompts(path)[0].messages[0]["content"] == "café"
+
+
+def test_a_plus_in_the_name_of_a_file_is_not_a_mixture(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "a+b.jsonl", 5)
+    assert (len(load_prompts(path)), len(load_prompts(f"{path}:3"))) == (5, 3)
 
 
 def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:

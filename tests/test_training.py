@@ -315,3 +315,10 @@ def test_heads_that_differ_in_shape_have_no_average() -> None:
     other.fc = torch.nn.Linear(2 * HIDDEN, HIDDEN, bias=True)
     with pytest.raises(InvalidCheckpoint, match="no average"):
         average(tiny_head(), other, 0.5)
+
+
+@pytest.mark.parametrize("weight", ["nan", "1.5", "-0.1", "half"])
+def test_a_weight_that_makes_no_average_is_refused(weight: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["average", "one", "other", f"--weight={weight}", "--out", "out"])
+    assert f"'{weight}' is not a number from 0 to 1" in capsys.readouterr().err

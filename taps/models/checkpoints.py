@@ -1,14 +1,13 @@
 """Draft heads on disk, in the EAGLE layout: config.json beside fc.*, layers.0.* and optional embed_tokens.*.
 
 Two keys are ours: the tensor `draft_vocab` (ids the head drafts from) and, in config.json, `taps` (the
-target's fingerprint and how the head came to be). Engines that know no draft vocabulary need a head trained
-with the whole one.
+target's fingerprint and how the head came to be). Engines that know no draft vocabulary are given an export.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -108,16 +107,44 @@ def load_head(path_or_id: str | Path, target: str | Path, dtype: torch.dtype) ->
 def save_head(head: DraftHead, directory: Path, card: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Write a head's own weights; `card` goes to config.json under "taps"."""
     directory.mkdir(parents=True, exist_ok=True)
-    weights = {name: w.detach().to(dtype).contiguous().cpu() for name, w in head.trained().items()}
-    vocab_size = head.embeddings.shape[0]
-    if head.draft_vocab.numel() < vocab_size:
+    weights = _own_weights(head, dtype)
+    if head.draft_vocab.numel() < head.embeddings.shape[0]:
         weights["draft_vocab"] = head.draft_vocab.to(torch.int32).cpu()
-    partial = directory / "model.partial"
-    save_file(weights, partial, metadata={"format": "pt"})
-    partial.rename(directory / "model.safetensors")
+    _write(directory / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    _write_config(head, directory, card)
+
+
+def export_head(path_or_id: str | Path, target: str | Path, directory: Path, dtype: torch.dtype) -> None:
+    """Write a head again for engines that read the EAGLE layout and nothing more.
+
+    Its own weights and the target's embeddings, in both file formats, without the draft vocabulary: there it
+    drafts from the whole one. Raises `InvalidCheckpoint` as `load_head` does.
+    """
+    head = load_head(path_or_id, target, torch.float32)
+    card = _read_config(resolve(path_or_id)).get("taps", {})
+    directory.mkdir(parents=True, exist_ok=True)
+    embeddings = head.embeddings.to(dtype).contiguous().cpu()
+    weights = _own_weights(head, dtype) | {"embed_tokens.weight": embeddings}
+    _write(directory / "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    _write(directory / "pytorch_model.bin", lambda path: torch.save(weights, path))
+    _write_config(head, directory, card)
+
+
+def _own_weights(head: DraftHead, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: w.detach().to(dtype).contiguous().cpu() for name, w in head.trained().items()}
+
+
+def _write(path: Path, save: Callable[[Path], object]) -> None:
+    """Whole or not at all."""
+    partial = path.with_suffix(".partial")
+    save(partial)
+    partial.rename(path)
+
+
+def _write_config(head: DraftHead, directory: Path, card: Mapping[str, Any]) -> None:
     settings = head.config.to_diff_dict() | {
         "architectures": ["LlamaForCausalLMEagle"],
-        "vocab_size": vocab_size,
+        "vocab_size": head.embeddings.shape[0],
         "hidden_size": head.config.hidden_size,
         "num_hidden_layers": 1,
         **_older_names(head),

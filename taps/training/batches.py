@@ -105,6 +105,10 @@ class RecordedData:
         self.held_out = [first_answers[i * len(first_answers) // most] for i in range(most)]
         # Those not measured with are not trained on either: another run, that starts from this head, may.
         self.training = [row for row in usable if not _is_held_out(row)]
+        if not self.training:
+            raise InvalidData(
+                f"of {len(usable)} recorded answers all are held out to measure with: record more to train on"
+            )
         self._compute_features = compute_features
 
     @property

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from taps.training.sources import ANSWER_MARK
+from taps.training.sources import ANSWER_MARK, InvalidData
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,16 @@ def save_shard(
     partial.rename(path)
 
 
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise InvalidData(f"{path} cannot be read, perhaps it is not whole; remove it: {error}") from error
+
+
 def shard_header(path: Path) -> dict[str, Any]:
     """{"target", "answering", "ids", "answer_tokens"} of a shard, without reading its tensors."""
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         header: dict[str, Any] = json.loads(file.metadata()["header"])
     return header
 
@@ -94,7 +101,7 @@ class ShardRow:
 
 def shard_rows(path: Path) -> list[ShardRow]:
     """The recordings of a shard, without their tokens."""
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         ids = json.loads(file.metadata()["header"])["ids"]
         lengths = file.get_tensor("lengths").tolist()
         starts = file.get_tensor("answer_starts").tolist()
@@ -108,7 +115,7 @@ def shard_rows(path: Path) -> list[ShardRow]:
 
 def load_row(row: ShardRow) -> Recording:
     """One recording, read by itself."""
-    with safe_open(row.shard, "pt") as file:
+    with _opened(row.shard) as file:
         tokens: Tensor = file.get_slice("tokens")[row.first : row.first + row.length]
         features = torch.empty(0, 0)
         if row.has_features:
@@ -119,7 +126,7 @@ def load_row(row: ShardRow) -> Recording:
 
 def load_tokens(row: ShardRow) -> Tensor:
     """The tokens of one recording [n], prompt and answer."""
-    with safe_open(row.shard, "pt") as file:
+    with _opened(row.shard) as file:
         tokens: Tensor = file.get_slice("tokens")[row.first : row.first + row.length]
     return tokens
 

@@ -20,13 +20,10 @@ _EXPECTED = (
     'expected {"messages": [{"role": "user", "content": "..."}]}, {"conversations": [{"from": "human", '
     '"value": "..."}]} or {"instruction": "..."}'
 )
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+_ASSISTANTS = ("assistant", "gpt", "chatgpt", "bing", "bard")
+_SHAREGPT_ROLES = {"human": "user", "user": "user", "system": "system"} | dict.fromkeys(
+    _ASSISTANTS, "assistant"
+)
 _POOL = 50_000  # rows of a hub dataset that are shuffled together
 # Between a prompt's id and the number of a further answer to it.
 ANSWER_MARK = "#"
@@ -46,9 +43,11 @@ def load_prompts(sources: str | Path, seed: int = 0) -> list[Prompt]:
     """Prompts of one source or a mixture, shuffled by `seed`.
 
     Args: sources: a file or the id of a Hugging Face dataset, at will with a count, `math.jsonl:35000`;
-    several of them joined by `+`. Raises `InvalidData`.
+    several of them joined by `+`. Conversations in which no user says anything are left out, and counted on
+    standard output. Raises `InvalidData`.
     """
-    parts = [part.strip() for part in str(sources).split("+")]
+    alone = Path(_split_count(str(sources))[0]).is_file()  # a `+` may be part of its name
+    parts = [str(sources)] if alone else [part.strip() for part in str(sources).split("+")]
     prompts: list[Prompt] = []
     for part in parts:
         name, count = _split_count(part)
@@ -82,24 +81,39 @@ def _split_count(part: str) -> tuple[str, int | None]:
 
 def _load_source(name: str, count: int | None, seed: int) -> list[Prompt]:
     path = Path(name)
-    if path.is_file():
-        # Ids name the file without its folder: answers stay known when it is called by another path.
-        prompts = _told_apart(
-            _parse(row, f"{path}, {at}", f"{path.name}, {at}") for row, at in _file_rows(path)
-        )
-        if not prompts:
-            raise InvalidData(f"{name} holds no prompts")
-        if count is not None:
-            random.Random(seed).shuffle(prompts)
-        return prompts[:count]
-    rows = itertools.islice(_hub_rows(name, seed), count)
-    places = ((row, f"{name}, row {number}") for number, row in enumerate(rows, 1))
-    return [_parse(row, place, place) for row, place in places]
+    if not path.is_file():
+        rows = ((row, f"row {number}") for number, row in enumerate(_hub_rows(name, seed), 1))
+        return list(itertools.islice(_prompts(rows, name, name), count))
+    # Ids name the file without its folder: answers stay known when it is called by another path.
+    prompts = _told_apart(_prompts(_file_rows(path), name, path.name))
+    if not prompts:
+        raise InvalidData(f"{name} holds no prompts")
+    if count is not None:
+        random.Random(seed).shuffle(prompts)
+    return prompts[:count]
+
+
+def _prompts(rows: Iterable[tuple[Any, str]], source: str, called: str) -> Iterator[Prompt]:
+    """The prompts of rows that ask something. Args: called: the source's name in ids."""
+    left_out = 0
+    try:
+        for row, at in rows:
+            prompt = _parse(row, f"{source}, {at}", f"{called}, {at}")
+            if prompt is None:
+                left_out += 1
+            else:
+                yield prompt
+    finally:
+        if left_out:
+            print(f"{source}: {left_out:,} rows in which no user says anything were left out", flush=True)
 
 
 def _file_rows(path: Path) -> Iterator[tuple[Any, str]]:
     """Rows of a JSON array or of JSON lines, each with where it stands."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidData(f"{path} is not a text file in UTF-8: {error}") from error
     if text.lstrip().startswith("["):
         try:
             rows: Iterable[Any] = json.loads(text)
@@ -131,17 +145,22 @@ def _hub_rows(name: str, seed: int) -> Iterable[Any]:
     return rows
 
 
-def _parse(row: Any, where: str, place: str) -> Prompt:
-    """One prompt. Args: where: for errors; place: its id when it has none of its own."""
+def _parse(row: Any, where: str, place: str) -> Prompt | None:
+    """One prompt, up to the last thing a user says; None where none does.
+
+    Args: where: for errors; place: its id when it has none of its own.
+    """
     try:
         messages = _messages(row)
     except (KeyError, TypeError, AttributeError) as error:
         raise InvalidData(f"{where}: {error!r}; {_EXPECTED}") from error
-    users = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    if not users or not all(isinstance(v, str) for m in messages for v in m.values()):
-        raise InvalidData(f"{where}: no user message, or a content that is not text; {_EXPECTED}")
+    if not all(isinstance(v, str) for m in messages for v in m.values()):
+        raise InvalidData(f"{where}: a role or content is not text; {_EXPECTED}")
+    # A conversation cut out of a longer one may begin with the answer to something that is not there.
+    said = list(itertools.dropwhile(lambda m: m["role"] == "assistant", messages))
+    users = [i for i, m in enumerate(said) if m["role"] == "user" and m["content"].strip()]
     own = row.get("id")
-    return Prompt(place if own is None else str(own), tuple(messages[: users[-1] + 1]))
+    return Prompt(place if own is None else str(own), tuple(said[: users[-1] + 1])) if users else None
 
 
 def _messages(row: Any) -> list[dict[str, str]]:
