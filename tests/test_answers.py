@@ -18,7 +18,7 @@ from taps.local import LocalDrafter, LocalVerifier
 from taps.models.causal_lm import CausalLM
 from taps.scheduling import StepBudget
 from taps.target import Target
-from taps.training.answers import AnswerRecipe, AnswerRecorder, num_answered, refuse_other_answers
+from taps.training.answers import AnswerRecipe, AnswerRecorder, is_complete, num_answered, refuse_other_answers
 from taps.training.features import TargetFeatures
 from taps.training.shards import Recording, load_shard, shards
 from taps.training.sources import InvalidData, Prompt
@@ -71,6 +71,26 @@ def test_what_is_recorded_is_not_generated_again(tmp_path: Path) -> None:
     resumed = record(tmp_path)
     assert texts(resumed) == texts(record(tmp_path / "unbroken"))
     assert {name: texts(resumed)[name] for name in first} == texts(first)
+
+
+@pytest.mark.parametrize("kept", [(0, 1, 2, 4), (0, 3, 4), (2, 3, 5)])
+def test_what_a_killed_run_was_answering_is_answered_though_there_is_enough(
+    kept: Sequence[int], tmp_path: Path
+) -> None:
+    enough, tokenizer = replace(RECIPE, answer_tokens=12 * len(kept)), Tokenizer()
+    record(tmp_path, replace(RECIPE, sessions=1), prompts=[PROMPTS[i] for i in kept])
+    assert not is_complete(tmp_path, tokenizer, PROMPTS, enough)
+    assert set(record(tmp_path, enough)) == {prompt.id for prompt in PROMPTS[: max(kept) + 1]}
+    assert is_complete(tmp_path, tokenizer, PROMPTS, enough)
+    assert is_complete(tmp_path, tokenizer, PROMPTS, replace(RECIPE, max_prompt_tokens=max(kept) + 2))
+    assert is_complete(tmp_path, tokenizer, PROMPTS, RECIPE) == (max(kept) == 5)
+
+
+def test_prompts_that_were_added_since_are_not_answered_when_there_is_enough(tmp_path: Path) -> None:
+    record(tmp_path, prompts=PROMPTS[4:])
+    enough = replace(RECIPE, answer_tokens=24)
+    assert is_complete(tmp_path, Tokenizer(), PROMPTS, enough), "four are missing, three are answered at once"
+    assert set(record(tmp_path, enough)) == {"p4", "p5"}
 
 
 def test_progress_counts_the_tokens_of_unfinished_answers(

@@ -34,7 +34,7 @@ from taps.evaluation.statistics import (
     pooled,
 )
 from taps.metrics import SpeculationCounts
-from taps.models.checkpoints import load_head, weight_file
+from taps.models.checkpoints import load_head, weights_digest
 from taps.models.embedded import target_path
 from taps.sampling import SamplingParams
 from taps.threads import computing_with
@@ -233,8 +233,7 @@ def heads_made(heads: Sequence[Path]) -> dict[str, Any]:
     for head in heads:
         settings = json.loads((head / "config.json").read_text()) if (head / "config.json").is_file() else {}
         made[head.name] = settings.get("taps", {"path": str(head)})
-        if (weights := weight_file(head)) is not None:
-            made[head.name]["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        made[head.name]["weights_sha256"] = weights_digest(head)
     return made
 
 

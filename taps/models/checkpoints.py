@@ -6,6 +6,7 @@ target's fingerprint and how the head came to be). Engines that know no draft vo
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -172,13 +173,18 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def weight_file(directory: Path) -> Path | None:
-    """The file that holds a head's weights; None where there is none."""
+def _weight_file(directory: Path) -> Path | None:
     return next((path for name in _WEIGHT_FILES if (path := directory / name).is_file()), None)
 
 
+def weights_digest(path_or_id: str | Path) -> str | None:
+    """SHA-256 of a head's weight file, which tells heads of one name apart; None where there is none."""
+    path = _weight_file(resolve(path_or_id))
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _read_weights(directory: Path) -> dict[str, Tensor]:
-    path = weight_file(directory)
+    path = _weight_file(directory)
     if path is None:
         raise InvalidCheckpoint(f"{directory} has neither {' nor '.join(_WEIGHT_FILES)}")
     try:

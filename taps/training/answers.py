@@ -64,6 +64,11 @@ class _Question(NamedTuple):
     id: str
     prompt: Prompt
     params: SamplingParams
+    is_gap: bool  # a later one is recorded: it was being answered when a run was killed
+
+
+class _LeftOut(Exception):
+    """A prompt that is not answered, and why."""
 
 
 def answer_sampling(row_id: str, temperature: float, seed: int) -> SamplingParams:
@@ -80,6 +85,55 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
     except TemplateError as error:  # about roles and their order
         raise InvalidData(f"the target's chat template refuses the prompt {prompt.id}: {error}") from error
     return ids
+
+
+def fitting_tokens(tokenizer: Any, prompt: Prompt, recipe: AnswerRecipe) -> list[int]:
+    """The prompt as the target sees it. Raises `_LeftOut` where it is not to be answered."""
+    try:
+        ids = prompt_tokens(tokenizer, prompt)
+    except InvalidData as error:
+        raise _LeftOut(str(error.__cause__)) from error
+    if len(ids) > recipe.max_prompt_tokens:
+        raise _LeftOut(f"more than {recipe.max_prompt_tokens} tokens")
+    return ids
+
+
+def _fits(tokenizer: Any, prompt: Prompt, recipe: AnswerRecipe) -> bool:
+    try:
+        fitting_tokens(tokenizer, prompt, recipe)
+    except _LeftOut:
+        return False
+    return True
+
+
+def unanswered(
+    directory: Path, tokenizer: Any, prompts: Sequence[Prompt], recipe: AnswerRecipe
+) -> Iterator[_Question]:
+    """What is not recorded, in order: every prompt once, then again and again with other noise."""
+    asked: list[tuple[str, Prompt, float]] = []
+    temperatures = recipe.temperatures
+    for turn in range(recipe.answers_per_prompt):
+        for i, prompt in enumerate(prompts):
+            row_id = f"{prompt.id}{ANSWER_MARK}{turn}" if turn else prompt.id
+            temperature = max(temperatures) if turn else temperatures[i % len(temperatures)]
+            if temperature or not turn:
+                asked.append((row_id, prompt, temperature))
+    done = {name for shard in shards(directory) for name in shard_header(shard)["ids"]}
+    left = [i for i, (row_id, _, _) in enumerate(asked) if row_id not in done]
+    last = max((i for i, (row_id, _, _) in enumerate(asked) if row_id in done), default=-1)
+    gaps = {i for i in left if i < last and _fits(tokenizer, asked[i][1], recipe)}
+    if len(gaps) > recipe.sessions:  # more than are answered at once: other prompts have been added since
+        gaps = set()
+    for i in left:
+        row_id, prompt, temperature = asked[i]
+        yield _Question(row_id, prompt, answer_sampling(row_id, temperature, recipe.seed), i in gaps)
+
+
+def is_complete(directory: Path, tokenizer: Any, prompts: Sequence[Prompt], recipe: AnswerRecipe) -> bool:
+    """Whether all answers are recorded that an unbroken run makes: enough of them, and none missing between."""
+    enough = num_answered(directory, prompts) >= recipe.answer_tokens
+    left = unanswered(directory, tokenizer, prompts, recipe)
+    return not any(q.is_gap or (not enough and _fits(tokenizer, q.prompt, recipe)) for q in left)
 
 
 def num_answered(directory: Path, prompts: Sequence[Prompt]) -> int:
@@ -150,40 +204,31 @@ class AnswerRecorder:
         self._left_out: dict[str, set[str]] = {}  # ids of prompts, by reason
         self._answering: dict[str, Context] = {}  # by row id
         self._unsaved: list[Recording] = []
-        self._done: set[str] = set()
         self._num_tokens = 0
 
     def run(self, prompts: Sequence[Prompt]) -> None:
         """Answer prompts in order until there are `answer_tokens` of answers to them, or they end.
+
+        Those that an earlier run was answering when it was killed are answered in any case, so that both
+        together record what one would have.
 
         Raises `InvalidData` while another process records into the same directory.
         """
         self._directory.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self._directory / ".lock", timeout=0):
-                self._done = {name for shard in shards(self._directory) for name in shard_header(shard)["ids"]}
                 self._num_tokens = num_answered(self._directory, prompts)
-                asyncio.run(self._run(self._questions(prompts)))
+                asyncio.run(self._run(unanswered(self._directory, self._tokenizer, prompts, self._recipe)))
         except Timeout as error:
             raise InvalidData(
                 f"another process is recording answers into {self._directory}; wait for it, or give another "
                 "directory"
             ) from error
 
-    def _questions(self, prompts: Sequence[Prompt]) -> Iterator[_Question]:
-        """Every prompt once, then again and again with other noise."""
-        temperatures = self._recipe.temperatures
-        for turn in range(self._recipe.answers_per_prompt):
-            for i, prompt in enumerate(prompts):
-                row_id = f"{prompt.id}{ANSWER_MARK}{turn}" if turn else prompt.id
-                temperature = max(temperatures) if turn else temperatures[i % len(temperatures)]
-                if row_id not in self._done and (temperature or not turn):
-                    yield _Question(row_id, prompt, answer_sampling(row_id, temperature, self._recipe.seed))
-
     async def _run(self, questions: Iterator[_Question]) -> None:
         async def worker() -> None:
             for question in questions:
-                if self._num_tokens >= self._recipe.answer_tokens:
+                if self._num_tokens >= self._recipe.answer_tokens and not question.is_gap:
                     return
                 await self._answer(question)
 
@@ -210,12 +255,9 @@ class AnswerRecorder:
 
     async def _answer(self, question: _Question) -> None:
         try:
-            ids = prompt_tokens(self._tokenizer, question.prompt)
-        except InvalidData as error:
-            self._leave_out(question, str(error.__cause__))
-            return
-        if len(ids) > self._recipe.max_prompt_tokens:
-            self._leave_out(question, f"more than {self._recipe.max_prompt_tokens} tokens")
+            ids = fitting_tokens(self._tokenizer, question.prompt, self._recipe)
+        except _LeftOut as error:
+            self._left_out.setdefault(str(error), set()).add(question.prompt.id)
             return
         context = self._answering[question.id] = Context(ids, _UNBOUNDED)
         async with AsyncExitStack() as stack:
@@ -237,9 +279,6 @@ class AnswerRecorder:
         self._num_tokens += length - len(ids)
         if len(self._unsaved) >= self._recipe.shard_size:
             self._save()
-
-    def _leave_out(self, question: _Question, reason: str) -> None:
-        self._left_out.setdefault(reason, set()).add(question.prompt.id)
 
     def _answer_length(self, context: Context) -> int | None:
         """Tokens of the answer if it has ended: at the end token or the limit, whichever comes first."""

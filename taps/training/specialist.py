@@ -20,7 +20,7 @@ from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
 from taps.local import in_process
 from taps.models.causal_lm import CausalLM
-from taps.models.checkpoints import load_head, load_target_ends, save_head, target_fingerprint
+from taps.models.checkpoints import load_head, load_target_ends, save_head, target_fingerprint, weights_digest
 from taps.models.draft_head import DraftHead, draft_config
 from taps.models.embedded import target_path
 from taps.scheduling import StepBudget
@@ -29,13 +29,12 @@ from taps.threads import computing_with
 from taps.training.answers import (
     AnswerRecipe,
     AnswerRecorder,
-    num_answered,
+    is_complete,
     refuse_other_answers,
     refuse_other_target,
 )
 from taps.training.batches import Answers, RecordedData, draft_vocabulary
 from taps.training.features import TargetFeatures
-from taps.training.shards import shard_header, shards
 from taps.training.sources import Prompt, load_prompts
 from taps.training.trainer import Trainer, TrainRecipe
 from taps.training.validation import Validation
@@ -92,10 +91,7 @@ def answer_prompts(
         tokenizer = AutoTokenizer.from_pretrained(target)
         made_by = target_fingerprint(target)
         refuse_other_answers(work, made_by, tokenizer, prompts, recipe)
-        done = {row_id for shard in shards(work) for row_id in shard_header(shard)["ids"]}
-        if num_answered(work, prompts) >= recipe.answer_tokens:
-            return
-        if recipe.answers_per_prompt == 1 and all(prompt.id in done for prompt in prompts):
+        if is_complete(work, tokenizer, prompts, recipe):
             return
         model = _load_target(target)
         budget = StepBudget(prefill_tokens=512, tree_nodes=recipe.sessions * _TREE.num_nodes if heads else 0)
@@ -132,7 +128,7 @@ def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenanc
     print(f"training {plan.domain}: {weights:,} weights, {data.num_answer_tokens:,} answer tokens", flush=True)
     identity = {
         "target": made_by,
-        "init": plan.init,
+        "init": plan.init and weights_digest(plan.init),
         "draft_vocab": zlib.crc32(head.draft_vocab.numpy().tobytes()),
     }
     measured = Trainer(head, data, plan.training, plan.state, identity).run()
