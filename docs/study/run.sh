@@ -76,8 +76,11 @@ for temperature in 0 1; do
             ! wanted eval || measure eval eval-$benchmark-$recipe-t$temperature.json $benchmark $recipe $temperature
         done
     done
-    for benchmark in mt_bench gsm8k humaneval; do
+    for benchmark in mt_bench gsm8k humaneval; do # of EAGLE-2 heads the cost is that of HASS heads
         ! wanted bench || measure bench live-$benchmark-t$temperature.json $benchmark hass $temperature
     done
+done
+for benchmark in mt_bench gsm8k humaneval; do
+    ! wanted bench || measure bench live-$benchmark-adapted-t0.json $benchmark adapted 0
 done
 ! wanted report || "$taps" report --results "$results" --out docs/study
