@@ -85,13 +85,17 @@ class ProposalTree:
         return tuple(depths)
 
     @cached_property
+    def inner(self) -> tuple[int, ...]:
+        """The nodes that have children, in node order."""
+        return tuple(sorted(set(self.parents[1:])))
+
+    @cached_property
     def entropy(self) -> float:
         """Mean entropy of the draft distributions that gave the tree nodes, nats; 0 where not known.
 
         Others do not count: how far growth went beyond the tree must not change what it is worth.
         """
-        gave = sorted(set(self.parents[1:])) if self.entropies else []
-        return sum(self.entropies[i] for i in gave) / max(len(gave), 1)
+        return sum(self.entropies[i] for i in self.inner) / max(len(self.inner), 1) if self.entropies else 0.0
 
     @cached_property
     def is_chain(self) -> bool:

@@ -86,10 +86,18 @@ def test_what_a_killed_run_was_answering_is_answered_though_there_is_enough(
     assert is_complete(tmp_path, tokenizer, PROMPTS, RECIPE) == (max(kept) == 5)
 
 
+def test_prompts_that_are_left_out_do_not_stand_before_those_a_killed_run_left(tmp_path: Path) -> None:
+    """Two too long ones come first, and only one is answered at once."""
+    prompts = [PROMPTS[5], PROMPTS[4], PROMPTS[0], PROMPTS[1]]
+    enough = replace(RECIPE, answer_tokens=12, sessions=1, max_prompt_tokens=5)
+    record(tmp_path, enough, prompts=prompts[3:])
+    assert set(record(tmp_path, enough, prompts=prompts)) == {"p0", "p1"}
+
+
 def test_prompts_that_were_added_since_are_not_answered_when_there_is_enough(tmp_path: Path) -> None:
     record(tmp_path, prompts=PROMPTS[4:])
-    enough = replace(RECIPE, answer_tokens=24)
-    assert is_complete(tmp_path, Tokenizer(), PROMPTS, enough), "four are missing, three are answered at once"
+    enough = replace(RECIPE, answer_tokens=24, sessions=1)
+    assert is_complete(tmp_path, Tokenizer(), PROMPTS, enough), "four are missing, a kill leaves at most three"
     assert set(record(tmp_path, enough)) == {"p4", "p5"}
 
 

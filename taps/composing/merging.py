@@ -16,9 +16,10 @@ def expected_entropy(tree: ProposalTree) -> float:
 
     The mean over the nodes with children of their distributions' entropy, by the probability of their paths.
     """
-    drawn_from = sorted(set(tree.parents[1:])) if tree.entropies else []
-    weights = [math.exp(tree.scores[i]) for i in drawn_from]
-    return sum(w * tree.entropies[i] for w, i in zip(weights, drawn_from, strict=True)) / (sum(weights) or 1.0)
+    if not tree.entropies or not tree.inner:
+        return 0.0
+    reached = {i: math.exp(tree.scores[i]) for i in tree.inner}
+    return sum(p * tree.entropies[i] for i, p in reached.items()) / sum(reached.values())
 
 
 def merged(trees: Sequence[ProposalTree], root: int, num_nodes: int) -> ProposalTree:

@@ -79,24 +79,23 @@ def depth_shift(key: Key, result: dict[str, Any]) -> Comparison | None:
 
     A token that both drafters proposed counts for both. None where the specialist was not measured.
     """
-    row = row_of(result, "concatenated")
-    own = _SPECIALIST_OF.get(key.benchmark, "")
-    shares = [_deep_and_first(depths, own) for depths in (row or {}).get("question_depths", [])]
-    if not shares or None in shares:
+    row, own = row_of(result, "concatenated"), _SPECIALIST_OF.get(key.benchmark)
+    by_question = [
+        {plain_name(name): accepted for name, accepted in depths.items()}
+        for depths in (row or {}).get("question_depths", [])
+    ]
+    if not by_question or own not in by_question[0] or len(by_question[0]) < 2:
         return None
-    questions = [share for share in shares if share is not None]
-    sums = [sum(column) for column in zip(*questions, strict=True)]
+    shares = [_deep_and_first(depths, own) for depths in by_question]
+    sums = [sum(column) for column in zip(*shares, strict=True)]
     if not all(sums):
         return None
     names = f"share of {own} at depth 3 and more", "its share at depth 1"
-    return Comparison(key, *names, share_ratio(sums), bootstrap_share_ratio(questions))
+    return Comparison(key, *names, share_ratio(sums), bootstrap_share_ratio(shares))
 
 
-def _deep_and_first(by_drafter: dict[str, list[int]], own: str) -> tuple[int, int, int, int] | None:
+def _deep_and_first(by_depth: dict[str, list[int]], own: str) -> tuple[int, int, int, int]:
     """Accepted tokens: the specialist's and all at depth 3 and more, the specialist's and all at depth 1."""
-    by_depth = {plain_name(name): n for name, n in by_drafter.items()}
-    if own not in by_depth or len(by_depth) < 2:
-        return None
     total = [sum(column) for column in zip(*by_depth.values(), strict=True)]
     return sum(by_depth[own][2:]), sum(total[2:]), by_depth[own][0], total[0]
 

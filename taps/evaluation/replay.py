@@ -63,12 +63,11 @@ class Walk:
 
     def step(self, proposals: Sequence[ProposalTree]) -> None:
         """One verify pass, of the trees its drafters grew here."""
-        asked_for = self.strategy.num_nodes
-        candidates = [
-            tree.prefix(asked_for) for tree in proposals
-        ]  # what drafters give who are asked for so many
-        if self.strategy.compose is not None:
-            candidates = [self.strategy.compose(candidates, self._tokens[self.end - 1], asked_for)]
+        compose, num_nodes = self.strategy.compose, self.strategy.num_nodes
+        # What the drafters give when they are asked for so many.
+        candidates = [tree.prefix(num_nodes) for tree in proposals]
+        if compose is not None:
+            candidates = [compose(candidates, self._tokens[self.end - 1], num_nodes)]
         accepted = [(tree, accept(tree, self._decided)) for tree in candidates]
         tree, acceptance = max(accepted, key=lambda pair: len(pair[1].tokens))
         self.chosen.update(_sole_owner(tree))

@@ -191,7 +191,7 @@ def _read_weights(directory: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise InvalidCheckpoint(f"{path} cannot be read, perhaps it is not whole: {error}") from error
     return weights
 

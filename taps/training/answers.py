@@ -87,7 +87,7 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
     return ids
 
 
-def fitting_tokens(tokenizer: Any, prompt: Prompt, recipe: AnswerRecipe) -> list[int]:
+def _fitting_tokens(tokenizer: Any, prompt: Prompt, recipe: AnswerRecipe) -> list[int]:
     """The prompt as the target sees it. Raises `_LeftOut` where it is not to be answered."""
     try:
         ids = prompt_tokens(tokenizer, prompt)
@@ -100,16 +100,19 @@ def fitting_tokens(tokenizer: Any, prompt: Prompt, recipe: AnswerRecipe) -> list
 
 def _fits(tokenizer: Any, prompt: Prompt, recipe: AnswerRecipe) -> bool:
     try:
-        fitting_tokens(tokenizer, prompt, recipe)
+        _fitting_tokens(tokenizer, prompt, recipe)
     except _LeftOut:
         return False
     return True
 
 
-def unanswered(
+def _unanswered(
     directory: Path, tokenizer: Any, prompts: Sequence[Prompt], recipe: AnswerRecipe
 ) -> Iterator[_Question]:
-    """What is not recorded, in order: every prompt once, then again and again with other noise."""
+    """What is not recorded: every prompt once, then again and again with other noise.
+
+    Those before the last recorded one come first: a killed run had begun them.
+    """
     asked: list[tuple[str, Prompt, float]] = []
     temperatures = recipe.temperatures
     for turn in range(recipe.answers_per_prompt):
@@ -121,10 +124,10 @@ def unanswered(
     done = {name for shard in shards(directory) for name in shard_header(shard)["ids"]}
     left = [i for i, (row_id, _, _) in enumerate(asked) if row_id not in done]
     last = max((i for i, (row_id, _, _) in enumerate(asked) if row_id in done), default=-1)
-    gaps = {i for i in left if i < last and _fits(tokenizer, asked[i][1], recipe)}
-    if len(gaps) > recipe.sessions:  # more than are answered at once: other prompts have been added since
-        gaps = set()
-    for i in left:
+    gaps = [i for i in left if i < last and _fits(tokenizer, asked[i][1], recipe)]
+    if len(gaps) > recipe.sessions + recipe.shard_size:  # more than one can have had: prompts were added since
+        gaps = []
+    for i in dict.fromkeys([*gaps, *left]):
         row_id, prompt, temperature = asked[i]
         yield _Question(row_id, prompt, answer_sampling(row_id, temperature, recipe.seed), i in gaps)
 
@@ -132,7 +135,7 @@ def unanswered(
 def is_complete(directory: Path, tokenizer: Any, prompts: Sequence[Prompt], recipe: AnswerRecipe) -> bool:
     """Whether all answers are recorded that an unbroken run makes: enough of them, and none missing between."""
     enough = num_answered(directory, prompts) >= recipe.answer_tokens
-    left = unanswered(directory, tokenizer, prompts, recipe)
+    left = _unanswered(directory, tokenizer, prompts, recipe)
     return not any(q.is_gap or (not enough and _fits(tokenizer, q.prompt, recipe)) for q in left)
 
 
@@ -218,7 +221,7 @@ class AnswerRecorder:
         try:
             with FileLock(self._directory / ".lock", timeout=0):
                 self._num_tokens = num_answered(self._directory, prompts)
-                asyncio.run(self._run(unanswered(self._directory, self._tokenizer, prompts, self._recipe)))
+                asyncio.run(self._run(_unanswered(self._directory, self._tokenizer, prompts, self._recipe)))
         except Timeout as error:
             raise InvalidData(
                 f"another process is recording answers into {self._directory}; wait for it, or give another "
@@ -255,7 +258,7 @@ class AnswerRecorder:
 
     async def _answer(self, question: _Question) -> None:
         try:
-            ids = fitting_tokens(self._tokenizer, question.prompt, self._recipe)
+            ids = _fitting_tokens(self._tokenizer, question.prompt, self._recipe)
         except _LeftOut as error:
             self._left_out.setdefault(str(error), set()).add(question.prompt.id)
             return
