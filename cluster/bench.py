@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from taps.evaluation.questions import load_questions
-from taps.evaluation.runner import made_with, refuse_unwritable, write_result
+from taps.provenance import made_with, refuse_unwritable, write_result
 
 PLAIN: dict[str, Any] = {"strategy": "off"}
 

@@ -15,7 +15,7 @@ from deployments.messages import Message, from_tree, to_propose
 
 @serve.deployment(max_ongoing_requests=16, ray_actor_options={"num_cpus": 0.2})
 class Drafter:
-    """Serves `taps.local.LocalDrafter` over sessions."""
+    """Serves `taps.drafting.batched.BatchedDrafter` over sessions."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: SpecialistArgs

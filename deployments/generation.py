@@ -22,7 +22,9 @@ from deployments.requests import Generation
 from deployments.sessions import RemoteVerifierSession, drafter_session, verifier_session
 from taps.composing import STRATEGIES
 from taps.context import Context
-from taps.decoding import DrafterGone, Panel, Step, decode
+from taps.decoding.loop import Step, decode
+from taps.decoding.panel import Panel
+from taps.decoding.sessions import DrafterGone
 
 _REJOIN_DELAY_S = 0.5
 logger = logging.getLogger("ray.serve")

@@ -10,9 +10,9 @@ from ray.serve import metrics
 
 from deployments import openai
 from deployments.requests import Generation
-from taps.decoding import Step
-from taps.delivery import Delivered
-from taps.metrics import SpeculationCounts, drafters_in
+from taps.decoding.delivery import Delivered
+from taps.decoding.loop import Step
+from taps.decoding.metrics import SpeculationCounts, drafters_in
 
 logger = logging.getLogger("ray.serve")
 _MS = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0]

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from taps.composing import STRATEGIES
-from taps.delivery import FinishReason
-from taps.metrics import SpeculationCounts
+from taps.decoding.delivery import FinishReason
+from taps.decoding.metrics import SpeculationCounts
 from taps.sampling import LEAST_TEMPERATURE
 
 Json = dict[str, Any]

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from deployments import openai
 from deployments.config import RouterArgs, TreeArgs
 from deployments.openai import ChatRequest, CompletionRequest, RequestError
-from taps.delivery import Delivery, end_tokens
+from taps.decoding.delivery import Delivery, end_tokens
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams
 

@@ -23,8 +23,8 @@ from deployments.generation import Generator
 from deployments.observability import Observer, RequestRecord
 from deployments.openai import ChatRequest, CompletionRequest, Kind, RequestError, Writer
 from deployments.requests import Generation, RequestReader
-from taps.decoding import VerifierBusy, VerifierGone
-from taps.delivery import Delivered
+from taps.decoding.delivery import Delivered
+from taps.decoding.sessions import VerifierBusy, VerifierGone
 from taps.models.embedded import target_path
 from taps.sampling import InvalidLogits
 from taps.verdict import PromptTooLong

@@ -1,4 +1,4 @@
-"""The remote twins of `taps.local`: verifier and drafter sessions on leased replicas."""
+"""Verifier and drafter sessions on leased replicas, for the loop in `taps.decoding`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.channel import ChannelPool, NoneFree, PeerGone, Stream
 from deployments.messages import RemoteError, VersionMismatch, from_propose, from_tree, to_tree, to_verdict
 from taps.context import ContextDelta
-from taps.decoding import DrafterGone, VerifierBusy, VerifierGone
+from taps.decoding.sessions import DrafterGone, VerifierBusy, VerifierGone
 from taps.drafting.drafter import Ask
 from taps.models.cache import CacheFull
 from taps.sampling import InvalidLogits, SamplingParams
@@ -28,7 +28,7 @@ _DRAFTER_FAILURES = (*_VERIFIER_FAILURES, *_NO_ROOM, PromptTooLong, InvalidTree,
 
 
 class RemoteVerifierSession:
-    """Implements `taps.decoding.VerifierSession`."""
+    """Implements `taps.decoding.sessions.VerifierSession`."""
 
     def __init__(self, stream: Stream, timeout_s: float) -> None:
         self._stream = stream
@@ -49,7 +49,7 @@ class RemoteVerifierSession:
 
 
 class RemoteDrafterSession:
-    """Implements `taps.decoding.DrafterSession`."""
+    """Implements `taps.decoding.sessions.DrafterSession`."""
 
     def __init__(self, stream: Stream, name: str, index: int, timeout_s: float) -> None:
         self.name = name

@@ -16,7 +16,7 @@ from taps.sampling import SamplingParams
 
 @serve.deployment(max_ongoing_requests=16, ray_actor_options={"num_cpus": 0.6})
 class Verifier:
-    """Serves `taps.local.LocalVerifier` over sessions."""
+    """Serves `taps.engine.verifier.BatchedVerifier` over sessions."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, target: TargetArgs, args: VerifierArgs

@@ -197,7 +197,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
 
 def _bench(args: argparse.Namespace) -> None:
     from taps.evaluation.live import LivePlan, measure
-    from taps.evaluation.runner import refuse_unwritable, write_result
+    from taps.provenance import refuse_unwritable, write_result
 
     refuse_unwritable(args.out)
     plan = LivePlan(**_named(LivePlan, args))
@@ -218,7 +218,9 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from taps.evaluation.runner import EvaluationPlan, evaluate, refuse_unwritable, write_result
+    from taps.evaluation.recorded import EvaluationPlan
+    from taps.evaluation.runner import evaluate
+    from taps.provenance import refuse_unwritable, write_result
 
     refuse_unwritable(args.out)
     plan = EvaluationPlan(**_named(EvaluationPlan, args))
@@ -250,8 +252,8 @@ def _answer(args: argparse.Namespace) -> None:
     # Heavy imports wait until they are needed: `taps --help` answers at once.
     import torch
 
-    from taps.training.answers import AnswerRecipe
-    from taps.training.specialist import answer_sources
+    from taps.recording.answers import AnswerRecipe
+    from taps.recording.recorder import answer_sources
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -261,14 +263,9 @@ def _answer(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     import torch
 
-    from taps.training.answers import AnswerRecipe
-    from taps.training.batches import Answers
-    from taps.training.specialist import (
-        SpecialistPlan,
-        answer_sources,
-        refuse_unfit_start,
-        train_specialist,
-    )
+    from taps.recording.answers import AnswerRecipe, Answers
+    from taps.recording.recorder import answer_sources
+    from taps.training.specialist import SpecialistPlan, refuse_unfit_start, train_specialist
     from taps.training.trainer import TrainRecipe, recipe_of
 
     if args.threads:

@@ -11,14 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from taps.drafting.batched import BatchedDrafter
 from taps.drafting.eagle import EagleDrafter
 from taps.drafting.ngram import NgramDrafter
-from taps.local import LocalDrafter, LocalVerifier
+from taps.engine.scheduling import StepBudget
+from taps.engine.target import Target
+from taps.engine.verifier import BatchedVerifier
 from taps.models.causal_lm import CausalLM
 from taps.models.checkpoints import load_head
 from taps.models.embedded import embedded_target
-from taps.scheduling import StepBudget
-from taps.target import Target
 
 if TYPE_CHECKING:
     from tests.cluster import Cluster
@@ -47,19 +48,19 @@ def reference(target_directory: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def verifier(target_directory: Path) -> Iterator[LocalVerifier]:
+def verifier(target_directory: Path) -> Iterator[BatchedVerifier]:
     """The real target in float32, where exactness is exact."""
     model = CausalLM.load(target_directory, torch.float32)
-    verifier = LocalVerifier(Target(model, SESSIONS, 512, StepBudget(prefill_tokens=256, tree_nodes=160)))
+    verifier = BatchedVerifier(Target(model, SESSIONS, 512, StepBudget(prefill_tokens=256, tree_nodes=160)))
     yield verifier
     verifier.close()
 
 
 @pytest.fixture(scope="session")
-def drafters(target_directory: Path) -> Iterator[list[LocalDrafter]]:
+def drafters(target_directory: Path) -> Iterator[list[BatchedDrafter]]:
     """math, chat and n-gram: three drafters of two kinds."""
     heads = [
-        LocalDrafter(
+        BatchedDrafter(
             name,
             EagleDrafter(
                 load_head(PROJECT / "specialists" / name, target_directory, torch.bfloat16), 2 * SESSIONS, 512
@@ -67,7 +68,7 @@ def drafters(target_directory: Path) -> Iterator[list[LocalDrafter]]:
         )
         for name in ("math", "chat")
     ]
-    panel = [*heads, LocalDrafter("ngram", NgramDrafter())]
+    panel = [*heads, BatchedDrafter("ngram", NgramDrafter())]
     yield panel
     for drafter in panel:
         drafter.close()

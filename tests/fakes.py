@@ -1,6 +1,6 @@
 """A table-driven target, scripted drafters and small builders: logic is tested on these in milliseconds.
 
-The fakes keep the contracts of `taps.decoding`'s protocols; they know nothing of models, Ray or HTTP.
+The fakes keep the contracts of `taps.decoding.sessions`; they know nothing of models, Ray or HTTP.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from torch import Tensor
 
 from taps.composing import Compose
 from taps.context import Context, ContextDelta
-from taps.decoding import DrafterGone, DrafterSession, Panel, Step, VerifierBusy, VerifierGone, decode
+from taps.decoding.loop import Step, decode
+from taps.decoding.panel import Panel
+from taps.decoding.sessions import DrafterGone, DrafterSession, VerifierBusy, VerifierGone
 from taps.drafting.drafter import Ask
+from taps.engine.verification import accept
 from taps.sampling import SamplingParams, sample
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
-from taps.verification import accept
 
 PROMPT = (1, 2, 3, 1, 2)
 VOCAB = 6

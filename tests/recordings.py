@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from taps.training.shards import Recording, save_shard, shards
+from taps.recording.shards import Recording, save_shard, shards
 
 
 def recording(tokens: Sequence[int], answer_start: int, name: str = "r") -> Recording:

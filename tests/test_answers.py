@@ -13,15 +13,17 @@ import torch
 from filelock import FileLock
 from jinja2 import TemplateError
 
+from taps.drafting.batched import BatchedDrafter
 from taps.drafting.eagle import EagleDrafter
-from taps.local import LocalDrafter, LocalVerifier
+from taps.engine.scheduling import StepBudget
+from taps.engine.target import Target
+from taps.engine.verifier import BatchedVerifier
 from taps.models.causal_lm import CausalLM
-from taps.scheduling import StepBudget
-from taps.target import Target
-from taps.training.answers import AnswerRecipe, AnswerRecorder, is_complete, num_answered, refuse_other_answers
-from taps.training.features import TargetFeatures
-from taps.training.shards import Recording, load_shard, shards
-from taps.training.sources import InvalidData, Prompt
+from taps.recording.answers import AnswerRecipe, is_complete, num_answered, refuse_other_answers
+from taps.recording.features import TargetFeatures
+from taps.recording.recorder import AnswerRecorder
+from taps.recording.shards import Recording, load_shard, shards
+from taps.recording.sources import InvalidData, Prompt
 from tests.tiny import VOCAB, tiny_head, tiny_target
 
 RECIPE = AnswerRecipe(max_new_tokens=12, max_prompt_tokens=10, answers_per_prompt=1, sessions=3, shard_size=2)
@@ -42,10 +44,10 @@ def record(
     directory: Path,
     recipe: AnswerRecipe = RECIPE,
     ends: frozenset[int] = frozenset(),
-    drafters: Sequence[LocalDrafter] = (),
+    drafters: Sequence[BatchedDrafter] = (),
     prompts: Sequence[Prompt] = PROMPTS,
 ) -> dict[str, Recording]:
-    verifier = LocalVerifier(Target(CausalLM(tiny_target()), 3, 64, StepBudget(16, 32)))
+    verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 3, 64, StepBudget(16, 32)))
     tokenizer: Any = Tokenizer()
     try:
         AnswerRecorder(verifier, tokenizer, directory, recipe, ends, drafters, made_by="us").run(prompts)
@@ -104,7 +106,7 @@ def test_prompts_that_were_added_since_are_not_answered_when_there_is_enough(tmp
 def test_progress_counts_the_tokens_of_unfinished_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("taps.training.answers._PROGRESS_INTERVAL_S", 0.0)
+    monkeypatch.setattr("taps.recording.recorder._PROGRESS_INTERVAL_S", 0.0)
     record(tmp_path, replace(RECIPE, answer_tokens=72))
     counts = [
         int(count)
@@ -189,7 +191,7 @@ def test_greedy_answers_are_not_repeated(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ends", [frozenset(), frozenset((5,))])
 def test_speculative_generation_records_the_same(tmp_path: Path, ends: frozenset[int]) -> None:
-    drafter = LocalDrafter("head", EagleDrafter(tiny_head(), 3, 256))
+    drafter = BatchedDrafter("head", EagleDrafter(tiny_head(), 3, 256))
     plain, speculative = (
         record(tmp_path / "plain", ends=ends),
         record(tmp_path / "fast", ends=ends, drafters=[drafter]),

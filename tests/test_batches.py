@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from taps.training.batches import Answers, RecordedData, collate, draft_vocabulary
-from taps.training.shards import (
+from taps.recording.answers import Answers
+from taps.recording.batches import collate
+from taps.recording.shards import (
     Recording,
     load_row,
     load_shard,
@@ -18,7 +19,8 @@ from taps.training.shards import (
     shard_rows,
     shards,
 )
-from taps.training.sources import InvalidData
+from taps.recording.sources import InvalidData
+from taps.training.data import RecordedData, draft_vocabulary
 from tests.recordings import recording, saved
 
 

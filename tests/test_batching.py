@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from taps.batching import Batcher
+from taps.engine.batching import Batcher
 from tests.fakes import turns
 
 Outcome = str | Exception | None

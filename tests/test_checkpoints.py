@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from taps.models.alignment import Alignment
 from taps.models.checkpoints import InvalidCheckpoint, export_head, load_head, load_target_ends, save_head
-from taps.training.alignment import Alignment
 from tests.tiny import HIDDEN, VOCAB, saved_target, tiny_head
 
 

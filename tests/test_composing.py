@@ -12,8 +12,8 @@ import pytest
 from taps.composing import STRATEGIES, Compose, concatenated, confidence, entropy, merged, off, single
 from taps.composing.merging import expected_entropy
 from taps.composing.routing import confidence_score
+from taps.engine.verification import accept
 from taps.tree import ProposalTree
-from taps.verification import accept
 from tests.fakes import chain, random_tree
 
 

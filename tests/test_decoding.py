@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from taps import decoding
 from taps.composing import STRATEGIES, Compose, concatenated, merged, off, single
 from taps.context import Context
-from taps.decoding import DrafterGone, Panel, VerifierBusy, VerifierGone
+from taps.decoding import loop
+from taps.decoding.panel import Panel
+from taps.decoding.sessions import DrafterGone, VerifierBusy, VerifierGone
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams
 from tests.fakes import (
@@ -105,7 +106,7 @@ async def test_a_perfect_drafter_saves_passes_and_gets_the_credit(strategy: str)
 
 @pytest.fixture
 def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_FAILOVER_DELAY_S", 0.0)
+    monkeypatch.setattr(loop, "_FAILOVER_DELAY_S", 0.0)
 
 
 @every_params

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from taps.delivery import Delivered, Delivery
+from taps.decoding.delivery import Delivered, Delivery
 
 END = 10_000
 

@@ -8,9 +8,9 @@ import torch
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, DraftJob
 from taps.drafting.eagle import EagleDrafter
+from taps.models.alignment import Alignment
 from taps.models.draft_head import DraftHead
 from taps.sampling import SamplingParams, gumbel_noise
-from taps.training.alignment import Alignment
 from taps.tree import ROOT, ProposalTree
 from tests.tiny import HIDDEN, VOCAB, tiny_head
 

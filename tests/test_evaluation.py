@@ -18,7 +18,6 @@ from taps.drafting.drafter import Ask, DraftJob
 from taps.evaluation.analysis import DrafterAnalysis
 from taps.evaluation.questions import InvalidQuestions, load_questions
 from taps.evaluation.replay import Strategy, replay
-from taps.evaluation.runner import commit, strategies_for, unlike_names
 from taps.evaluation.statistics import (
     QuestionCounts,
     bootstrap,
@@ -26,7 +25,9 @@ from taps.evaluation.statistics import (
     per_question_mean,
     pooled,
 )
-from taps.training.shards import Recording
+from taps.evaluation.strategies import strategies_for
+from taps.provenance import commit, unlike_names
+from taps.recording.shards import Recording
 from taps.tree import ProposalTree
 from tests.conftest import PROJECT
 from tests.tiny import tiny_head

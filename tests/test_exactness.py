@@ -13,9 +13,11 @@ import torch
 
 from taps.composing import STRATEGIES, Compose, concatenated, off
 from taps.context import Context
-from taps.decoding import Panel, decode
+from taps.decoding.loop import decode
+from taps.decoding.panel import Panel
+from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
-from taps.local import LocalDrafter, LocalVerifier
+from taps.engine.verifier import BatchedVerifier
 from taps.sampling import SamplingParams
 from tests.divergence import Divergence, first_divergence
 from tests.prompts import PROMPTS
@@ -53,15 +55,15 @@ def questions(tokenizer: Any, prompts: Sequence[str], samplings: Sequence[Sampli
     return [Question(tuple(e["input_ids"]), params) for params in samplings for e in encoded]
 
 
-def rotated(drafters: Sequence[LocalDrafter], count: int) -> list[LocalDrafter]:
+def rotated(drafters: Sequence[BatchedDrafter], count: int) -> list[BatchedDrafter]:
     """`count` drafters, each count beginning with another one."""
     return [drafters[(count - 1 + i) % len(drafters)] for i in range(count)]
 
 
 async def answer(
     question: Question,
-    verifier: LocalVerifier,
-    drafters: Sequence[LocalDrafter],
+    verifier: BatchedVerifier,
+    drafters: Sequence[BatchedDrafter],
     compose: Compose,
     new_tokens: int,
 ) -> Text:
@@ -79,8 +81,8 @@ async def answer(
 
 def answer_all(
     asked: Sequence[Question],
-    verifier: LocalVerifier,
-    drafters: Sequence[LocalDrafter],
+    verifier: BatchedVerifier,
+    drafters: Sequence[BatchedDrafter],
     compose: Compose,
     new_tokens: int = NEW_TOKENS,
     at_once: int = 20,
@@ -144,7 +146,7 @@ def asked(tokenizer: Any) -> list[Question]:
 
 
 @pytest.fixture(scope="module")
-def plain(asked: list[Question], verifier: LocalVerifier) -> list[Text]:
+def plain(asked: list[Question], verifier: BatchedVerifier) -> list[Text]:
     """Our plain decoding, all in one batch."""
     return answer_all(asked, verifier, [], off)
 
@@ -164,8 +166,8 @@ def test_greedy_and_sampled_text_is_the_targets_own(
     identity: Identity,
     asked: list[Question],
     plain: list[Text],
-    verifier: LocalVerifier,
-    drafters: list[LocalDrafter],
+    verifier: BatchedVerifier,
+    drafters: list[BatchedDrafter],
 ) -> None:
     ours = answer_all(asked, verifier, rotated(drafters, num_drafters), STRATEGIES[strategy])
     identity.check(asked, ours, plain)
@@ -175,8 +177,8 @@ def test_duplicate_proposals_and_the_concatenated_merge_change_no_text(
     identity: Identity,
     asked: list[Question],
     plain: list[Text],
-    verifier: LocalVerifier,
-    drafters: list[LocalDrafter],
+    verifier: BatchedVerifier,
+    drafters: list[BatchedDrafter],
 ) -> None:
     twice = [drafters[0], drafters[0], drafters[1]]
     identity.check(asked, answer_all(asked, verifier, twice, concatenated), plain)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from taps.composing import STRATEGIES
-from taps.evaluation.runner import commit
-from taps.local import LocalDrafter, LocalVerifier
+from taps.drafting.batched import BatchedDrafter
+from taps.engine.target import Target
+from taps.engine.verifier import BatchedVerifier
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import SlotCache
 from taps.models.causal_lm import CausalLM
-from taps.target import Target
+from taps.provenance import commit
 from tests.conftest import SESSIONS
 from tests.divergence import Divergence
 from tests.prompts import PROMPTS
@@ -71,7 +72,7 @@ class Report:
 
 
 def test_float32_text_is_the_targets_own(
-    reference: Any, asked: list[Question], verifier: LocalVerifier, drafters: list[LocalDrafter]
+    reference: Any, asked: list[Question], verifier: BatchedVerifier, drafters: list[BatchedDrafter]
 ) -> None:
     report = Report("float32")
     sampled = [question for question in asked if question.params != GREEDY]
@@ -107,10 +108,10 @@ def difference_error(reference: Any, model: CausalLM, answered: list[tuple[Quest
 
 
 def test_bfloat16_diverges_only_where_its_rounding_decides(
-    reference: Any, asked: list[Question], target_directory: Path, drafters: list[LocalDrafter]
+    reference: Any, asked: list[Question], target_directory: Path, drafters: list[BatchedDrafter]
 ) -> None:
     model = CausalLM.load(target_directory, torch.bfloat16)
-    verifier = LocalVerifier(Target(model, SESSIONS, 512))
+    verifier = BatchedVerifier(Target(model, SESSIONS, 512))
     plain = answer_all(asked, verifier, [], STRATEGIES["off"], NEW_TOKENS)
     greedy = [(q, text) for q, text in zip(asked, plain, strict=True) if q.params == GREEDY]
     errors = difference_error(reference, model, greedy)

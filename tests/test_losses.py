@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from taps.models.alignment import aligned_mask, aligned_passes
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import SlotCache
 from taps.models.draft_head import DraftHead
 from taps.training import losses
-from taps.training.alignment import aligned_mask, aligned_passes
 from taps.training.losses import DraftLoss, LossWeights, draft_loss
 from tests.tiny import HIDDEN, VOCAB, tiny_head
 

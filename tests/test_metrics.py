@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from taps.metrics import SpeculationCounts, drafters_in
+from taps.decoding.metrics import SpeculationCounts, drafters_in
 from tests.fakes import make_verdict
 
 

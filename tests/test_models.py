@@ -20,12 +20,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from taps.engine.scheduling import StepBudget
+from taps.engine.target import PrefillJob, Target, VerifyJob
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import CacheFull, SlotCache
 from taps.models.causal_lm import CausalLM, UnservableTarget
 from taps.sampling import InvalidLogits, SamplingParams
-from taps.scheduling import StepBudget
-from taps.target import PrefillJob, Target, VerifyJob
 from taps.tree import ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 from tests.fakes import random_tree

@@ -10,7 +10,7 @@ import pytest
 from deployments import openai
 from deployments.openai import ChatRequest, Json, RequestError, Writer, parse_chat, parse_completion
 from taps.composing import STRATEGIES
-from taps.metrics import SpeculationCounts
+from taps.decoding.metrics import SpeculationCounts
 from tests.fakes import make_verdict
 
 CHAT: Json = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

@@ -11,18 +11,20 @@ import torch
 
 from taps.composing import STRATEGIES, Compose, concatenated
 from taps.context import Context
-from taps.decoding import Panel, decode
+from taps.decoding.loop import decode
+from taps.decoding.metrics import SpeculationCounts
+from taps.decoding.panel import Panel
+from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask, Drafter
 from taps.drafting.eagle import EagleDrafter
 from taps.drafting.ngram import NgramDrafter
+from taps.engine.scheduling import StepBudget
+from taps.engine.target import Target
+from taps.engine.verifier import BatchedVerifier
 from taps.evaluation.replay import Strategy, replay
-from taps.local import LocalDrafter, LocalVerifier
-from taps.metrics import SpeculationCounts
 from taps.models.causal_lm import CausalLM
+from taps.recording.shards import Recording
 from taps.sampling import SamplingParams
-from taps.scheduling import StepBudget
-from taps.target import Target
-from taps.training.shards import Recording
 from tests.tiny import VOCAB, tiny_head, tiny_target
 
 NEW_TOKENS = 40
@@ -35,10 +37,10 @@ def make_drafters() -> list[Drafter]:
 
 
 async def live(
-    drafters: Sequence[LocalDrafter], compose: Compose, ask: Ask
+    drafters: Sequence[BatchedDrafter], compose: Compose, ask: Ask
 ) -> tuple[SpeculationCounts, Recording]:
     counts, context = SpeculationCounts(), Context(PROMPT, 1 << 20)
-    verifier = LocalVerifier(Target(CausalLM(tiny_target()), 1, 256, StepBudget(tree_nodes=64)))
+    verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 1, 256, StepBudget(tree_nodes=64)))
     async with AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(drafters)]
         steps = decode(context, lambda: verifier.session(PARAMS), Panel(sessions, 60.0), compose, ask)
@@ -63,7 +65,7 @@ def test_replay_counts_what_live_decoding_counts() -> None:
     strategies = [Strategy(name, (0, 1), composed[name], size) for name in sizes for size in sizes[name]]
     lived = {}
     for name, _, _, size in map(astuple, strategies):
-        local = [LocalDrafter(f"d{i}", d) for i, d in enumerate(make_drafters())]
+        local = [BatchedDrafter(f"d{i}", d) for i, d in enumerate(make_drafters())]
         asked = replace(ask, num_nodes=min(size, ask.num_nodes))
         lived[name, size] = asyncio.run(live(local, composed[name], asked))
     recording = lived["single", 12][1]

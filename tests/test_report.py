@@ -11,7 +11,8 @@ import pytest
 from taps.cli import main
 from taps.evaluation.claims import claims, compare, compare_means, depth_shift
 from taps.evaluation.plots import acceptance_bars
-from taps.evaluation.report import (
+from taps.evaluation.results import InvalidResults, Key, blends, load_live, load_results, row_of
+from taps.evaluation.tables import (
     PER_QUESTION,
     acceptance_table,
     averaging_table,
@@ -23,7 +24,6 @@ from taps.evaluation.report import (
     routing_table,
     speeds,
 )
-from taps.evaluation.results import InvalidResults, Key, blends, load_live, load_results, row_of
 
 LENGTHS = {
     "math-hass": 3.0,

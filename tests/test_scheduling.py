@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from taps.scheduling import CostModel, share_nodes, share_prefill
+from taps.engine.scheduling import CostModel, share_nodes, share_prefill
 from tests.fakes import chain, random_tree
 
 

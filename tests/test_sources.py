@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from taps.training.sources import InvalidData, load_prompts
+from taps.recording.sources import InvalidData, load_prompts
 
 USER = {"role": "user", "content": "hi"}
 

@@ -13,11 +13,12 @@ import torch
 
 from deployments.config import SpecialistArgs, TargetArgs, VerifierArgs
 from deployments.loading import load_drafter, load_verifier
+from taps.drafting.batched import BatchedDrafter
 from taps.drafting.ngram import NgramDrafter
-from taps.local import LocalDrafter, LocalVerifier
+from taps.engine.target import Target
+from taps.engine.threads import compute_with, computing_with
+from taps.engine.verifier import BatchedVerifier
 from taps.models.causal_lm import CausalLM
-from taps.target import Target
-from taps.threads import compute_with, computing_with
 from tests.tiny import tiny_target
 
 
@@ -29,8 +30,8 @@ def two_threads() -> Iterator[None]:
 
 async def test_steps_compute_with_their_own_number_of_threads() -> None:
     """In another order than they were made, and with torch's number changed meanwhile."""
-    verifier = LocalVerifier(Target(CausalLM(tiny_target()), 1, 64), 3)
-    drafter = LocalDrafter("ngram", NgramDrafter(), 1)
+    verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 1, 64), 3)
+    drafter = BatchedDrafter("ngram", NgramDrafter(), 1)
     try:
         assert await drafter._batcher.between_steps(torch.get_num_threads) == 1
         assert await verifier._batcher.between_steps(torch.get_num_threads) == 3
@@ -44,7 +45,7 @@ async def test_steps_compute_with_their_own_number_of_threads() -> None:
 @pytest.mark.parametrize("kind", ["verifier", "drafter"])
 async def test_what_a_replica_loads_computes_in_one_thread_only(kind: str) -> None:
     """The thread that loads keeps no workers, whatever number of threads the steps were given."""
-    loaded: LocalVerifier | LocalDrafter
+    loaded: BatchedVerifier | BatchedDrafter
     if kind == "verifier":
         loaded, _ = load_verifier(TargetArgs(), VerifierArgs(torch_threads=3))
     else:

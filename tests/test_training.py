@@ -20,11 +20,12 @@ from accelerate.state import AcceleratorState
 from taps.cli import main
 from taps.models.checkpoints import InvalidCheckpoint, load_head
 from taps.models.draft_head import DraftHead
+from taps.recording.answers import Answers
+from taps.recording.shards import Recording
 from taps.training import trainer
 from taps.training.averaging import average
-from taps.training.batches import Answers, RecordedData
+from taps.training.data import RecordedData
 from taps.training.losses import DraftLoss, draft_loss
-from taps.training.shards import Recording
 from taps.training.trainer import InvalidState, Trainer, TrainRecipe, recipe_of
 from taps.training.validation import validate
 from tests.conftest import PROJECT

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from taps.composing import concatenated
+from taps.engine.verification import accept
 from taps.tree import ProposalTree
-from taps.verification import accept
 from tests.fakes import chain, random_tree
 
 

@@ -17,7 +17,7 @@ from taps.drafting.growth import Growth
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import SlotCache
 from taps.models.draft_head import DraftHead
-from taps.models.packing import pack_linears
+from taps.models.onednn import pack_linears
 from taps.sampling import SamplingParams, gumbel_noise, shape_logits
 from taps.tree import ROOT, ProposalTree
 

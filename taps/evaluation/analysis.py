@@ -15,10 +15,10 @@ import torch
 
 from taps.composing.routing import confidence_score
 from taps.evaluation.replay import TreesByEnd
+from taps.models.alignment import aligned_passes
 from taps.models.draft_head import DraftHead
-from taps.training.alignment import aligned_passes
-from taps.training.batches import collate
-from taps.training.shards import Recording
+from taps.recording.batches import collate
+from taps.recording.shards import Recording
 from taps.tree import ProposalTree
 
 _BINS = 20

@@ -20,19 +20,22 @@ from transformers import AutoTokenizer
 
 from taps.composing import STRATEGIES, Compose, concatenated
 from taps.context import Context
-from taps.decoding import Panel, decode
+from taps.decoding.in_process import in_process
+from taps.decoding.loop import decode
+from taps.decoding.metrics import SpeculationCounts
+from taps.decoding.panel import Panel
+from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
-from taps.evaluation.questions import Question, load_questions
-from taps.evaluation.runner import digest, heads_made, made_with, unlike_names
-from taps.local import LocalDrafter, LocalVerifier, in_process
-from taps.metrics import SpeculationCounts
+from taps.engine.target import Target
+from taps.engine.threads import computing_with
+from taps.engine.verifier import BatchedVerifier
+from taps.evaluation.questions import Question, digest, load_questions
 from taps.models.causal_lm import CausalLM
 from taps.models.checkpoints import load_head
 from taps.models.embedded import target_path
+from taps.provenance import heads_made, made_with, unlike_names
 from taps.sampling import SamplingParams
-from taps.target import Target
-from taps.threads import computing_with
 from taps.tree import ProposalTree
 
 PLAIN = "off"
@@ -60,7 +63,7 @@ class Setting(NamedTuple):
     strategy: str
     coupled: bool  # drafters use the noise the target samples with
     compose: Compose
-    drafters: Sequence[LocalDrafter]
+    drafters: Sequence[BatchedDrafter]
 
 
 class Timed(NamedTuple):
@@ -77,7 +80,7 @@ class Timed(NamedTuple):
 
 
 async def time_answer(
-    prompt: Sequence[int], verifier: LocalVerifier, drafters: Sequence[LocalDrafter], compose: Compose,
+    prompt: Sequence[int], verifier: BatchedVerifier, drafters: Sequence[BatchedDrafter], compose: Compose,
     ask: Ask, params: SamplingParams, new_tokens: int,
 ) -> Timed:  # fmt: skip
     """Decode one answer of `new_tokens` tokens; end tokens do not end it, so that all answers are as long."""
@@ -129,10 +132,10 @@ def measure(
     }
 
 
-def _settings(drafters: Sequence[LocalDrafter], num_together: int, coupled: Sequence[bool]) -> list[Setting]:
+def _settings(drafters: Sequence[BatchedDrafter], num_together: int, coupled: Sequence[bool]) -> list[Setting]:
     """Plain decoding, each drafter alone, and every way to combine the first ones."""
     together = drafters[:num_together]
-    composed: list[tuple[str, Compose, Sequence[LocalDrafter]]] = [
+    composed: list[tuple[str, Compose, Sequence[BatchedDrafter]]] = [
         *((drafter.name, STRATEGIES["single"], [drafter]) for drafter in drafters),
         *((name, STRATEGIES[name], together) for name in ("confidence", "entropy", "merged")),
         ("concatenated", _every_node, together),
@@ -143,7 +146,7 @@ def _settings(drafters: Sequence[LocalDrafter], num_together: int, coupled: Sequ
 
 def _time_all(
     tokenizer: Any,
-    verifier: LocalVerifier,
+    verifier: BatchedVerifier,
     settings: Sequence[Setting],
     questions: Sequence[Question],
     plan: LivePlan,

@@ -5,10 +5,11 @@ Knows rows; nothing of models.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,9 @@ def _turns(row: Any) -> tuple[str, ...]:
         return (row["Body"].rstrip(". ") + ". " + row["Question"],)
     text = next(row[key] for key in ("question", "problem", "prompt", "") if key in row or not key)
     return (text,) if isinstance(text, str) else tuple(text)
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """SHA-256 of what is asked, so that results tell whether they are of the same questions."""
+    asked = json.dumps([asdict(question) for question in questions])
+    return hashlib.sha256(asked.encode()).hexdigest()

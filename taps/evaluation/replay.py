@@ -19,12 +19,12 @@ import torch
 
 from taps.composing import Compose
 from taps.context import ContextDelta
+from taps.decoding.metrics import SpeculationCounts, drafters_in
 from taps.drafting.drafter import Ask, Drafter, DraftJob
-from taps.metrics import SpeculationCounts, drafters_in
-from taps.training.shards import Recording
+from taps.engine.verification import Acceptance, accept
+from taps.recording.shards import Recording
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
-from taps.verification import Acceptance, accept
 
 
 @dataclass(frozen=True)

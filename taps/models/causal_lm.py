@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from taps.models.attention import ATTENTION_NAME, PackedStep, Segment
 from taps.models.cache import SlotCache
-from taps.models.packing import pack_linears
+from taps.models.onednn import pack_linears
 
 _PROBE_TOKENS = 8
 # Largest difference to the model's own forward, relative to the logits' spread.

@@ -6,41 +6,25 @@ import platform
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from taps import __version__
-from taps.delivery import end_tokens
-from taps.drafting.drafter import Ask
-from taps.drafting.eagle import EagleDrafter
-from taps.local import in_process
-from taps.models.causal_lm import CausalLM
+from taps.engine.threads import computing_with
 from taps.models.checkpoints import load_head, load_target_ends, save_head, target_fingerprint, weights_digest
 from taps.models.draft_head import DraftHead, draft_config
 from taps.models.embedded import target_path
-from taps.scheduling import StepBudget
-from taps.target import Target
-from taps.threads import computing_with
-from taps.training.answers import (
-    AnswerRecipe,
-    AnswerRecorder,
-    is_complete,
-    refuse_other_answers,
-    refuse_other_target,
-)
-from taps.training.batches import Answers, RecordedData, draft_vocabulary
-from taps.training.features import TargetFeatures
-from taps.training.sources import Prompt, load_prompts
+from taps.recording.answers import Answers, refuse_other_target
+from taps.recording.features import TargetFeatures
+from taps.recording.recorder import load_target
+from taps.training.data import RecordedData, draft_vocabulary
 from taps.training.trainer import Trainer, TrainRecipe
 from taps.training.validation import Validation
 
-_GENERATION_TIMEOUT = timedelta(days=7)
-_TREE = Ask(num_nodes=8, depth=3, top_k=3)  # of speculative generation
 _PAIRS_PER_INPUT = 50  # that the line a fresh head begins with is drawn through
 
 
@@ -56,59 +40,11 @@ class SpecialistPlan:
     init: str | None = None  # a head to start from
 
 
-def answer_sources(
-    sources: str, target: str, work: Path, recipe: AnswerRecipe, heads: Sequence[str] = ()
-) -> list[Answers]:
-    """The target's answers to the prompts of `sources`, kept in `work`; those there are not generated again.
-
-    Args: heads: draft heads to generate with, directories or Hugging Face ids; none is plain decoding.
-    """
-    prompts = load_prompts(sources, recipe.seed)
-    # The other processes wait while the first one generates.
-    state = PartialState(timeout=_GENERATION_TIMEOUT)
-    with state.main_process_first():
-        if state.is_main_process:
-            answer_prompts(target_path(target), prompts, work, recipe, heads)
-    return [Answers(work, recipe.answer_tokens, tuple(prompt.id for prompt in prompts))]
-
-
 def refuse_unfit_start(plan: SpecialistPlan) -> None:
     """Raise `InvalidCheckpoint` where `plan.init` cannot be started from, before answers are generated."""
     if plan.init is not None:
         with computing_with(1):
             load_head(plan.init, target_path(plan.target), torch.float32)
-
-
-def answer_prompts(
-    target: str, prompts: Sequence[Prompt], work: Path, recipe: AnswerRecipe, heads: Sequence[str] = ()
-) -> None:
-    """Record the target's answers to `prompts` into `work`, up to `recipe.answer_tokens` in all.
-
-    Raises `InvalidData` when `work` holds answers of another target, made otherwise, or to other prompts with
-    the same ids. Answers to prompts with other ids may be there, and do not count.
-    """
-    with computing_with(1) as num_threads:
-        tokenizer = AutoTokenizer.from_pretrained(target)
-        made_by = target_fingerprint(target)
-        refuse_other_answers(work, made_by, tokenizer, prompts, recipe)
-        if is_complete(work, tokenizer, prompts, recipe):
-            return
-        model = _load_target(target)
-        budget = StepBudget(prefill_tokens=512, tree_nodes=recipe.sessions * _TREE.num_nodes if heads else 0)
-        longest = recipe.max_prompt_tokens + recipe.max_new_tokens + budget.tree_nodes + 1
-        loaded = [load_head(name, target, model.dtype).to(model.device) for name in heads]
-        named = zip(heads, (EagleDrafter(head, recipe.sessions) for head in loaded), strict=True)
-        engine = Target(model, recipe.sessions, longest, budget)
-        with in_process(engine, named, num_threads) as (verifier, drafters):
-            ends = end_tokens(target, tokenizer)
-            AnswerRecorder(verifier, tokenizer, work, recipe, ends, drafters, _TREE, made_by).run(prompts)
-
-
-def _load_target(target: str) -> CausalLM:
-    """On a GPU where there is one, in its precision; else on the CPU."""
-    if torch.cuda.is_available():
-        return CausalLM.load(target, torch.bfloat16, str(PartialState().device))
-    return CausalLM.load(target, torch.float32)
 
 
 def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenance: Mapping[str, Any]) -> None:
@@ -122,7 +58,7 @@ def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenanc
         refuse_other_target(part.directory, made_by)
     rows = [row for part in answers for row in part.rows()]
     kept = all(row.has_features for row in rows)
-    data = RecordedData(answers, None if kept else TargetFeatures(_load_target(path)))
+    data = RecordedData(answers, None if kept else TargetFeatures(load_target(path)))
     head = _new_head(plan, path, draft_vocabulary(rows, plan.training.draft_vocab, _vocab_size(path)), data)
     weights = sum(p.numel() for p in head.parameters() if p.requires_grad)
     print(f"training {plan.domain}: {weights:,} weights, {data.num_answer_tokens:,} answer tokens", flush=True)

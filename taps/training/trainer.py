@@ -19,9 +19,10 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
+from taps.models.alignment import aligned_passes
 from taps.models.draft_head import DraftHead
-from taps.training.alignment import aligned_passes
-from taps.training.batches import Batch, RecordedData
+from taps.recording.batches import Batch
+from taps.training.data import RecordedData
 from taps.training.losses import DraftLoss, LossWeights, draft_loss
 from taps.training.validation import Validation, validate
 

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from taps.models.alignment import aligned_passes
 from taps.models.draft_head import DraftHead
-from taps.training.alignment import aligned_passes
-from taps.training.batches import Batch, RecordedData
+from taps.recording.batches import Batch
+from taps.training.data import RecordedData
 
 _BATCH = 16
 

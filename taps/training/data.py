@@ -1,4 +1,4 @@
-"""Recorded answers as training batches: which recordings share a batch, in an order the seed decides.
+"""Recorded answers as training data: which recordings share a batch, in an order the seed decides.
 
 Knows shards and tensors; nothing of losses or heads.
 """
@@ -9,14 +9,14 @@ import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from taps.training.shards import Recording, ShardRow, load_row, shard_rows, shards
-from taps.training.sources import InvalidData
+from taps.recording.answers import Answers
+from taps.recording.batches import Batch, collate
+from taps.recording.shards import Recording, ShardRow, load_row
+from taps.recording.sources import InvalidData
 
 _POOL_BATCHES = 32  # recordings are sorted by length within so many batches
 _PAIRS_BATCH = 8  # recordings
@@ -25,73 +25,6 @@ _HELD_OUT_MOST = 48
 
 # The target's features [n - 1, H] of recordings that were kept without them.
 ComputeFeatures = Callable[[Sequence[Recording]], list[Tensor]]
-
-
-class Batch(NamedTuple):
-    """Right-padded sequences; pair i is (tokens[i], features[i]) = (t_{i+1}, f_i) and predicts labels[i]."""
-
-    tokens: Tensor  # [B, T]
-    features: Tensor  # [B, T, H]
-    labels: Tensor  # [B, T, H]: f_{i+1}
-    next_tokens: Tensor  # [B, T]: t_{i+2}, which the head's distribution after labels[i] is about
-    known: Tensor  # [B, T] bool: there is a label, no padding
-    answers: Tensor  # [B, T] bool: the label belongs to the answer
-
-    def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in self))
-
-
-def collate(recordings: Sequence[Recording]) -> Batch:
-    """Pad recordings to one batch. A recording of n tokens has n - 2 pairs with a known label."""
-    longest = max(len(r.tokens) for r in recordings) - 2
-    hidden = recordings[0].features.shape[1]
-    tokens = torch.zeros(len(recordings), longest, dtype=torch.long)
-    next_tokens = torch.zeros(len(recordings), longest, dtype=torch.long)
-    features = torch.zeros(len(recordings), longest, hidden)
-    labels = torch.zeros(len(recordings), longest, hidden)
-    known = torch.zeros(len(recordings), longest, dtype=torch.bool)
-    answers = torch.zeros(len(recordings), longest, dtype=torch.bool)
-    for row, recording in enumerate(recordings):
-        n = len(recording.tokens) - 2
-        tokens[row, :n] = recording.tokens[1:-1]
-        next_tokens[row, :n] = recording.tokens[2:]
-        features[row, :n] = recording.features[:-1]
-        labels[row, :n] = recording.features[1:]
-        known[row, :n] = True
-        answers[row, max(recording.answer_start - 2, 0) : n] = True
-    return Batch(tokens, features, labels, next_tokens, known, answers)
-
-
-class Answers(NamedTuple):
-    """A directory of recorded answers, or the first `tokens` answer tokens of it."""
-
-    directory: Path
-    tokens: int | None = None
-    prompts: tuple[str, ...] | None = None  # only answers to these, in this order
-
-    def rows(self) -> list[ShardRow]:
-        """The recordings, in the order of `prompts` or else in the order they were made.
-
-        Raises `InvalidData` where there are none, or not as many answer tokens as wanted of all prompts.
-        """
-        taken, tokens = [], 0
-        recorded = [row for path in shards(self.directory) for row in shard_rows(path)]
-        if self.prompts is not None:
-            place = {name: i for i, name in enumerate(self.prompts)}
-            known = [row for row in recorded if row.prompt[0] in place]
-            recorded = sorted(known, key=lambda row: (row.prompt[1], place[row.prompt[0]]))
-        for row in recorded:
-            if self.tokens is not None and tokens >= self.tokens:
-                break
-            taken.append(row)
-            tokens += row.num_answer_tokens
-        if not taken:
-            raise InvalidData(f"no recorded answers in {self.directory}; record some with `taps answer`")
-        if self.prompts is None and tokens < (self.tokens or 0):
-            raise InvalidData(
-                f"{self.directory} holds {tokens:,} answer tokens, {self.tokens:,} were asked for"
-            )
-        return taken
 
 
 class RecordedData:

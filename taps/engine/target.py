@@ -14,14 +14,14 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from taps.engine.scheduling import CostModel, StepBudget, share_nodes, share_prefill
+from taps.engine.verification import accept
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import SlotCache
 from taps.models.causal_lm import CausalLM
 from taps.sampling import InvalidLogits, SamplingParams, sample
-from taps.scheduling import CostModel, StepBudget, share_nodes, share_prefill
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
-from taps.verification import accept
 
 
 @dataclass

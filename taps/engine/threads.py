@@ -8,7 +8,7 @@ computes in parallel, the one that runs the steps; the others, such as the one t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 
@@ -39,3 +39,8 @@ def computing_with(num_threads: int) -> Iterator[int]:
         yield before
     finally:
         compute_with(before)
+
+
+def computing(num_threads: int | None) -> Callable[[], None]:
+    """What a worker thread calls before its first step. Args: num_threads: None leaves it to torch."""
+    return lambda: None if num_threads is None else compute_with(num_threads)

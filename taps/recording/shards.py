@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from taps.training.sources import ANSWER_MARK, InvalidData
+from taps.recording.sources import ANSWER_MARK, InvalidData
 
 
 @dataclass(frozen=True)

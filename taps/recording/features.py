@@ -10,7 +10,7 @@ from torch import Tensor
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import SlotCache
 from taps.models.causal_lm import CausalLM
-from taps.training.shards import Recording
+from taps.recording.shards import Recording
 
 
 class TargetFeatures:

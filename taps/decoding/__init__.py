@@ -1,0 +1,1 @@
+"""Decoding: the loop, its panel of drafters, what it delivers and what it counts."""

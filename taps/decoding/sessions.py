@@ -1,0 +1,52 @@
+"""What the loop asks of its peers: one session's side of a drafter and of a verifier, and how they are lost.
+
+Two small async protocols; whether a peer lives in this process or on another machine is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from taps.context import ContextDelta
+from taps.drafting.drafter import Ask
+from taps.tree import ProposalTree
+from taps.verdict import Verdict
+
+
+class DrafterGone(ConnectionError):
+    """The drafter's process is lost; the session goes on without it."""
+
+
+class VerifierGone(ConnectionError):
+    """The verifier's process is lost; the session must resume on another one."""
+
+
+class VerifierBusy(VerifierGone):
+    """No verifier has room for the session now."""
+
+
+class DrafterSession(Protocol):
+    """One session's side of a drafter."""
+
+    index: int  # the bit that marks its nodes
+    name: str
+
+    async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
+        """Take in what the target decided since the last call and draft from the new root.
+
+        Raises `DrafterGone`.
+        """
+        ...
+
+
+class VerifierSession(Protocol):
+    """One session's side of the verifier."""
+
+    async def prefill(self, tokens: Sequence[int], num_generated: int, feature_window: int) -> Verdict:
+        """Append tokens, the last `num_generated` of them generated before; decide one more token."""
+        ...
+
+    async def verify(self, tree: ProposalTree) -> Verdict:
+        """Check a tree whose root is the token decided last. Raises `VerifierGone`."""
+        ...

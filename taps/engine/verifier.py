@@ -1,0 +1,62 @@
+"""The target served to many sessions: what a verifier replica runs, and what decoding in one process uses.
+
+Knows batching and the target; nothing of drafters, Ray or HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from taps.engine.batching import Batcher
+from taps.engine.target import Job, PrefillJob, Target, TargetSession, VerifyJob
+from taps.engine.threads import computing
+from taps.sampling import SamplingParams
+from taps.tree import ProposalTree
+from taps.verdict import Verdict
+
+
+class BatchedVerifier:
+    """A target served to many sessions by continuous batching."""
+
+    def __init__(self, target: Target, num_threads: int | None = None) -> None:
+        """Args: num_threads: that its steps compute with (`taps.engine.threads`); None leaves it to torch."""
+        self.target = target
+        self._batcher: Batcher[Job, Verdict] = Batcher(target.step, "verifier", computing(num_threads))
+
+    @asynccontextmanager
+    async def session(self, params: SamplingParams) -> AsyncIterator[BatchedVerifierSession]:
+        """A session that owns a cache slot until the block ends. Raises `CacheFull`."""
+        async with self._batcher.holding(lambda: self.target.open(params), self.target.close) as state:
+            yield BatchedVerifierSession(self._batcher, state)
+
+    async def warm_up(self) -> None:
+        """Run a short session: what is set up on first use is not set up in a user's time."""
+        async with self.session(SamplingParams()) as session:
+            (root,) = (await session.prefill([0] * 16, 0, 1)).tokens
+            nodes = [(token, parent, -1.0, 0) for token, parent in ((0, 0), (1, 0), (2, 1))]
+            await session.verify(ProposalTree.ordered(root, nodes, len(nodes) + 1))
+
+    def check(self) -> None:
+        """Raise RuntimeError when it can do no more steps."""
+        self._batcher.check()
+
+    def close(self) -> None:
+        self._batcher.close()
+
+
+class BatchedVerifierSession:
+    """Implements `taps.decoding.sessions.VerifierSession`."""
+
+    def __init__(self, batcher: Batcher[Job, Verdict], state: TargetSession) -> None:
+        self._batcher = batcher
+        self._state = state
+
+    async def prefill(self, tokens: Sequence[int], num_generated: int, feature_window: int) -> Verdict:
+        generated = tokens[len(tokens) - num_generated :]
+        return await self._batcher.submit(
+            PrefillJob(self._state, tokens, generated=generated, feature_window=feature_window)
+        )
+
+    async def verify(self, tree: ProposalTree) -> Verdict:
+        return await self._batcher.submit(VerifyJob(self._state, tree))

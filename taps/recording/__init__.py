@@ -1,0 +1,1 @@
+"""Recording the target: prompts in, its answers and features kept. Training and evaluation read both."""
