@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -13,8 +13,7 @@ import torch
 
 from taps.composing import STRATEGIES, Compose, concatenated, off
 from taps.context import Context
-from taps.decoding.loop import decode
-from taps.decoding.panel import Panel
+from taps.decoding.in_process import decode_in_process
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
 from taps.engine.verifier import BatchedVerifier
@@ -69,13 +68,11 @@ async def answer(
 ) -> Text:
     context = Context(question.prompt, 512)
     ask = Ask(num_nodes=6, depth=3, top_k=3, sampling=question.params)
-    async with AsyncExitStack() as stack:
-        sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(drafters)]
-        steps = decode(context, lambda: verifier.session(question.params), Panel(sessions, 60.0), compose, ask)
-        async with aclosing(steps):
-            async for _ in steps:
-                if context.num_generated >= new_tokens:
-                    break
+    steps = decode_in_process(context, verifier, drafters, compose, ask, question.params)
+    async with aclosing(steps):
+        async for _ in steps:
+            if context.num_generated >= new_tokens:
+                break
     return tuple(context.tokens[context.prompt_length :][:new_tokens])
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import astuple, replace
 
 import torch
 
 from taps.composing import STRATEGIES, Compose, concatenated
 from taps.context import Context
-from taps.decoding.loop import decode
+from taps.decoding.in_process import decode_in_process
 from taps.decoding.metrics import SpeculationCounts
-from taps.decoding.panel import Panel
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask, Drafter
 from taps.drafting.eagle import EagleDrafter
@@ -41,16 +40,14 @@ async def live(
 ) -> tuple[SpeculationCounts, Recording]:
     counts, context = SpeculationCounts(), Context(PROMPT, 1 << 20)
     verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 1, 256, StepBudget(tree_nodes=64)))
-    async with AsyncExitStack() as stack:
-        sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(drafters)]
-        steps = decode(context, lambda: verifier.session(PARAMS), Panel(sessions, 60.0), compose, ask)
-        async with aclosing(steps):
-            async for step in steps:
-                room = NEW_TOKENS - (context.num_generated - len(step.verdict.tokens))
-                if not step.is_prefill:
-                    counts.observe(step.verdict, min(len(step.verdict.tokens), room))
-                if context.num_generated >= NEW_TOKENS:
-                    break
+    steps = decode_in_process(context, verifier, drafters, compose, ask, PARAMS)
+    async with aclosing(steps):
+        async for step in steps:
+            room = NEW_TOKENS - (context.num_generated - len(step.verdict.tokens))
+            if not step.is_prefill:
+                counts.observe(step.verdict, min(len(step.verdict.tokens), room))
+            if context.num_generated >= NEW_TOKENS:
+                break
     end = len(PROMPT) + NEW_TOKENS
     tokens = torch.tensor(context.tokens[:end], dtype=torch.int32)
     features = context.since(0).features[: end - 1]

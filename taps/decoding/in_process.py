@@ -5,13 +5,20 @@ The deployments serve the very same objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, aclosing, closing, contextmanager
 
+from taps.composing import Compose
+from taps.context import Context
+from taps.decoding.loop import Step, decode
+from taps.decoding.panel import Panel
 from taps.drafting.batched import BatchedDrafter
-from taps.drafting.drafter import Drafter
+from taps.drafting.drafter import Ask, Drafter
 from taps.engine.target import Target
 from taps.engine.verifier import BatchedVerifier
+from taps.sampling import SamplingParams
+
+_PATIENT_S = 600.0  # drafters of this process are waited for
 
 
 @contextmanager
@@ -23,3 +30,18 @@ def in_process(
         verifier = stack.enter_context(closing(BatchedVerifier(target, num_threads)))
         panel = [BatchedDrafter(name, drafter, num_threads=1) for name, drafter in drafters]
         yield verifier, [stack.enter_context(closing(drafter)) for drafter in panel]
+
+
+async def decode_in_process(
+    context: Context, verifier: BatchedVerifier, drafters: Sequence[BatchedDrafter], compose: Compose,
+    ask: Ask, params: SamplingParams,
+) -> AsyncGenerator[Step, None]:  # fmt: skip
+    """The steps of one answer, until the caller closes the generator, which frees its sessions."""
+    async with AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(drafters)]
+        panel = Panel(sessions, _PATIENT_S)
+        stack.push_async_callback(panel.close)
+        steps = decode(context, lambda: verifier.session(params), panel, compose, ask)
+        async with aclosing(steps):
+            async for step in steps:
+                yield step

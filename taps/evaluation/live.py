@@ -10,7 +10,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +20,8 @@ from transformers import AutoTokenizer
 
 from taps.composing import STRATEGIES, Compose, concatenated
 from taps.context import Context
-from taps.decoding.in_process import in_process
-from taps.decoding.loop import decode
+from taps.decoding.in_process import decode_in_process, in_process
 from taps.decoding.metrics import SpeculationCounts
-from taps.decoding.panel import Panel
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
@@ -40,7 +38,6 @@ from taps.tree import ProposalTree
 
 PLAIN = "off"
 _MAX_LEN = 2048
-_PATIENT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -85,21 +82,17 @@ async def time_answer(
 ) -> Timed:  # fmt: skip
     """Decode one answer of `new_tokens` tokens; end tokens do not end it, so that all answers are as long."""
     context, counts = Context(prompt, _MAX_LEN), SpeculationCounts()
-    draft_ms = verify_ms = started = 0.0
-    async with AsyncExitStack() as stack:
-        sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(drafters)]
-        panel = Panel(sessions, _PATIENT_S)
-        steps = decode(context, lambda: verifier.session(params), panel, compose, ask)
-        async with aclosing(steps):
-            async for step in steps:
-                if step.is_prefill:
-                    started = time.perf_counter()
-                    continue
-                counts.observe(step.verdict, len(step.verdict.tokens))
-                draft_ms, verify_ms = draft_ms + step.draft_ms, verify_ms + step.verify_ms
-                if context.num_generated >= new_tokens:
-                    break
-        seconds = time.perf_counter() - started
+    draft_ms = verify_ms = started = seconds = 0.0
+    async with aclosing(decode_in_process(context, verifier, drafters, compose, ask, params)) as steps:
+        async for step in steps:
+            if step.is_prefill:
+                started = time.perf_counter()
+                continue
+            counts.observe(step.verdict, len(step.verdict.tokens))
+            draft_ms, verify_ms = draft_ms + step.draft_ms, verify_ms + step.verify_ms
+            seconds = time.perf_counter() - started
+            if context.num_generated >= new_tokens:
+                break
     return Timed(seconds, draft_ms, verify_ms, counts)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -23,9 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from taps.composing import merged
 from taps.context import Context
 from taps.decoding.delivery import end_tokens
-from taps.decoding.in_process import in_process
-from taps.decoding.loop import decode
-from taps.decoding.panel import Panel
+from taps.decoding.in_process import decode_in_process, in_process
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
@@ -51,7 +49,6 @@ from taps.recording.shards import Recording, save_shard, shards
 from taps.recording.sources import InvalidData, Prompt, load_prompts
 
 _UNBOUNDED = 1 << 30
-_PATIENT_S = 600.0  # generation waits for its drafters
 _PROGRESS_INTERVAL_S = 10.0
 _GENERATION_TIMEOUT = timedelta(days=7)
 _TREE = Ask(num_nodes=8, depth=3, top_k=3)  # of speculative generation
@@ -190,15 +187,12 @@ class AnswerRecorder:
             self._left_out.setdefault(str(error), set()).add(question.prompt.id)
             return
         context = self._answering[question.id] = Context(ids, _UNBOUNDED)
-        async with AsyncExitStack() as stack:
-            sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(self._drafters)]
-            panel = Panel(sessions, _PATIENT_S)
-            ask = replace(self._ask, sampling=question.params)
-            steps = decode(context, lambda: self._verifier.session(question.params), panel, merged, ask)
-            async with aclosing(steps):
-                async for _ in steps:
-                    if (length := self._answer_length(context)) is not None:
-                        break
+        ask = replace(self._ask, sampling=question.params)
+        steps = decode_in_process(context, self._verifier, self._drafters, merged, ask, question.params)
+        async with aclosing(steps):
+            async for _ in steps:
+                if (length := self._answer_length(context)) is not None:
+                    break
         length = len(ids) + (length or 0)
         tokens = torch.tensor(context.tokens[:length], dtype=torch.int32)
         features = torch.empty(0, 0)
