@@ -27,6 +27,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.messages import Message, decode, encode, error_message, is_expected
+from taps.peers import PeerBusy, PeerGone
 
 logger = logging.getLogger("ray.serve")
 _METHOD = "/taps.Session/Open"
@@ -54,14 +55,6 @@ OpenSession = Callable[[Message], AbstractAsyncContextManager[Handler]]
 def node_address() -> str:
     """The address other nodes of the cluster reach this one at."""
     return str(cast(Any, ray.util).get_node_ip_address())
-
-
-class PeerGone(ConnectionError):
-    """The other process is lost, or no replica can be leased."""
-
-
-class NoneFree(PeerGone):
-    """No replica had room for a lease in time."""
 
 
 @dataclass
@@ -239,8 +232,8 @@ class ChannelPool:
     ) -> AsyncIterator[Stream]:
         """Lease a replica and open a session on it; both are freed when the block ends.
 
-        Raises `NoneFree` when no replica has room within `timeout_s` seconds, `BackPressureError` when the
-        deployment's queue is full, `PeerGone` when the replica is lost, and whatever error it opens with.
+        Raises `PeerBusy` when no replica has room within `timeout_s` seconds or the deployment's queue is full,
+        `PeerGone` when the replica is lost, and whatever error it opens with.
         """
         lease: Any = handle.options(stream=True).lease.remote()
         try:
@@ -264,9 +257,9 @@ class ChannelPool:
             async with asyncio.timeout(timeout_s):
                 granted: Message = await anext(lease)
         except TimeoutError as error:
-            raise NoneFree(f"no replica was free within {timeout_s:g} s") from error
-        except BackPressureError:
-            raise
+            raise PeerBusy(f"no replica was free within {timeout_s:g} s") from error
+        except BackPressureError as error:
+            raise PeerBusy("the queue for replicas is full") from error
         except (RayError, RayServeException, StopAsyncIteration) as error:
             raise PeerGone(f"no replica can be leased: {type(error).__name__}") from error
         return granted

@@ -9,13 +9,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from taps.composing import STRATEGIES
-from taps.drafting.drafter import RESERVED_ROWS
+from taps.drafting.drafter import DRAFT_LEN, MOST_DEPTH, MOST_NODES, MOST_TOP_K, RESERVED_ROWS, Ask
+from taps.engine.scheduling import MAX_LEN, MAX_SESSIONS, StepBudget
 from taps.models.embedded import EMBEDDED
 
 _PROJECT = Path(__file__).resolve().parent.parent
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1)]
+NumNodes = Annotated[int, Field(ge=1, le=MOST_NODES)]
+Depth = Annotated[int, Field(ge=1, le=MOST_DEPTH)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 
 
@@ -34,10 +37,10 @@ class TargetArgs(Args):
 
 
 class VerifierArgs(Args):
-    max_sessions: PositiveInt = 16  # cache slots; the deployment's max_ongoing_requests must not exceed it
-    max_len: PositiveInt = 2048  # cache positions per session
-    prefill_tokens: PositiveInt = 256  # prompt tokens per step, over all sessions
-    tree_nodes: Annotated[int, Field(ge=0)] = 32  # drafted nodes per step, over all sessions
+    max_sessions: PositiveInt = MAX_SESSIONS  # the deployment's max_ongoing_requests must not exceed it
+    max_len: PositiveInt = MAX_LEN  # cache positions per session
+    prefill_tokens: PositiveInt = StepBudget.prefill_tokens  # prompt tokens per step, over all sessions
+    tree_nodes: Annotated[int, Field(ge=0)] = StepBudget.tree_nodes  # drafted nodes per step, over all sessions
     torch_threads: PositiveInt = 2
 
     @model_validator(mode="after")
@@ -51,9 +54,9 @@ class TreeArgs(Args):
     """The trees the router asks for where a request does not say."""
 
     strategy: str = "merged"
-    num_nodes: Annotated[int, Field(ge=1, le=256)] = 8  # with the root
-    depth: Annotated[int, Field(ge=1, le=16)] = 4  # extensions after the root's children
-    top_k: Annotated[int, Field(ge=1, le=32)] = 4
+    num_nodes: NumNodes = Ask.num_nodes  # with the root
+    depth: Depth = Ask.depth  # extensions after the root's children
+    top_k: Annotated[int, Field(ge=1, le=MOST_TOP_K)] = Ask.top_k
     coupled: bool = True  # sampled requests: rank drafts by the noise the target will use
 
     @field_validator("strategy")
@@ -101,8 +104,8 @@ class SpecialistArgs(Args):
     target: str = EMBEDDED  # the target the head drafts for
     dtype: DTypeName = "bfloat16"
     device: str = "cpu"
-    max_sessions: PositiveInt = 16
-    max_len: Annotated[int, Field(gt=2 * RESERVED_ROWS)] = 4096  # more than the verifier's max_len
+    max_sessions: PositiveInt = MAX_SESSIONS
+    max_len: Annotated[int, Field(gt=2 * RESERVED_ROWS)] = DRAFT_LEN  # more than the verifier's max_len
     torch_threads: PositiveInt = 1
 
     @model_validator(mode="after")

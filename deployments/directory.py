@@ -17,6 +17,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deployments.descriptions import SpecialistDescription, TargetDescription
+
 _DEPLOYMENT = "Drafter"
 _VERIFIER = "Verifier"
 _STALE_S = 30.0
@@ -36,7 +38,7 @@ class Directory:
     """The specialists that may be asked, and whether a verifier is up; refreshed every few seconds."""
 
     def __init__(
-        self, target: dict[str, Any], core: str, interval_s: float, expected: Sequence[str] = ()
+        self, target: TargetDescription, core: str, interval_s: float, expected: Sequence[str] = ()
     ) -> None:
         """Args: target: the verifier's description; core: the application the verifier is part of; expected:
         names that the configuration mentions.
@@ -107,23 +109,24 @@ class Directory:
     async def _look_at(self, application: str) -> Specialist | None:
         """The application's specialist, or None when it does not fit this target."""
         handle: DeploymentHandle[Any] = serve.get_deployment_handle(_DEPLOYMENT, application)
-        description = await asyncio.wait_for(handle.describe.remote(), _DESCRIBE_TIMEOUT_S)
-        made_for = description.get("fingerprint", self._target["fingerprint"])
-        if made_for != self._target["fingerprint"]:
+        description: SpecialistDescription = await asyncio.wait_for(
+            handle.describe.remote(), _DESCRIBE_TIMEOUT_S
+        )
+        if description.fingerprint not in (None, self._target.fingerprint):
             logger.error(
                 "specialist %s drafts for another target (fingerprint %s, this one is %s): it is not used",
-                description["name"], made_for, self._target["fingerprint"],
+                description.name, description.fingerprint, self._target.fingerprint,
             )  # fmt: skip
             return None
-        taken = self.specialists.get(description["name"])
+        taken = self.specialists.get(description.name)
         if taken is not None and taken.application != application:
             logger.error(
                 "application %s has a specialist named %s, as %s has: it is not used; rename one of them",
-                application, description["name"], taken.application,
+                application, description.name, taken.application,
             )  # fmt: skip
             return None
-        logger.info("specialist %s (%s) joins", description["name"], application)
-        return Specialist(description["name"], application, handle)
+        logger.info("specialist %s (%s) joins", description.name, application)
+        return Specialist(description.name, application, handle)
 
 
 def _is_running(application: Any, deployment: str) -> bool:

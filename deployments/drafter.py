@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from ray import serve
 
 from deployments.channel import Handler, SessionServer, node_address
 from deployments.config import SpecialistArgs
+from deployments.descriptions import SpecialistDescription
 from deployments.messages import Message, from_tree, to_propose
+from taps.engine.scheduling import MAX_SESSIONS
 
 
-@serve.deployment(max_ongoing_requests=16, ray_actor_options={"num_cpus": 0.2})
+@serve.deployment(max_ongoing_requests=MAX_SESSIONS, ray_actor_options={"num_cpus": 0.2})
 class Drafter:
     """Serves `taps.drafting.batched.BatchedDrafter` over sessions."""
 
@@ -26,8 +27,8 @@ class Drafter:
         self._server = SessionServer(self._open_session)
         await self._server.start(node_address())
 
-    def describe(self) -> dict[str, Any]:
-        """Name and kind, and the fingerprint of the target a head was made for."""
+    def describe(self) -> SpecialistDescription:
+        """What the router must know of it."""
         return self._description
 
     def check_health(self) -> None:

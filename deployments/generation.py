@@ -24,7 +24,7 @@ from taps.composing import STRATEGIES
 from taps.context import Context
 from taps.decoding.loop import Step, decode
 from taps.decoding.panel import Panel
-from taps.decoding.sessions import DrafterGone
+from taps.peers import PeerGone
 
 _REJOIN_DELAY_S = 0.5
 logger = logging.getLogger("ray.serve")
@@ -76,6 +76,6 @@ class Generator:
                     self._pool, specialist.handle, specialist.name, index, *waits
                 ) as session:
                     await panel.member(session)
-            except (DrafterGone, RayError, RayServeException) as error:
+            except (PeerGone, RayError, RayServeException) as error:
                 logger.info("specialist %s is left out for now: %s", specialist.name, error)
                 await asyncio.sleep(_REJOIN_DELAY_S)

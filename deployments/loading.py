@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from deployments.config import SpecialistArgs, TargetArgs, VerifierArgs, locate, torch_dtype
+from deployments.descriptions import SpecialistDescription, TargetDescription
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Drafter
 from taps.drafting.eagle import EagleDrafter
@@ -18,19 +17,15 @@ from taps.models.checkpoints import InvalidCheckpoint, load_head, target_fingerp
 from taps.models.embedded import target_path
 
 
-def load_verifier(target: TargetArgs, args: VerifierArgs) -> tuple[BatchedVerifier, dict[str, Any]]:
+def load_verifier(target: TargetArgs, args: VerifierArgs) -> tuple[BatchedVerifier, TargetDescription]:
     """The verifier, and what the router and its drafters must know of the target."""
     compute_with(1)  # this thread loads, and must not have workers of its own
     path = target_path(locate(target.path))
     model = CausalLM.load(path, torch_dtype(target.dtype), target.device_map)
     budget = StepBudget(args.prefill_tokens, args.tree_nodes)
     verifier = BatchedVerifier(Target(model, args.max_sessions, args.max_len, budget), args.torch_threads)
-    return verifier, {
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "fingerprint": _fingerprint_of(path, model),
-        "max_tokens": verifier.target.max_tokens,
-    }
+    made_of = _fingerprint_of(path, model)
+    return verifier, TargetDescription(model.vocab_size, made_of, verifier.target.max_tokens)
 
 
 def _fingerprint_of(path: str, model: CausalLM) -> str:
@@ -40,16 +35,14 @@ def _fingerprint_of(path: str, model: CausalLM) -> str:
         return fingerprint(model.embeddings)
 
 
-def load_drafter(args: SpecialistArgs) -> tuple[BatchedDrafter, dict[str, Any]]:
-    """The drafter; its name and kind, and the fingerprint of the target a head was made for."""
+def load_drafter(args: SpecialistArgs) -> tuple[BatchedDrafter, SpecialistDescription]:
+    """The drafter, and what the router must know of it."""
     compute_with(1)
-    description: dict[str, Any] = {"name": args.name, "kind": args.kind}
-    drafter: Drafter
-    if args.head is None:
-        drafter = NgramDrafter()
-    else:
+    drafter: Drafter = NgramDrafter()
+    description = SpecialistDescription(args.name)
+    if args.head is not None:
         target = target_path(locate(args.target))
         head = load_head(locate(args.head), target, torch_dtype(args.dtype))
-        description["fingerprint"] = target_fingerprint(target)
+        description = SpecialistDescription(args.name, target_fingerprint(target))
         drafter = EagleDrafter(head.to(args.device), args.max_sessions, args.max_len)
     return BatchedDrafter(args.name, drafter, args.torch_threads), description

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any, NoReturn
 
 import msgpack
@@ -13,25 +13,27 @@ from torch import Tensor
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask
 from taps.models.cache import CacheFull
+from taps.peers import PeerGone
 from taps.sampling import InvalidLogits, SamplingParams
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 
-VERSION = 1
+VERSION = 2
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 # Errors that travel by name: the far side raises the same type.
 _ERRORS: dict[str, type[Exception]] = {
     e.__name__: e for e in (CacheFull, PromptTooLong, InvalidTree, InvalidLogits)
 }
+_TREE = tuple(f.name for f in fields(ProposalTree))
 
 Message = dict[str, Any]
 
 
-class VersionMismatch(RuntimeError):
+class VersionMismatch(PeerGone):
     """The two ends of a stream run different versions of this protocol."""
 
 
-class RemoteError(RuntimeError):
+class RemoteError(PeerGone):
     """The far side failed in a way that has no type of its own here."""
 
 
@@ -93,8 +95,6 @@ def to_verdict(message: Mapping[str, Any]) -> Verdict:
         num_nodes=message["num_nodes"],
         depth=message["depth"],
         batch_size=message["batch_size"],
-        pass_ms=message["pass_ms"],
-        node_ms=message["node_ms"],
     )
 
 
@@ -118,7 +118,9 @@ def to_propose(message: Mapping[str, Any]) -> tuple[ContextDelta, Ask]:
 
 
 def from_tree(tree: ProposalTree) -> Message:
-    return tree.to_wire()
+    return {name: getattr(tree, name) for name in _TREE}
 
 
-to_tree: Callable[[Mapping[str, Any]], ProposalTree] = ProposalTree.from_wire
+def to_tree(message: Mapping[str, Any]) -> ProposalTree:
+    """The tree of a message, checked: it comes from another process."""
+    return ProposalTree(*(tuple(message[name]) for name in _TREE)).check()

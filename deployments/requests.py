@@ -13,9 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 
-from deployments import openai
 from deployments.config import RouterArgs, TreeArgs
-from deployments.openai import ChatRequest, CompletionRequest, RequestError
+from deployments.descriptions import TargetDescription
+from deployments.errors import RequestError
+from deployments.schema import ChatRequest, CompletionRequest, TapsOptions, complaint
 from taps.decoding.delivery import Delivery, end_tokens
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams
@@ -42,7 +43,7 @@ class Generation:
 class RequestReader:
     """Turns requests into generations; everything wrong with one is a `RequestError`."""
 
-    def __init__(self, target_path: str, target: dict[str, Any], args: RouterArgs) -> None:
+    def __init__(self, target_path: str, target: TargetDescription, args: RouterArgs) -> None:
         self._args = args
         self._target = target
         self._tokenizer: Any = AutoTokenizer.from_pretrained(target_path)
@@ -80,7 +81,7 @@ class RequestReader:
 
     def _refuse_far_too_long(self, num_characters: int, where: str) -> None:
         """Text that cannot fit however it is tokenized: that would take long, and every stream would wait."""
-        limit = self._target["max_tokens"]
+        limit = self._target.max_tokens
         if num_characters > limit * self._longest_token:
             reason = f"the maximum context length is {limit} tokens; the prompt has {num_characters} characters"
             raise RequestError(reason, where, code="context_length_exceeded")
@@ -99,11 +100,11 @@ class RequestReader:
         if not prompt:
             raise RequestError("the prompt is empty", where)
         # Text, too, may hold tokens that were added to the tokenizer alone.
-        last, lowest, highest = self._target["vocab_size"] - 1, min(prompt), max(prompt)
+        last, lowest, highest = self._target.vocab_size - 1, min(prompt), max(prompt)
         if lowest < 0 or highest > last:
             other = lowest if lowest < 0 else highest
             raise RequestError(f"token ids must lie between 0 and {last}; the prompt has {other}", where)
-        limit = self._target["max_tokens"]
+        limit = self._target.max_tokens
         room = limit - len(prompt)
         if room < 1 or (max_tokens or 1) > room:
             reason = f"the maximum context length is {limit} tokens; the prompt has {len(prompt)}"
@@ -120,12 +121,12 @@ class RequestReader:
             Ask(tree.num_nodes, tree.depth, tree.top_k, params if tree.coupled else None),
         )
 
-    def _tree(self, options: openai.TapsOptions) -> TreeArgs:
+    def _tree(self, options: TapsOptions) -> TreeArgs:
         chosen = options.model_dump(exclude={"drafters"}, exclude_none=True)
         try:
             return TreeArgs(**self._args.tree.model_dump() | chosen)
         except ValidationError as error:
-            _, reason = openai.complaint(error)
+            _, reason = complaint(error)
             raise RequestError(f"taps: {reason}", "taps") from error
 
     def _choose(self, strategy: str, names: list[str] | None, up: Collection[str]) -> tuple[str, ...]:

@@ -18,14 +18,18 @@ from starlette.exceptions import HTTPException
 
 from deployments import openai
 from deployments.config import RouterArgs, TargetArgs, locate
+from deployments.descriptions import TargetDescription
 from deployments.directory import Directory
+from deployments.errors import RequestError
 from deployments.generation import Generator
-from deployments.observability import Observer, RequestRecord
-from deployments.openai import ChatRequest, CompletionRequest, Kind, RequestError, Writer
+from deployments.metrics import Observer
+from deployments.openai import Kind, Writer
+from deployments.record import RequestRecord
 from deployments.requests import Generation, RequestReader
+from deployments.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from taps.decoding.delivery import Delivered
-from taps.decoding.sessions import VerifierBusy, VerifierGone
 from taps.models.embedded import target_path
+from taps.peers import PeerBusy, PeerGone
 from taps.sampling import InvalidLogits
 from taps.verdict import PromptTooLong
 
@@ -66,8 +70,8 @@ class Router:
         self._args = args
         self._verifier = verifier
         async with asyncio.timeout(args.start_deadline_s):
-            self._target: dict[str, Any] = await verifier.describe.remote()
-        self._model_card = openai.model_card(args.model_name, int(time.time()), self._target["max_tokens"])
+            self._target: TargetDescription = await verifier.describe.remote()
+        self._model_card = openai.model_card(args.model_name, int(time.time()), self._target.max_tokens)
         self._reader = RequestReader(target_path(locate(target.path)), self._target, args)
         self._generator = Generator(verifier, args)
         self._observer = Observer()
@@ -96,11 +100,11 @@ class Router:
 
     @api.post("/v1/chat/completions")
     async def chat(self, http: Request) -> Response:
-        return await self._serve(http, openai.parse_chat, self._reader.read_chat, "chat")
+        return await self._serve(http, parse_chat, self._reader.read_chat, "chat")
 
     @api.post("/v1/completions")
     async def completions(self, http: Request) -> Response:
-        return await self._serve(http, openai.parse_completion, self._reader.read_completion, "completion")
+        return await self._serve(http, parse_completion, self._reader.read_completion, "completion")
 
     async def _serve(
         self,
@@ -137,7 +141,7 @@ class Router:
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         text = "".join(piece.text for piece in answer)
-        return JSONResponse(writer.whole(text, answer[-1].finish_reason, *record.summary()))
+        return JSONResponse(writer.whole(text, answer[-1].finish_reason, record))
 
     async def _events(
         self,
@@ -161,7 +165,7 @@ class Router:
                 yield openai.error_event(error)
                 return
             if writer.include_usage:
-                yield writer.usage_chunk(*record.summary())
+                yield writer.usage_chunk(record)
             yield openai.DONE
 
     async def _pieces(self, job: Generation, record: RequestRecord) -> AsyncGenerator[Delivered, None]:
@@ -175,12 +179,13 @@ class Router:
                     async with asyncio.timeout_at(deadline):
                         step = await anext(steps)
                     delivered = delivery.push(step.verdict.tokens)
-                    self._observer.observe_step(step, delivered, record)
+                    record.take(step, delivered.num_tokens)
+                    self._observer.observe_step(step, record)
                     outcome = delivered.finish_reason or outcome
                     yield delivered
                     if delivered.finish_reason is not None:
                         return
-        except VerifierBusy as error:
+        except PeerBusy as error:
             outcome = "overloaded"
             up = self._directory.verifier_is_up
             reason = "the server is at capacity; try again" if up else "no verifier is up; try again soon"
@@ -192,7 +197,7 @@ class Router:
             outcome = "failed"
             reason = f"the answer was not finished within {self._args.request_deadline_s:g} s"
             raise RequestError(reason, status=503, code="timeout") from error
-        except VerifierGone as error:
+        except PeerGone as error:
             outcome = "failed"
             raise RequestError(f"the target could not answer: {error}", status=503) from error
         except InvalidLogits as error:  # as it would on any other verifier

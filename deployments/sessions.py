@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from typing import Any
 
-from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
-from deployments.channel import ChannelPool, NoneFree, PeerGone, Stream
-from deployments.messages import RemoteError, VersionMismatch, from_propose, from_tree, to_tree, to_verdict
+from deployments.channel import ChannelPool, Stream
+from deployments.messages import from_propose, from_tree, to_tree, to_verdict
 from taps.context import ContextDelta
-from taps.decoding.sessions import DrafterGone, VerifierBusy, VerifierGone
 from taps.drafting.drafter import Ask
-from taps.models.cache import CacheFull
+from taps.peers import PeerGone
 from taps.sampling import InvalidLogits, SamplingParams
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
-
-# After these another replica may still answer.
-_VERIFIER_FAILURES = (PeerGone, RemoteError, VersionMismatch)
-_NO_ROOM = (BackPressureError, CacheFull, NoneFree)
-# A drafter that fails in any of these ways is left out; it never fails a request.
-_DRAFTER_FAILURES = (*_VERIFIER_FAILURES, *_NO_ROOM, PromptTooLong, InvalidTree, InvalidLogits)
 
 
 class RemoteVerifierSession:
@@ -42,10 +34,7 @@ class RemoteVerifierSession:
         return await self._ask({"tree": from_tree(tree)})
 
     async def _ask(self, message: dict[str, Any]) -> Verdict:
-        try:
-            return to_verdict(await self._stream.ask(message, self._timeout_s))
-        except _VERIFIER_FAILURES as error:
-            raise VerifierGone(str(error)) from error
+        return to_verdict(await self._stream.ask(message, self._timeout_s))
 
 
 class RemoteDrafterSession:
@@ -58,10 +47,17 @@ class RemoteDrafterSession:
         self._timeout_s = timeout_s
 
     async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
-        try:
+        with _left_out_on_failure():
             return to_tree(await self._stream.ask(from_propose(delta, ask), self._timeout_s))
-        except _DRAFTER_FAILURES as error:
-            raise DrafterGone(str(error)) from error
+
+
+@contextmanager
+def _left_out_on_failure() -> Iterator[None]:
+    """A drafter that answers with any error is gone; it never fails a request."""
+    try:
+        yield
+    except (PromptTooLong, InvalidTree, InvalidLogits) as error:
+        raise PeerGone(str(error)) from error
 
 
 @asynccontextmanager
@@ -69,14 +65,9 @@ async def verifier_session(
     pool: ChannelPool, handle: DeploymentHandle[Any], params: SamplingParams,
     lease_timeout_s: float, step_timeout_s: float,
 ) -> AsyncIterator[RemoteVerifierSession]:  # fmt: skip
-    """A session on a leased verifier replica. Raises `VerifierBusy` when none has room, or `VerifierGone`."""
-    try:
-        async with pool.session(handle, {"sampling": asdict(params)}, lease_timeout_s) as stream:
-            yield RemoteVerifierSession(stream, step_timeout_s)
-    except _NO_ROOM as error:
-        raise VerifierBusy(str(error)) from error
-    except _VERIFIER_FAILURES as error:
-        raise VerifierGone(str(error)) from error
+    """A session on a leased verifier replica. Raises `PeerBusy` when none has room, or `PeerGone`."""
+    async with pool.session(handle, {"sampling": asdict(params)}, lease_timeout_s) as stream:
+        yield RemoteVerifierSession(stream, step_timeout_s)
 
 
 @asynccontextmanager
@@ -84,9 +75,7 @@ async def drafter_session(
     pool: ChannelPool, handle: DeploymentHandle[Any], name: str, index: int,
     lease_timeout_s: float, step_timeout_s: float,
 ) -> AsyncIterator[RemoteDrafterSession]:  # fmt: skip
-    """A session on a leased drafter replica. Raises `DrafterGone` when there is none to be had."""
-    try:
+    """A session on a leased drafter replica. Raises `PeerGone` when there is none to be had."""
+    with _left_out_on_failure():
         async with pool.session(handle, {}, lease_timeout_s) as stream:
             yield RemoteDrafterSession(stream, name, index, step_timeout_s)
-    except _DRAFTER_FAILURES as error:
-        raise DrafterGone(str(error)) from error

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
 
 from ray import serve
 
 from deployments.channel import Handler, SessionServer, node_address
 from deployments.config import TargetArgs, VerifierArgs
+from deployments.descriptions import TargetDescription
 from deployments.messages import Message, from_verdict, to_tree
+from taps.engine.scheduling import MAX_SESSIONS
 from taps.sampling import SamplingParams
 
 
-@serve.deployment(max_ongoing_requests=16, ray_actor_options={"num_cpus": 0.6})
+@serve.deployment(max_ongoing_requests=MAX_SESSIONS, ray_actor_options={"num_cpus": 0.6})
 class Verifier:
     """Serves `taps.engine.verifier.BatchedVerifier` over sessions."""
 
@@ -28,7 +29,7 @@ class Verifier:
         self._server = SessionServer(self._open_session)
         await self._server.start(node_address())
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> TargetDescription:
         """What the router and its drafters must know of the target."""
         return self._description
 

@@ -162,9 +162,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_export)
 
 
-def _add_measuring(
-    parser: argparse.ArgumentParser, questions: int, num_nodes: int, depth: int, top_k: int
-) -> None:
+def _add_measuring(parser: argparse.ArgumentParser, questions: int, trees: str) -> None:
     """What `eval` and `bench` share: which heads on which questions, and the trees' defaults."""
     parser.add_argument("--benchmark", required=True, help="its name in the result")
     parser.add_argument(
@@ -177,13 +175,13 @@ def _add_measuring(
     parser.add_argument("--new-tokens", type=_count, default=128, help="per turn (default: %(default)s)")
     parser.add_argument("--temperature", type=_temperature, default=0.0, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    sizes = {"questions": questions, "num-nodes": num_nodes, "depth": depth, "top-k": top_k}
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=_count, default=default, help="default: %(default)s")
+    parser.add_argument("--questions", type=_count, default=questions, help="default: %(default)s")
+    for name in ("num-nodes", "depth", "top-k"):
+        parser.add_argument(f"--{name}", type=_count, help=f"of every tree (default: {trees})")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
-    _add_measuring(parser, questions=80, num_nodes=60, depth=5, top_k=10)
+    _add_measuring(parser, questions=80, trees="the paper's")
     parser.add_argument(
         "--work", type=Path, default=Path(".work/eval"), help="for answers (default: %(default)s)"
     )
@@ -191,7 +189,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    _add_measuring(parser, questions=10, num_nodes=8, depth=4, top_k=4)
+    _add_measuring(parser, questions=10, trees="what is served")
     parser.set_defaults(run=_bench)
 
 

@@ -6,10 +6,9 @@ Knows tokens, parents and probabilities; nothing of models, caches, Ray or HTTP.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -161,24 +160,3 @@ class ProposalTree:
             if not self.scores[i] <= self.scores[i - 1]:
                 raise InvalidTree(f"node {i} has score {self.scores[i]}: scores must not increase")
         return self
-
-    def to_wire(self) -> dict[str, Any]:
-        """Plain lists for a message."""
-        return {
-            "tokens": self.tokens,
-            "parents": self.parents,
-            "scores": self.scores,
-            "owners": self.owners,
-            "entropies": self.entropies,
-        }
-
-    @classmethod
-    def from_wire(cls, message: Mapping[str, Any]) -> ProposalTree:
-        """The tree of a message, checked: it comes from another process."""
-        return cls(
-            tuple(message["tokens"]),
-            tuple(message["parents"]),
-            tuple(message["scores"]),
-            tuple(message["owners"]),
-            tuple(message["entropies"]),
-        ).check()

@@ -24,5 +24,3 @@ class Verdict:
     num_nodes: int  # drafted nodes that were checked, the root not counted
     depth: int  # of the tree that was checked
     batch_size: int  # sessions with a tree in the pass
-    pass_ms: float
-    node_ms: float  # what one further node costs now

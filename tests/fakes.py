@@ -19,9 +19,10 @@ from taps.composing import Compose
 from taps.context import Context, ContextDelta
 from taps.decoding.loop import Step, decode
 from taps.decoding.panel import Panel
-from taps.decoding.sessions import DrafterGone, DrafterSession, VerifierBusy, VerifierGone
+from taps.decoding.sessions import DrafterSession
 from taps.drafting.drafter import Ask
 from taps.engine.verification import accept
+from taps.peers import PeerBusy, PeerGone
 from taps.sampling import SamplingParams, sample
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
@@ -60,7 +61,7 @@ def make_verdict(
     num_nodes: int = 0,
     depth: int = 0,
 ) -> Verdict:
-    return Verdict(tuple(tokens), tuple(owners), features_at(positions), num_nodes, depth, 1, 0.0, 0.0)
+    return Verdict(tuple(tokens), tuple(owners), features_at(positions), num_nodes, depth, 1)
 
 
 def chi_square_p(observed: Sequence[int], expected: Sequence[float]) -> float:
@@ -140,7 +141,7 @@ class TableVerifier:
         if self._lives is not None:
             self._lives -= 1
             if self._lives < 0:
-                raise VerifierGone("the verifier was lost")
+                raise PeerGone("the verifier was lost")
 
 
 class VerifierPool:
@@ -165,7 +166,7 @@ class VerifierPool:
     async def open(self) -> AsyncIterator[TableVerifier]:
         self.num_opened += 1
         if self.num_opened - 1 in self._busy:
-            raise VerifierBusy("no room")
+            raise PeerBusy("no room")
         self.num_open += 1
         try:
             yield TableVerifier(self._target, self._params, self._tree_nodes, next(self._lives, None))
@@ -204,7 +205,7 @@ class ScriptedDrafter:
         if self._wait is not None:
             await self._wait()
         if self._dies_at is not None and len(self.deltas) > self._dies_at:
-            raise DrafterGone(f"{self.name} was lost")
+            raise PeerGone(f"{self.name} was lost")
         return self._draft(self._tokens, ask)
 
 

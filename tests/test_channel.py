@@ -10,9 +10,10 @@ from typing import Any, cast
 import pytest
 
 from deployments import channel
-from deployments.channel import ChannelPool, Handler, NoneFree, PeerGone, SessionServer
+from deployments.channel import ChannelPool, Handler, SessionServer
 from deployments.messages import Message, RemoteError
 from taps.models.cache import CacheFull
+from taps.peers import PeerBusy, PeerGone
 
 PATIENCE_S = 5.0
 
@@ -175,7 +176,7 @@ async def test_no_lease_in_time_is_told_from_a_lost_replica() -> None:
             def cancel(self) -> None:
                 pass
 
-        with pytest.raises(NoneFree, match="no replica was free"):
+        with pytest.raises(PeerBusy, match="no replica was free"):
             async with ChannelPool().session(cast(Any, Crowded(replica.server)), {}, 0.05):
                 raise AssertionError("never reached")
 

@@ -12,8 +12,8 @@ from taps.composing import STRATEGIES, Compose, concatenated, merged, off, singl
 from taps.context import Context
 from taps.decoding import loop
 from taps.decoding.panel import Panel
-from taps.decoding.sessions import DrafterGone, VerifierBusy, VerifierGone
 from taps.drafting.drafter import Ask
+from taps.peers import PeerBusy, PeerGone
 from taps.sampling import SamplingParams
 from tests.fakes import (
     PROMPT,
@@ -65,7 +65,7 @@ def mid_answer() -> Context:
 
 @every_params
 async def test_decoding_without_drafters_is_plain_autoregressive_sampling(params: SamplingParams) -> None:
-    steps = await run_steps(VerifierPool(TARGET, params), Panel(), off, NUM_TOKENS)
+    steps = await run_steps(VerifierPool(TARGET, params), panel_of(), off, NUM_TOKENS)
     assert tokens_of(steps, NUM_TOKENS) == TARGET.continuation(PROMPT, params, NUM_TOKENS)
     assert [len(step.verdict.tokens) for step in steps] == [1] * NUM_TOKENS
 
@@ -132,29 +132,29 @@ async def test_closing_the_loop_frees_every_verifier_session(lives: list[int]) -
 @pytest.mark.usefixtures("no_delay")
 async def test_the_loop_gives_up_when_too_many_verifiers_in_a_row_are_lost() -> None:
     pool = VerifierPool(TARGET, GREEDY, lives=[2, *[0] * 20])
-    with pytest.raises(VerifierGone):
-        await run_steps(pool, Panel(), off, NUM_TOKENS)
+    with pytest.raises(PeerGone):
+        await run_steps(pool, panel_of(), off, NUM_TOKENS)
     assert (pool.num_opened, pool.num_open) == (9, 0)
 
 
 @pytest.mark.usefixtures("no_delay")
 async def test_progress_in_between_resets_the_count_of_lost_verifiers() -> None:
     pool = VerifierPool(TARGET, GREEDY, lives=[*[0] * 8, 2, *[0] * 7, 2, *[0] * 7])
-    steps = await run_steps(pool, Panel(), off, NUM_TOKENS)
+    steps = await run_steps(pool, panel_of(), off, NUM_TOKENS)
     assert tokens_of(steps, NUM_TOKENS) == TARGET.continuation(PROMPT, GREEDY, NUM_TOKENS)
 
 
 async def test_a_session_for_which_no_verifier_has_room_is_turned_away_at_once() -> None:
     pool = VerifierPool(TARGET, GREEDY, lives=[], busy={0})
-    with pytest.raises(VerifierBusy):
-        await run_steps(pool, Panel(), off, NUM_TOKENS)
+    with pytest.raises(PeerBusy):
+        await run_steps(pool, panel_of(), off, NUM_TOKENS)
     assert pool.num_opened == 1
 
 
 @pytest.mark.usefixtures("no_delay")
 async def test_a_started_session_waits_for_room_after_its_verifier_is_lost() -> None:
     pool = VerifierPool(TARGET, GREEDY, lives=[3], busy={1, 2})
-    steps = await run_steps(pool, Panel(), off, NUM_TOKENS)
+    steps = await run_steps(pool, panel_of(), off, NUM_TOKENS)
     assert tokens_of(steps, NUM_TOKENS) == TARGET.continuation(PROMPT, GREEDY, NUM_TOKENS)
     assert pool.num_opened == 4
 
@@ -239,7 +239,7 @@ async def test_a_lost_drafter_leaves_the_panel_and_its_member_call_says_why() ->
     assert len(await panel.propose(mid_answer(), Ask())) == 2
     assert len(await panel.propose(mid_answer(), Ask())) == 1
     await turns(1)
-    assert isinstance(membership.exception(), DrafterGone)
+    assert isinstance(membership.exception(), PeerGone)
     assert dying not in panel.drafters
 
 
@@ -254,7 +254,7 @@ async def test_a_drafter_lost_while_its_answer_is_owed_leaves_the_panel_too() ->
     await turns(2)
     assert len(await panel.propose(mid_answer(), Ask())) == 1
     await turns(1)
-    assert isinstance(membership.exception(), DrafterGone)
+    assert isinstance(membership.exception(), PeerGone)
     assert dying not in panel.drafters
 
 

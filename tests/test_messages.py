@@ -46,14 +46,14 @@ def same(first: Tensor, second: Tensor) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("features", [FEATURES, FEATURES.T, FEATURES[:, 1:], FEATURES[:0]])
 def test_a_verdict_arrives_as_it_was_sent(features: Tensor, dtype: torch.dtype) -> None:
-    verdict = Verdict((5, 6), (3,), features.to(dtype), 7, 3, 2, 15.25, 0.5)
+    verdict = Verdict((5, 6), (3,), features.to(dtype), 7, 3, 2)
     arrived = to_verdict(sent(from_verdict(verdict)))
     assert same(arrived.features, verdict.features)
     assert dataclasses.replace(arrived, features=FEATURES) == dataclasses.replace(verdict, features=FEATURES)
 
 
 def test_arrived_features_can_be_written_to() -> None:
-    arrived = to_verdict(sent(from_verdict(Verdict((5,), (), FEATURES, 0, 0, 1, 0.0, 0.0))))
+    arrived = to_verdict(sent(from_verdict(Verdict((5,), (), FEATURES, 0, 0, 1))))
     arrived.features.add_(1.0)
     assert torch.equal(arrived.features, FEATURES + 1.0)
 

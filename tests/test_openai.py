@@ -1,287 +1,37 @@
-"""The OpenAI format: what is taken, what is refused and how, and what goes out."""
+"""Answers in the OpenAI format: what clients read."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
 from deployments import openai
-from deployments.openai import ChatRequest, Json, RequestError, Writer, parse_chat, parse_completion
-from taps.composing import STRATEGIES
-from taps.decoding.metrics import SpeculationCounts
+from deployments.errors import RequestError
+from deployments.openai import Json, Writer
+from deployments.record import RequestRecord
+from deployments.requests import Generation
+from taps.decoding.loop import Step
+from taps.drafting.drafter import Ask
+from taps.sampling import SamplingParams
 from tests.fakes import make_verdict
 
-CHAT: Json = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-COMPLETION: Json = {"model": "m", "prompt": "hi"}
 
-
-def chat(**fields: Any) -> ChatRequest:
-    return parse_chat(json.dumps(CHAT | fields).encode())
-
-
-def refusal(**fields: Any) -> RequestError:
-    """The error of a chat request with these fields."""
-    with pytest.raises(RequestError) as caught:
-        chat(**fields)
-    return caught.value
-
-
-def payload(event: str) -> Any:
+def payload(event: str) -> Json:
+    """The JSON of a server-sent event."""
     assert event.startswith("data: ")
     assert event.endswith("\n\n")
     assert event.count("\n") == 2
-    return json.loads(event.removeprefix("data: "))
+    parsed: Json = json.loads(event.removeprefix("data: "))
+    return parsed
 
 
-def test_a_silent_request_leaves_everything_to_the_server() -> None:
-    request = chat()
-    unset = (
-        "max_tokens max_completion_tokens temperature top_p top_k seed stop presence_penalty frequency_penalty"
-    )
-    assert [getattr(request, name) for name in unset.split()] == [None] * 9
-    assert not request.stream
-    assert request.stop_strings == ()
-    assert not request.include_usage
-    assert request.options == openai.TapsOptions()
-
-
-def test_null_means_unset() -> None:
-    fields = [
-        "max_tokens",
-        "temperature",
-        "top_p",
-        "top_k",
-        "seed",
-        "stop",
-        "stream",
-        "stream_options",
-        "n",
-        "tools",
-    ]
-    assert chat(**dict.fromkeys(fields)).temperature is None
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("n", 2),
-        ("logprobs", True),
-        ("top_logprobs", 5),
-        ("logit_bias", {"5": -100}),
-        ("response_format", {"type": "json_object"}),
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "required"),
-        ("functions", [{"name": "f"}]),
-        ("function_call", {"name": "f"}),
-        ("modalities", ["text", "audio"]),
-        ("audio", {"voice": "alloy"}),
-        ("reasoning_effort", "high"),
-        ("verbosity", "low"),
-        ("web_search_options", {}),
-        ("temprature", 0.0),
-        ("stop_strings", ["x"]),
-        ("prompt", "hi"),
-    ],
-)
-def test_a_parameter_that_would_change_the_answer_is_refused_by_name(name: str, value: object) -> None:
-    error = refusal(**{name: value})
-    assert (error.status, error.body()["error"]["type"]) == (400, "invalid_request_error")
-    assert repr(name) in error.message
-    assert "leave it out" in error.message
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("best_of", 3), ("echo", True), ("suffix", "end"), ("logprobs", 0)]
-)
-def test_a_completion_parameter_that_would_change_the_answer_is_refused(name: str, value: object) -> None:
-    with pytest.raises(RequestError, match=name):
-        parse_completion(json.dumps(COMPLETION | {name: value}).encode())
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("n", 1),
-        ("best_of", 1),
-        ("echo", False),
-        ("suffix", ""),
-        ("logprobs", False),
-        ("top_logprobs", None),
-        ("logit_bias", {}),
-        ("response_format", {"type": "text"}),
-        ("tools", []),
-        ("tool_choice", "none"),
-        ("tool_choice", "auto"),
-        ("functions", []),
-        ("function_call", "none"),
-        ("modalities", ["text"]),
-        ("audio", None),
-        ("reasoning_effort", None),
-        ("verbosity", None),
-        ("web_search_options", None),
-        ("user", "me"),
-        ("metadata", {"a": "b"}),
-        ("store", True),
-        ("service_tier", "auto"),
-        ("safety_identifier", "x"),
-        ("prompt_cache_key", "x"),
-        ("prediction", {"type": "content"}),
-        ("parallel_tool_calls", True),
-    ],
-)
-def test_a_parameter_that_changes_nothing_is_taken(name: str, value: object) -> None:
-    assert chat(**{name: value}).model == "m"
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", -0.1),
-        ("temperature", 2.1),
-        ("temperature", 1e-40),
-        ("temperature", float("nan")),
-        ("temperature", "1"),
-        ("top_p", 0.0),
-        ("top_p", 1.1),
-        ("top_p", float("nan")),
-        ("top_k", -2),
-        ("top_k", 1.5),
-        ("max_tokens", 0),
-        ("max_completion_tokens", 0),
-        ("presence_penalty", 2.1),
-        ("presence_penalty", float("nan")),
-        ("frequency_penalty", -2.1),
-        ("seed", 1.5),
-        ("stop", 5),
-        ("stop", ["x"] * 17),
-        ("stop", "x" * 257),
-        ("stop", [5]),
-        ("stream", "yes"),
-        ("messages", []),
-        ("messages", "hi"),
-        ("model", None),
-    ],
-)
-def test_a_value_out_of_range_or_of_the_wrong_type_is_refused_and_the_parameter_named(
-    name: str, value: object
-) -> None:
-    error = refusal(**{name: value})
-    assert error.param == name or str(error.param).startswith(f"{name}.0")
-    assert error.message.startswith(name)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("temperature", 0),
-        ("temperature", 1e-3),
-        ("temperature", 2),
-        ("top_p", 1),
-        ("top_k", -1),
-        ("seed", -5),
-        ("stop", ["x"] * 16),
-    ],
-)
-def test_the_edges_of_the_ranges_are_taken(name: str, value: object) -> None:
-    assert getattr(chat(**{name: value}), name) == value
-
-
-@pytest.mark.parametrize(("stop", "strings"), [("x", ("x",)), (["x", "y"], ("x", "y")), ([], ())])
-def test_stop_is_one_string_or_several(stop: object, strings: tuple[str, ...]) -> None:
-    assert chat(stop=stop).stop_strings == strings
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"hello", b"[" * 100_000])
-def test_a_body_that_is_not_json_is_refused(body: bytes) -> None:
-    with pytest.raises(RequestError, match="not JSON") as caught:
-        parse_chat(body)
-    assert caught.value.status == 400
-
-
-@pytest.mark.parametrize("body", [b"[]", b"null", b'"hi"', b"{}"])
-def test_a_body_that_is_no_request_is_refused(body: bytes) -> None:
-    with pytest.raises(RequestError) as caught:
-        parse_chat(body)
-    assert caught.value.status == 400
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        {"role": "tool", "content": "x"},
-        {"role": "user"},
-        {"role": "user", "content": None},
-        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
-        {"role": "assistant", "content": "x", "tool_calls": [{"id": "c"}]},
-        {"role": "user", "content": "x", "name": "Ann"},
-    ],
-)
-def test_a_message_that_cannot_be_shown_to_the_target_is_refused(message: Json) -> None:
-    assert str(refusal(messages=[message]).param).startswith("messages.0")
-
-
-def test_of_several_forms_the_one_that_came_closest_is_named() -> None:
-    parts = [{"type": "image_url", "image_url": {"url": "x"}}]
-    error = refusal(messages=[{"role": "user", "content": parts}])
-    assert error.param == "messages.0.content.0.type"
-    assert "Input should be 'text'" in error.message
-    assert refusal(stop=["a", 5]).param == "stop.1"
-
-
-def test_messages_are_made_plain_for_the_chat_template() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    request = chat(messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": parts}])
-    assert [message.plain() for message in request.messages] == [
-        {"role": "system", "content": "be brief"},
-        {"role": "user", "content": "ab"},
-    ]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "taken"), [("hi", "hi"), (["hi"], "hi"), ([1, 2], [1, 2])], ids=["text", "list", "ids"]
-)
-def test_a_completion_takes_one_prompt(prompt: object, taken: object) -> None:
-    assert parse_completion(json.dumps(COMPLETION | {"prompt": prompt}).encode()).prompt == taken
-
-
-@pytest.mark.parametrize("prompt", ["", [], [""], ["a", "b"], [[1, 2], [3]], [1.5], [True], None])
-def test_a_completion_refuses_no_prompt_and_several(prompt: object) -> None:
-    with pytest.raises(RequestError) as caught:
-        parse_completion(json.dumps(COMPLETION | {"prompt": prompt}).encode())
-    assert str(caught.value.param).startswith("prompt")
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_can_be_asked_for(strategy: str) -> None:
-    options = chat(taps={"strategy": strategy, "drafters": ["math"], "num_nodes": 4, "depth": 2}).options
-    assert (options.strategy, options.drafters, options.num_nodes, options.depth) == (strategy, ["math"], 4, 2)
-
-
-@pytest.mark.parametrize(
-    ("options", "param"),
-    [
-        ({"strategy": "best"}, "taps.strategy"),
-        ({"num_nodes": 0}, "taps.num_nodes"),
-        ({"num_nodes": 257}, "taps.num_nodes"),
-        ({"depth": 0}, "taps.depth"),
-        ({"drafters": "math"}, "taps.drafters"),
-        ({"temperature": 0}, "taps.temperature"),
-        ({"numNodes": 4}, "taps.numNodes"),
-    ],
-)
-def test_a_bad_speculation_option_is_refused_and_named(options: Json, param: str) -> None:
-    assert refusal(taps=options).param == param
-
-
-def test_an_unknown_strategy_is_answered_with_those_there_are() -> None:
-    assert "merged" in refusal(taps={"strategy": "best"}).message
-
-
-def test_usage_is_sent_with_the_stream_only_when_asked_for() -> None:
-    assert chat(stream_options={"include_usage": True}).include_usage
-    assert not chat(stream_options={}).include_usage
+def record_of(prompt_tokens: int, new_tokens: int, drafters: tuple[str, ...] = ()) -> RequestRecord:
+    """A record that so many tokens were delivered to."""
+    job = Generation((7,) * prompt_tokens, SamplingParams(), 100, (), "merged", drafters, Ask())
+    record = RequestRecord("id", job)
+    record.take(Step(make_verdict([1] * new_tokens), True, 0.0, 1.0), new_tokens)
+    return record
 
 
 @pytest.mark.parametrize(("status", "kind"), [(400, "invalid_request_error"), (503, "server_error")])
@@ -293,19 +43,19 @@ def test_an_error_body_has_openais_fields(status: int, kind: str) -> None:
 
 def test_a_whole_chat_answer() -> None:
     writer = Writer("chat", "m")
-    body = writer.whole("hello", "stop", openai.usage(3, 5), {"k": 1})
+    body = writer.whole("hello", "stop", record_of(3, 5))
     assert (body["id"], body["object"], body["model"]) == (writer.id, "chat.completion", "m")
     assert writer.id.startswith("chatcmpl-")
     (choice,) = body["choices"]
     assert choice["message"] == {"role": "assistant", "content": "hello", "refusal": None}
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
-    assert body["metrics"] == {"k": 1}
+    assert body["metrics"]["speculative_decoding"]["num_spec_steps"] == 0
 
 
 def test_a_whole_completion() -> None:
     writer = Writer("completion", "m")
-    body = writer.whole("hello", "length", openai.usage(3, 5), {})
+    body = writer.whole("hello", "length", record_of(3, 5))
     assert body["object"] == "text_completion"
     assert body["id"].startswith("cmpl-")
     assert body["choices"] == [{"index": 0, "finish_reason": "length", "logprobs": None, "text": "hello"}]
@@ -336,16 +86,16 @@ def test_completion_chunks_carry_text() -> None:
 
 
 def test_the_usage_chunk_has_no_choices() -> None:
-    chunk = payload(Writer("chat", "m").usage_chunk(openai.usage(1, 2), {"k": 1}))
+    chunk = payload(Writer("chat", "m").usage_chunk(record_of(1, 2)))
     assert chunk["choices"] == []
     assert chunk["usage"]["total_tokens"] == 3
-    assert chunk["metrics"] == {"k": 1}
+    assert chunk["metrics"]["speculative_decoding"]["num_spec_steps"] == 0
 
 
 def test_a_stream_with_usage_has_a_null_on_every_other_chunk() -> None:
     writer = Writer("chat", "m", include_usage=True)
     assert payload(writer.chunk("a", None))["usage"] is None
-    assert payload(writer.usage_chunk(openai.usage(1, 2), {}))["usage"]["total_tokens"] == 3
+    assert payload(writer.usage_chunk(record_of(1, 2)))["usage"]["total_tokens"] == 3
     assert "usage" not in payload(Writer("chat", "m").chunk("a", None))
 
 
@@ -354,9 +104,10 @@ def test_two_answers_have_two_ids() -> None:
 
 
 def test_speculation_metrics_name_the_drafters() -> None:
-    counts = SpeculationCounts()
-    counts.observe(make_verdict([1, 2, 3], owners=[0b10, 0b11], num_nodes=8, depth=3), 3)
-    assert openai.speculation(counts, ["math", "chat", "code"])["speculative_decoding"] == {
+    record = record_of(1, 0, ("math", "chat", "code"))
+    verdict = make_verdict([1, 2, 3], owners=[0b10, 0b11], num_nodes=8, depth=3)
+    record.take(Step(verdict, False, 1.0, 2.0), 3)
+    assert openai.speculation(record)["speculative_decoding"] == {
         "acceptance_histogram": [0, 0, 1, 0],
         "num_spec_steps": 1,
         "num_spec_tokens": 3,

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 
 from deployments.config import RouterArgs, TreeArgs
-from deployments.openai import Json, RequestError, parse_chat, parse_completion
+from deployments.descriptions import TargetDescription
+from deployments.errors import RequestError
+from deployments.openai import Json
 from deployments.requests import Generation, RequestReader
+from deployments.schema import parse_chat, parse_completion
 from taps.sampling import SamplingParams
 
 MODEL = "SmolLM2-135M-Instruct"
-TARGET = {"vocab_size": 1000, "max_tokens": 100}
+TARGET = TargetDescription(vocab_size=1000, fingerprint="", max_tokens=100)
 UP = ["chat", "math"]
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from taps.engine.scheduling import CostModel, share_nodes, share_prefill
+from taps.engine.scheduling import share_nodes, share_prefill
 from tests.fakes import chain, random_tree
 
 
@@ -51,33 +51,3 @@ def test_prompts_are_prefilled_first_come_first_served(
     remaining: list[int], budget: int, taken: list[int]
 ) -> None:
     assert share_prefill(remaining, budget) == taken
-
-
-def test_the_cost_of_a_node_is_the_slope_of_the_observed_line() -> None:
-    cost = CostModel()
-    for rows in [1, 8, 3, 16, 5, 1]:
-        cost.observe(rows, 15.0 + 0.5 * rows)
-    assert cost.node_ms == pytest.approx(0.5)
-
-
-def test_a_slope_needs_two_different_row_counts() -> None:
-    cost = CostModel()
-    assert cost.node_ms == 0.0
-    for ms in [10.0, 20.0, 30.0]:
-        cost.observe(8, ms)
-    assert cost.node_ms == 0.0
-
-
-def test_a_node_never_costs_less_than_nothing() -> None:
-    cost = CostModel()
-    cost.observe(1, 50.0)
-    cost.observe(20, 10.0)
-    assert cost.node_ms == 0.0
-
-
-def test_old_costs_are_forgotten() -> None:
-    cost = CostModel(memory=0.9)
-    for slope in [5.0, 0.5]:
-        for i in range(200):
-            cost.observe(1 + i % 7, 20.0 + slope * (1 + i % 7))
-    assert cost.node_ms == pytest.approx(0.5, rel=1e-3)

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from taps.composing import Compose
 from taps.context import Context
 from taps.decoding.panel import Panel
-from taps.decoding.sessions import VerifierBusy, VerifierGone, VerifierSession
+from taps.decoding.sessions import VerifierSession
 from taps.drafting.drafter import Ask
+from taps.peers import PeerBusy, PeerGone
 from taps.verdict import Verdict
 
 # Wait before another verifier is tried, doubled each time: eight tries span the restart of a replica.
 _FAILOVER_DELAY_S = 0.2
+_MOST_FAILOVERS = 8
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,12 @@ async def decode(
     panel: Panel,
     compose: Compose,
     ask: Ask,
-    max_failovers: int = 8,
 ) -> AsyncGenerator[Step, None]:
     """Decode until the caller closes the generator (`contextlib.aclosing` frees the verifier's session).
 
     `context` holds the prompt. When the verifier is lost, what was decided so far is prefilled on another
     one and decoding goes on: the noise depends on positions alone, so the text is the same. Raises
-    `VerifierGone` after `max_failovers` in a row, and `VerifierBusy` at once where nothing is decided yet.
+    `PeerGone` after several failures in a row, and `PeerBusy` at once where nothing is decided yet.
     """
     failures = 0
     while True:
@@ -57,9 +58,9 @@ async def decode(
                     yield step
                     if not step.is_prefill:
                         failures = 0
-        except VerifierGone as error:
-            turned_away = isinstance(error, VerifierBusy) and not context.num_generated
-            if turned_away or failures >= max_failovers:
+        except PeerGone as error:
+            turned_away = isinstance(error, PeerBusy) and not context.num_generated
+            if turned_away or failures >= _MOST_FAILOVERS:
                 raise
             await asyncio.sleep(_FAILOVER_DELAY_S * 2**failures)
             failures += 1

@@ -10,8 +10,9 @@ import math
 from collections.abc import Sequence
 
 from taps.context import Context, ContextDelta
-from taps.decoding.sessions import DrafterGone, DrafterSession
+from taps.decoding.sessions import DrafterSession
 from taps.drafting.drafter import Ask
+from taps.peers import PeerGone
 from taps.tree import ProposalTree
 
 
@@ -26,7 +27,7 @@ class Panel:
     """
 
     def __init__(
-        self, drafters: Sequence[DrafterSession] = (), deadline_s: float = 1.0, patience: float = math.inf
+        self, drafters: Sequence[DrafterSession], deadline_s: float, patience: float = math.inf
     ) -> None:
         self._deadline_s = deadline_s
         self._patience = patience
@@ -35,7 +36,7 @@ class Panel:
         self._lost: dict[DrafterSession, asyncio.Future[None]] = {}
 
     async def member(self, drafter: DrafterSession) -> None:
-        """Put a drafter on the panel until it is lost, which raises its `DrafterGone`, or cancelled."""
+        """Put a drafter on the panel until it is lost, which raises its `PeerGone`, or cancelled."""
         lost = self._lost[drafter] = asyncio.get_running_loop().create_future()
         self._known[drafter] = 0
         try:
@@ -86,7 +87,7 @@ class Panel:
         """The task's tree; None when the drafter is gone, which takes it off the panel."""
         try:
             return task.result()
-        except DrafterGone as error:
+        except PeerGone as error:
             self._known.pop(drafter, None)
             if drafter in self._lost:
                 self._lost[drafter].set_exception(error)

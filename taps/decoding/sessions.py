@@ -1,4 +1,4 @@
-"""What the loop asks of its peers: one session's side of a drafter and of a verifier, and how they are lost.
+"""What the loop asks of its peers: one session's side of a drafter and of a verifier.
 
 Two small async protocols; whether a peer lives in this process or on another machine is not known here.
 """
@@ -14,18 +14,6 @@ from taps.tree import ProposalTree
 from taps.verdict import Verdict
 
 
-class DrafterGone(ConnectionError):
-    """The drafter's process is lost; the session goes on without it."""
-
-
-class VerifierGone(ConnectionError):
-    """The verifier's process is lost; the session must resume on another one."""
-
-
-class VerifierBusy(VerifierGone):
-    """No verifier has room for the session now."""
-
-
 class DrafterSession(Protocol):
     """One session's side of a drafter."""
 
@@ -35,7 +23,7 @@ class DrafterSession(Protocol):
     async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
         """Take in what the target decided since the last call and draft from the new root.
 
-        Raises `DrafterGone`.
+        Raises `PeerGone`.
         """
         ...
 
@@ -48,5 +36,5 @@ class VerifierSession(Protocol):
         ...
 
     async def verify(self, tree: ProposalTree) -> Verdict:
-        """Check a tree whose root is the token decided last. Raises `VerifierGone`."""
+        """Check a tree whose root is the token decided last. Raises `PeerGone`."""
         ...

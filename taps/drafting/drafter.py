@@ -7,21 +7,29 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from taps.context import ContextDelta
+from taps.engine.scheduling import MAX_LEN
 from taps.sampling import SamplingParams
 from taps.tree import ProposalTree
 
 # Cache rows kept free for the levels of one tree: depth * top_k of an ask must not exceed it.
 RESERVED_ROWS = 192
+DRAFT_LEN = 2 * MAX_LEN  # by default: positions of a session, more than the target's
+# The largest tree that may be asked for.
+MOST_NODES, MOST_DEPTH, MOST_TOP_K = 256, 16, 32
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What the loop asks of each drafter in every step."""
+    """What the loop asks of each drafter in every step. The defaults are what pays on two cores."""
 
-    num_nodes: int = 16  # nodes of a tree, root included
+    num_nodes: int = 8  # nodes of a tree, root included
     depth: int = 4  # how many times the best nodes are extended: drafted paths have depth + 1 tokens
     top_k: int = 4  # children per node, and nodes extended per level
     sampling: SamplingParams | None = None  # couples the drafts to the target's noise; None ranks by q
+
+
+# Li et al. 2406.16858, section 5, and TAPS: what acceptance lengths are measured with.
+PAPER_ASK = Ask(num_nodes=60, depth=5, top_k=10)
 
 
 @dataclass(eq=False)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from taps.context import ContextDelta
-from taps.drafting.drafter import RESERVED_ROWS, DraftJob
+from taps.drafting.drafter import DRAFT_LEN, RESERVED_ROWS, DraftJob
 from taps.drafting.growth import Growth
+from taps.engine.scheduling import MAX_SESSIONS
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import SlotCache
 from taps.models.draft_head import DraftHead
@@ -57,7 +58,7 @@ class _Growing:
 class EagleDrafter:
     """A draft head with a KV cache for its sessions."""
 
-    def __init__(self, head: DraftHead, max_sessions: int = 16, max_len: int = 2048) -> None:
+    def __init__(self, head: DraftHead, max_sessions: int = MAX_SESSIONS, max_len: int = DRAFT_LEN) -> None:
         self._cache = SlotCache(max_sessions, max_len)
         self._dtype = head.fc.weight.dtype
         self._device = head.fc.weight.device

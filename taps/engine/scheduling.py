@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 from taps.tree import ProposalTree
 
+MAX_SESSIONS, MAX_LEN = 16, 2048  # by default: sessions of a target, and positions of each
+
 
 @dataclass(frozen=True)
 class StepBudget:
     """Bounds of one step: they keep it short whoever is waiting."""
 
     prefill_tokens: int = 256  # prompt tokens, over all sessions
-    tree_nodes: int = 64  # drafted nodes, over all sessions, roots not counted
+    tree_nodes: int = 32  # drafted nodes, over all sessions, roots not counted
 
 
 def share_nodes(trees: Sequence[ProposalTree], tree_nodes: int) -> list[ProposalTree]:
@@ -40,30 +42,3 @@ def share_prefill(remaining: Sequence[int], prefill_tokens: int) -> list[int]:
         taken.append(min(tokens, prefill_tokens))
         prefill_tokens -= taken[-1]
     return taken
-
-
-class CostModel:
-    """Milliseconds of a step as a line over its rows, fitted with forgetting.
-
-    Verdicts carry the slope: what one more node costs on this machine at this load.
-    """
-
-    def __init__(self, memory: float = 0.98) -> None:
-        self._memory = memory
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
-
-    def observe(self, num_rows: int, ms: float) -> None:
-        keep = self._memory
-        self._n = keep * self._n + 1
-        self._x = keep * self._x + num_rows
-        self._y = keep * self._y + ms
-        self._xx = keep * self._xx + num_rows * num_rows
-        self._xy = keep * self._xy + num_rows * ms
-
-    @property
-    def node_ms(self) -> float:
-        """Milliseconds per further row; 0 until two different row counts were seen."""
-        spread = self._n * self._xx - self._x * self._x
-        if spread <= 1e-6 * max(self._xx, 1.0):
-            return 0.0
-        return max(0.0, (self._n * self._xy - self._x * self._y) / spread)

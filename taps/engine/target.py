@@ -5,7 +5,6 @@ Knows the target's model, cache and sampling; nothing of drafters, asyncio, Ray 
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from taps.engine.scheduling import CostModel, StepBudget, share_nodes, share_prefill
+from taps.engine.scheduling import MAX_LEN, MAX_SESSIONS, StepBudget, share_nodes, share_prefill
 from taps.engine.verification import accept
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import SlotCache
@@ -69,12 +68,15 @@ class Target:
     """The model with its cache. Not thread-safe: one thread calls it."""
 
     def __init__(
-        self, model: CausalLM, max_sessions: int = 16, max_len: int = 2048, budget: StepBudget | None = None
+        self,
+        model: CausalLM,
+        max_sessions: int = MAX_SESSIONS,
+        max_len: int = MAX_LEN,
+        budget: StepBudget | None = None,
     ) -> None:
         self.model = model
         self.budget = budget or StepBudget()
         self.cache = SlotCache(max_sessions, min(max_len, model.max_positions))
-        self._cost = CostModel()
 
     @property
     def max_tokens(self) -> int:
@@ -91,7 +93,6 @@ class Target:
     @torch.inference_mode()
     def step(self, jobs: Sequence[Job]) -> list[Verdict | Exception | None]:
         """One forward for all jobs; None for prompts that need further steps."""
-        started = time.perf_counter()
         results: dict[Job, Verdict | Exception | None] = dict.fromkeys(jobs)
         fitting = []
         for job in jobs:
@@ -103,12 +104,10 @@ class Target:
         if pieces:
             features, logits = self._forward(pieces)
             outcomes = [self._try_to_finish(piece, features, logits) for piece in pieces]
-            ms = (time.perf_counter() - started) * 1e3
-            self._cost.observe(len(features), ms)
             sharing = sum(isinstance(piece.job, VerifyJob) for piece in pieces)
             for piece, outcome in zip(pieces, outcomes, strict=True):
                 if isinstance(outcome, _Outcome):
-                    results[piece.job] = self._verdict(piece, *outcome, sharing, ms)
+                    results[piece.job] = self._verdict(piece, *outcome, sharing)
                 else:
                     results[piece.job] = outcome
         return [results[job] for job in jobs]
@@ -212,13 +211,12 @@ class Target:
         return _Outcome((token,), (), torch.cat(job.features))
 
     def _verdict(
-        self, piece: _Piece, tokens: tuple[int, ...], owners: tuple[int, ...], features: Tensor,
-        batch_size: int, ms: float,
-    ) -> Verdict:  # fmt: skip
+        self, piece: _Piece, tokens: tuple[int, ...], owners: tuple[int, ...], features: Tensor, batch_size: int
+    ) -> Verdict:
         verified = isinstance(piece.job, VerifyJob)
         num_nodes = len(piece.tree) - 1 if verified else 0
         depth = max(piece.tree.depths) if verified else 0
-        return Verdict(tokens, owners, features, num_nodes, depth, batch_size, ms, self._cost.node_ms)
+        return Verdict(tokens, owners, features, num_nodes, depth, batch_size)
 
 
 class _Outcome(NamedTuple):

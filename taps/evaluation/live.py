@@ -25,6 +25,7 @@ from taps.decoding.metrics import SpeculationCounts
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
+from taps.engine.scheduling import MAX_LEN, StepBudget
 from taps.engine.target import Target
 from taps.engine.threads import computing_with
 from taps.engine.verifier import BatchedVerifier
@@ -37,7 +38,6 @@ from taps.sampling import SamplingParams
 from taps.tree import ProposalTree
 
 PLAIN = "off"
-_MAX_LEN = 2048
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class LivePlan:
     new_tokens: int
     temperature: float
     seed: int
-    num_nodes: int
-    depth: int
-    top_k: int
+    num_nodes: int = Ask.num_nodes
+    depth: int = Ask.depth
+    top_k: int = Ask.top_k
 
 
 class Setting(NamedTuple):
@@ -81,7 +81,7 @@ async def time_answer(
     ask: Ask, params: SamplingParams, new_tokens: int,
 ) -> Timed:  # fmt: skip
     """Decode one answer of `new_tokens` tokens; end tokens do not end it, so that all answers are as long."""
-    context, counts = Context(prompt, _MAX_LEN), SpeculationCounts()
+    context, counts = Context(prompt, MAX_LEN), SpeculationCounts()
     draft_ms = verify_ms = started = seconds = 0.0
     async with aclosing(decode_in_process(context, verifier, drafters, compose, ask, params)) as steps:
         async for step in steps:
@@ -109,7 +109,8 @@ def measure(
     path, questions = target_path(target), load_questions(data, plan.questions)
     with computing_with(1) as num_threads:
         loaded = [load_head(head, path, torch.bfloat16).to(device) for head in every]
-        engine = Target(CausalLM.load(path, torch.bfloat16, device), 2, _MAX_LEN)
+        budget = StepBudget(tree_nodes=len(every) * plan.num_nodes)  # nothing is cut
+        engine = Target(CausalLM.load(path, torch.bfloat16, device), 2, MAX_LEN, budget)
         named = zip(names, (EagleDrafter(head, 2) for head in loaded), strict=True)
         with in_process(engine, named, num_threads) as (verifier, drafters):
             settings = _settings(drafters, len(heads), (False, True) if plan.temperature else (False,))

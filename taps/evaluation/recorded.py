@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer
 
+from taps.drafting.drafter import PAPER_ASK
 from taps.evaluation.questions import Question
 from taps.recording.answers import AnswerRecipe, answer_sampling
 from taps.recording.recorder import answer_prompts
@@ -31,9 +32,9 @@ class EvaluationPlan:
     new_tokens: int  # per turn
     temperature: float
     seed: int
-    num_nodes: int  # of every tree, root included
-    depth: int
-    top_k: int
+    num_nodes: int = PAPER_ASK.num_nodes  # of every tree, root included
+    depth: int = PAPER_ASK.depth
+    top_k: int = PAPER_ASK.top_k
     batch_size: int = 16
 
 

@@ -161,4 +161,4 @@ def _sole_owner(tree: ProposalTree) -> list[int]:
 def _verdict(tree: ProposalTree, acceptance: Acceptance) -> Verdict:
     """A verdict without features or times."""
     depth, nothing = max(tree.depths), torch.empty(0, 0)
-    return Verdict(acceptance.tokens, acceptance.owners, nothing, len(tree) - 1, depth, 1, 0.0, 0.0)
+    return Verdict(acceptance.tokens, acceptance.owners, nothing, len(tree) - 1, depth, 1)

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from taps.peers import PeerBusy
 
-class CacheFull(RuntimeError):
+
+class CacheFull(PeerBusy):
     """Every slot is taken; the caller should wait or turn the session away."""
 
 
@@ -37,10 +39,6 @@ class SlotCache:
 
     def release(self, slot: int) -> None:
         self._free.append(slot)
-
-    @property
-    def num_used(self) -> int:
-        return len(self.length) - len(self._free)
 
     def layer(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The buffers [slots, kv_heads, max_len, head_dim] of one layer, shaped after its first rows.

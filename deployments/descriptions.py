@@ -1,0 +1,22 @@
+"""What replicas say of themselves when they are asked: a target, and a specialist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TargetDescription:
+    """A verifier's."""
+
+    vocab_size: int
+    fingerprint: str  # of its input embeddings
+    max_tokens: int  # prompt and generated tokens that fit a session
+
+
+@dataclass(frozen=True)
+class SpecialistDescription:
+    """A drafter's."""
+
+    name: str  # what requests and metrics call it
+    fingerprint: str | None = None  # of the target its head was made for; None drafts for any

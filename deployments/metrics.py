@@ -1,0 +1,63 @@
+"""What operators see: Ray metrics, and a log line for each request. Knows records; nothing of responses."""
+
+from __future__ import annotations
+
+import logging
+
+from ray.serve import metrics
+
+from deployments.record import RequestRecord
+from taps.decoding.loop import Step
+
+logger = logging.getLogger("ray.serve")
+_MS = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0]
+_SIZES = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]
+
+
+class Observer:
+    """The router's metrics. Names begin with `taps_`; times are milliseconds."""
+
+    def __init__(self) -> None:
+        self._requests = metrics.Counter("taps_requests", "Requests ended.", ("outcome",))
+        self._tokens = metrics.Counter("taps_tokens", "Tokens delivered.")
+        self._prompt_tokens = metrics.Counter("taps_prompt_tokens", "Prompt tokens prefilled.")
+        self._passes = metrics.Counter("taps_verify_passes", "Verify passes.")
+        self._drafted = metrics.Counter("taps_draft_tokens", "Drafted nodes checked.", ("drafter",))
+        self._accepted = metrics.Counter("taps_accepted_tokens", "Drafted tokens accepted.", ("drafter",))
+        self._first = metrics.Histogram("taps_time_to_first_token_ms", "Until the first token.", _MS)
+        self._between = metrics.Histogram("taps_inter_token_ms", "Between tokens, mean of a step.", _MS)
+        self._draft = metrics.Histogram("taps_draft_ms", "Waiting for drafters, per step.", _MS)
+        self._verify = metrics.Histogram("taps_verify_ms", "Waiting for the verifier, per step.", _MS)
+        self._verified = metrics.Counter("taps_verify_sessions", "Trees verified, one per session and pass.")
+        self._batch = metrics.Histogram("taps_verify_batch_size", "Sessions that share a verify pass.", _SIZES)
+
+    def observe_step(self, step: Step, record: RequestRecord) -> None:
+        """Count one step of a request, the newest its record took."""
+        verdict = step.verdict
+        if step.is_prefill:
+            if record.num_prefills == 1:
+                self._first.observe(record.step_ms)
+                self._prompt_tokens.inc(record.prompt_tokens)
+        else:
+            # A pass is seen by each of its sessions.
+            self._passes.inc(1.0 / verdict.batch_size)
+            self._verified.inc()
+            self._batch.observe(verdict.batch_size)
+            self._draft.observe(step.draft_ms)
+            self._verify.observe(step.verify_ms)
+            self._between.observe(record.step_ms / max(record.step_tokens, 1))
+        self._tokens.inc(record.step_tokens)
+
+    def observe_refusal(self, reason: str) -> None:
+        """Count a request that was refused before it began."""
+        self._requests.inc(tags={"outcome": "refused"})
+        logger.info("request refused: %s", reason)
+
+    def observe_end(self, record: RequestRecord, outcome: str) -> None:
+        self._requests.inc(tags={"outcome": outcome})
+        for index, name in enumerate(record.drafters):
+            if drafted := record.drafted_by_drafter[index]:
+                self._drafted.inc(drafted, tags={"drafter": name})
+            if accepted := record.counts.accepted_by_drafter[index]:
+                self._accepted.inc(accepted, tags={"drafter": name})
+        logger.info(record.line(outcome))

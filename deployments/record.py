@@ -1,0 +1,62 @@
+"""The record of one request: what it asked for and what it came to.
+
+The router feeds it; metrics, the log and the response read it. Knows steps and counts; nothing of JSON or Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from deployments.requests import Generation
+from taps.decoding.loop import Step
+from taps.decoding.metrics import SpeculationCounts, drafters_in
+
+
+class RequestRecord:
+    """What one request came to."""
+
+    def __init__(self, request_id: str, job: Generation) -> None:
+        self.prompt_tokens = len(job.prompt)
+        self.new_tokens = 0
+        self.strategy = job.strategy
+        self.drafters = job.drafters
+        self.counts = SpeculationCounts()
+        self.batch_sizes = 0
+        self.num_prefills = 0
+        self.draft_ms = self.verify_ms = 0.0
+        self.step_ms, self.step_tokens = 0.0, 0  # since the step before, and what the newest delivered
+        self.drafted_by_drafter: Counter[int] = Counter()
+        self.id = request_id
+        self._started = self._last = time.perf_counter()
+        self._first_ms = 0.0
+
+    def take(self, step: Step, delivered: int) -> None:
+        """Count one step, of whose tokens so many were delivered."""
+        now = time.perf_counter()
+        self.step_ms, self._last = (now - self._last) * 1e3, now
+        self.step_tokens = delivered
+        self.new_tokens += delivered
+        if step.is_prefill:
+            self.num_prefills += 1
+            self._first_ms = self._first_ms or self.step_ms
+        else:
+            self.counts.observe(step.verdict, delivered)
+            self.batch_sizes += step.verdict.batch_size
+            for owners in step.drafted:
+                self.drafted_by_drafter.update(drafters_in(owners))
+            self.draft_ms += step.draft_ms
+            self.verify_ms += step.verify_ms
+
+    def line(self, outcome: str) -> str:
+        seconds = time.perf_counter() - self._started
+        counts = self.counts
+        accepted = ", ".join(f"{name} {counts.accepted_by_drafter[i]}" for i, name in enumerate(self.drafters))
+        passes = max(counts.num_passes, 1)
+        return (
+            f"{self.id} {outcome}: {self.prompt_tokens} prompt + {self.new_tokens} new tokens in "
+            f"{seconds:.2f} s ({self.new_tokens / seconds:.1f}/s), first after {self._first_ms:.0f} ms; "
+            f"{self.strategy}: {counts.num_passes} passes, {counts.acceptance_length:.2f} tokens/pass, "
+            f"batch {self.batch_sizes / passes:.1f}, draft {self.draft_ms / passes:.1f} ms, "
+            f"verify {self.verify_ms / passes:.1f} ms" + (f"; accepted: {accepted}" if accepted else "")
+        )
