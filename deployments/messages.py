@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from taps.context import ContextDelta
-from taps.drafting.drafter import Ask
+from taps.drafting.drafter import Ask, InvalidAsk
 from taps.models.cache import CacheFull
 from taps.peers import PeerGone
 from taps.sampling import InvalidLogits, SamplingParams
@@ -22,7 +22,7 @@ VERSION = 2
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 # Errors that travel by name: the far side raises the same type.
 _ERRORS: dict[str, type[Exception]] = {
-    e.__name__: e for e in (CacheFull, PromptTooLong, InvalidTree, InvalidLogits)
+    e.__name__: e for e in (CacheFull, PromptTooLong, InvalidTree, InvalidLogits, InvalidAsk)
 }
 _TREE = tuple(f.name for f in fields(ProposalTree))
 

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments.channel import ChannelPool, Stream
 from deployments.messages import from_propose, from_tree, to_tree, to_verdict
 from taps.context import ContextDelta
-from taps.drafting.drafter import Ask
+from taps.drafting.drafter import Ask, InvalidAsk
 from taps.peers import PeerGone
 from taps.sampling import InvalidLogits, SamplingParams
 from taps.tree import InvalidTree, ProposalTree
@@ -56,7 +56,7 @@ def _left_out_on_failure() -> Iterator[None]:
     """A drafter that answers with any error is gone; it never fails a request."""
     try:
         yield
-    except (PromptTooLong, InvalidTree, InvalidLogits) as error:
+    except (PromptTooLong, InvalidTree, InvalidLogits, InvalidAsk) as error:
         raise PeerGone(str(error)) from error
 
 

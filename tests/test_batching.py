@@ -130,6 +130,65 @@ async def test_a_batcher_whose_steps_all_raise_says_so() -> None:
             batcher.check()
 
 
+@pytest.mark.parametrize("given", [[], ["1"], ["1", "2", "3"]])
+async def test_a_step_with_too_few_or_too_many_results_fails_its_jobs_instead_of_hanging(
+    given: list[Outcome],
+) -> None:
+    with batching(lambda jobs: given if len(jobs) == 2 else ["alone"]) as batcher:
+        async with asyncio.timeout(10):
+            results = await asyncio.gather(*map(batcher.submit, (1, 2)), return_exceptions=True)
+        assert [str(result) for result in results] == [f"a step of 2 jobs gave {len(given)} results"] * 2
+        assert await batcher.submit(3) == "alone"
+
+
+async def test_a_step_that_raises_stop_iteration_fails_its_jobs_instead_of_hanging() -> None:
+    with batching(lambda jobs: next(iter(()))) as batcher:
+        async with asyncio.timeout(10):
+            with pytest.raises(RuntimeError, match="StopIteration"):
+                await batcher.submit(1)
+
+
+async def test_a_step_that_runs_far_longer_than_any_before_is_not_healthy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr("taps.engine.batching.time.monotonic", lambda: clock)
+    step = GatedStep()
+    with batching(step) as batcher:
+        job = asyncio.create_task(batcher.submit(1))
+        await step.started()
+        clock = 5.0
+        step.let_go()
+        await job
+        batcher.check()
+        job = asyncio.create_task(batcher.submit(2))
+        await step.started()
+        clock += 99.0
+        batcher.check()
+        clock += 2.0
+        with pytest.raises(RuntimeError, match=r"runs for 101 s, the longest before took 5\.00 s"):
+            batcher.check()
+        step.let_go()
+        await job
+        batcher.check()
+
+
+async def test_a_first_step_may_take_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+    monkeypatch.setattr("taps.engine.batching.time.monotonic", lambda: clock)
+    step = GatedStep()
+    with batching(step) as batcher:
+        job = asyncio.create_task(batcher.submit(1))
+        await step.started()
+        clock = 59.0
+        batcher.check()
+        clock = 61.0
+        with pytest.raises(RuntimeError, match="a step runs for 61 s"):
+            batcher.check()
+        step.let_go()
+        await job
+
+
 async def test_a_cancelled_job_is_never_stepped() -> None:
     step = GatedStep()
     with batching(step) as batcher:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taps.context import ContextDelta
-from taps.drafting.drafter import Ask, DraftJob
+from taps.drafting.drafter import Ask, DraftJob, InvalidAsk
 from taps.drafting.eagle import EagleDrafter
 from taps.models.alignment import Alignment
 from taps.models.draft_head import DraftHead
@@ -87,6 +87,38 @@ def test_sessions_drafted_together_get_what_they_get_alone() -> None:
     for one, other in zip(alone, drafter.step(jobs), strict=True):
         assert isinstance(other, ProposalTree)
         assert one.tokens == other.tokens
+
+
+@pytest.mark.parametrize(
+    ("news", "ask"),
+    [
+        (ContextDelta(0, (1, VOCAB, 2), 0, FEATURES[:2]), ASK),
+        (ContextDelta(0, (1, -1, 2), 0, FEATURES[:2]), ASK),
+        (ContextDelta(0, (), 0, FEATURES[:0]), ASK),
+        (ContextDelta(0, (1, 2, 3), 0, FEATURES[:2, :7]), ASK),
+        (ContextDelta(0, (1, 2, 3), 0, FEATURES[:5]), ASK),
+        (ContextDelta(0, (1, 2, 3), 2, FEATURES[:0]), ASK),
+        (ContextDelta(0, (1, 2, 3), 2, torch.empty(0, 0)), ASK),
+        (ContextDelta(8, (1, 2), 0, FEATURES[:9]), ASK),
+        (delta(0, 12), Ask(num_nodes=8, depth=99, top_k=4)),
+        (delta(0, 12), Ask(num_nodes=8, depth=2, top_k=0)),
+        (delta(0, 12), Ask(num_nodes=0, depth=2, top_k=2)),
+    ],
+)
+def test_a_job_that_cannot_be_drafted_fails_alone(news: ContextDelta, ask: Ask) -> None:
+    drafter = EagleDrafter(tiny_head())
+    session = drafter.open()
+    jobs = [
+        DraftJob(drafter.open(), delta(0, 9), ASK),
+        DraftJob(session, news, ask),
+        DraftJob(drafter.open(), delta(0, 15), ASK),
+    ]
+    first, broken, last = drafter.step(jobs)
+    assert isinstance(broken, InvalidAsk)
+    for end, tree in ((9, first), (15, last)):
+        assert isinstance(tree, ProposalTree)
+        assert tree.tokens == propose(drafter, drafter.open(), delta(0, end)).tokens
+    assert len(propose(drafter, session, delta(0, 12))) == ASK.num_nodes, "its session goes on"
 
 
 def test_a_late_joiner_starts_from_a_window_of_features() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from taps.context import ContextDelta
-from taps.drafting.drafter import Ask, DraftJob
+from taps.drafting.drafter import Ask, DraftJob, InvalidAsk
 from taps.drafting.ngram import NgramDrafter
 from taps.tree import ProposalTree
 
@@ -76,6 +76,19 @@ def test_a_session_that_is_told_the_past_again_does_not_count_it_twice() -> None
     session = drafter.open()
     draft(drafter, session, [1, 2, 3])
     assert draft(drafter, session, [1, 2, 3]) == ProposalTree.root_only(3)
+
+
+@pytest.mark.parametrize(("start", "tokens"), [(7, (1, 2)), (-1, (1,)), (0, ())])
+def test_a_job_whose_news_do_not_join_fails_alone(start: int, tokens: tuple[int, ...]) -> None:
+    drafter, nothing = NgramDrafter(), torch.empty(0, 0)
+    jobs = [
+        DraftJob(drafter.open(), ContextDelta(start, tokens, 0, nothing), Ask()),
+        DraftJob(drafter.open(), ContextDelta(0, (1, 2, 5, 1, 2), 0, nothing), Ask(depth=0)),
+    ]
+    broken, tree = drafter.step(jobs)
+    assert isinstance(broken, InvalidAsk)
+    assert isinstance(tree, ProposalTree)
+    assert tree.tokens == (2, 5)
 
 
 def test_jobs_of_one_step_keep_their_order() -> None:

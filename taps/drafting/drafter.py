@@ -41,6 +41,10 @@ class DraftJob:
     ask: Ask
 
 
+class InvalidAsk(ValueError):
+    """What a session told or asked its drafter cannot be drafted from; the message says why."""
+
+
 class Drafter(Protocol):
     """A drafter with the state of its sessions. Not thread-safe: one thread calls it."""
 
@@ -51,5 +55,5 @@ class Drafter(Protocol):
     def close(self, session: Any) -> None: ...
 
     def step(self, jobs: Sequence[DraftJob]) -> list[ProposalTree | Exception | None]:
-        """A tree for every job, drafted together."""
+        """A tree for every job, drafted together; an exception is that job's alone."""
         ...

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from taps.context import ContextDelta
-from taps.drafting.drafter import DRAFT_LEN, RESERVED_ROWS, DraftJob
+from taps.drafting.drafter import DRAFT_LEN, RESERVED_ROWS, DraftJob, InvalidAsk
 from taps.drafting.growth import Growth
 from taps.engine.scheduling import MAX_SESSIONS
 from taps.models.attention import PackedStep, Segment
@@ -74,6 +74,31 @@ class EagleDrafter:
     @torch.inference_mode()
     def step(self, jobs: Sequence[DraftJob]) -> list[ProposalTree | Exception | None]:
         """Take in every session's news in one forward, then grow all trees level by level."""
+        results: dict[DraftJob, ProposalTree | Exception | None] = {job: self._misfit(job) for job in jobs}
+        fitting = [job for job in jobs if results[job] is None]
+        if fitting:
+            results |= zip(fitting, self._grow(fitting), strict=True)
+        return [results[job] for job in jobs]
+
+    def _misfit(self, job: DraftJob) -> InvalidAsk | None:
+        """Why a job cannot share a forward with others, which it would make fail."""
+        delta, ask = job.delta, job.ask
+        vocab_size, hidden = self._head.embeddings.shape
+        if not delta.tokens or not all(0 <= token < vocab_size for token in delta.tokens):
+            return InvalidAsk(f"news have tokens, of ids below {vocab_size}")
+        news = delta.end - 1 - delta.feature_start
+        if not 0 < news <= len(delta.tokens) or delta.features.shape != (news, hidden):
+            return InvalidAsk(
+                f"news of {len(delta.tokens)} tokens from position {delta.start} have features of shape "
+                f"{tuple(delta.features.shape)} from position {delta.feature_start}"
+            )
+        if min(ask.num_nodes, ask.depth + 1, ask.top_k) < 1 or ask.depth * ask.top_k > RESERVED_ROWS:
+            return InvalidAsk(
+                f"no tree of {ask.num_nodes} nodes, depth {ask.depth}, top-k {ask.top_k} is grown"
+            )
+        return None
+
+    def _grow(self, jobs: Sequence[DraftJob]) -> list[ProposalTree]:
         growing = [_Growing(job) for job in jobs]
         self._expand(growing, self._take_in(jobs))
         level = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from taps.drafting.drafter import DraftJob
+from taps.drafting.drafter import DraftJob, InvalidAsk
 from taps.tree import ProposalTree
 
 _OTHERS = 100  # tokens that what is left of the probability is thought to be spread over
@@ -36,8 +36,12 @@ class NgramDrafter:
     def step(self, jobs: Sequence[DraftJob]) -> list[ProposalTree | Exception | None]:
         return [self._draft(job) for job in jobs]
 
-    def _draft(self, job: DraftJob) -> ProposalTree:
+    def _draft(self, job: DraftJob) -> ProposalTree | InvalidAsk:
         tokens: list[int] = job.session
+        if not job.delta.tokens or not 0 <= job.delta.start <= len(tokens):
+            return InvalidAsk(
+                f"news from position {job.delta.start} do not join the {len(tokens)} tokens known"
+            )
         del tokens[job.delta.start :]
         tokens += job.delta.tokens
         length = min(job.ask.depth + 1, job.ask.num_nodes - 1)

@@ -6,6 +6,7 @@ Knows futures and threads; nothing of what a job is.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -16,6 +17,8 @@ Result = TypeVar("Result")
 T = TypeVar("T")
 
 _MOST_FAILURES = 3
+# A step is overdue after so many seconds, or so many times what the longest before it took.
+_OVERDUE_S, _OVERDUE_TIMES = 60.0, 20.0
 
 
 class Batcher(Generic[Job, Result]):
@@ -36,11 +39,22 @@ class Batcher(Generic[Job, Result]):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=prepare)
         self._runner: asyncio.Task[None] | None = None
         self._failed_in_a_row = 0
+        self._step_began: float | None = None  # while one runs
+        self._longest_step_s = 0.0
 
     def check(self) -> None:
-        """Raise RuntimeError once several steps in a row have raised: a lost device does not come back."""
+        """Raise RuntimeError once several steps in a row have raised, or while one is overdue.
+
+        A lost device does not come back; a step that takes far longer than any before will not end.
+        """
         if self._failed_in_a_row >= _MOST_FAILURES:
             raise RuntimeError(f"the last {self._failed_in_a_row} steps failed")
+        began = self._step_began
+        runs_for_s = 0.0 if began is None else time.monotonic() - began
+        if runs_for_s > max(_OVERDUE_S, _OVERDUE_TIMES * self._longest_step_s):
+            raise RuntimeError(
+                f"a step runs for {runs_for_s:.0f} s, the longest before took {self._longest_step_s:.2f} s"
+            )
 
     async def submit(self, job: Job) -> Result:
         """The job's result. Cancelling the caller takes the job out before the next step."""
@@ -91,11 +105,25 @@ class Batcher(Generic[Job, Result]):
     async def _run_step(self, jobs: list[Job]) -> Sequence[Result | Exception | None]:
         """A step that raises fails its jobs, not the batcher: the callers decide what to do."""
         try:
-            results = await self.between_steps(lambda: self._step(jobs))
+            results = await self.between_steps(lambda: self._timed(jobs))
+            if len(results) != len(jobs):
+                raise RuntimeError(f"a step of {len(jobs)} jobs gave {len(results)} results")
         except Exception as error:  # whatever a model raises must reach the waiting sessions
             self._failed_in_a_row += 1
             return [error] * len(jobs)
         self._failed_in_a_row = 0
+        return results
+
+    def _timed(self, jobs: Sequence[Job]) -> Sequence[Result | Exception | None]:
+        """A step in the worker thread; what it takes is what later ones are judged by."""
+        self._step_began = began = time.monotonic()
+        try:
+            results = self._step(jobs)
+            self._longest_step_s = max(self._longest_step_s, time.monotonic() - began)
+        except StopIteration as error:  # which a future does not take
+            raise RuntimeError("a step raised StopIteration") from error
+        finally:
+            self._step_began = None
         return results
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from taps.context import Context
 from taps.decoding.delivery import end_tokens
 from taps.decoding.in_process import decode_in_process, in_process
 from taps.drafting.batched import BatchedDrafter
-from taps.drafting.drafter import Ask
+from taps.drafting.drafter import RESERVED_ROWS, Ask
 from taps.drafting.eagle import EagleDrafter
 from taps.engine.scheduling import StepBudget
 from taps.engine.target import Target
@@ -88,7 +88,11 @@ def answer_prompts(
         budget = StepBudget(prefill_tokens=512, tree_nodes=recipe.sessions * _TREE.num_nodes if heads else 0)
         longest = recipe.max_prompt_tokens + recipe.max_new_tokens + budget.tree_nodes + 1
         loaded = [load_head(name, target, model.dtype).to(model.device) for name in heads]
-        named = zip(heads, (EagleDrafter(head, recipe.sessions) for head in loaded), strict=True)
+        named = zip(
+            heads,
+            (EagleDrafter(head, recipe.sessions, longest + RESERVED_ROWS) for head in loaded),
+            strict=True,
+        )
         engine = Target(model, recipe.sessions, longest, budget)
         with in_process(engine, named, num_threads) as (verifier, drafters):
             ends = end_tokens(target, tokenizer)
