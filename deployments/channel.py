@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -34,6 +34,8 @@ _METHOD = "/taps.Session/Open"
 _SECRET = "taps-lease"
 _CONNECT_DEADLINE_S = 10.0
 _CLOSE_DEADLINE_S = 5.0
+_SIGN_OF_LIFE_S = 1.0  # how often a replica that owes an answer says that it is at work
+_AT_WORK: Message = {"at_work": True}
 # All of these are needed for a frozen peer to be noticed within seconds.
 _OPTIONS = [
     ("grpc.keepalive_time_ms", 2000),
@@ -47,6 +49,7 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", 256 << 20),
 ]
 
+T = TypeVar("T")
 Handler = Callable[[Message], Awaitable[Message]]
 # Called with a session's first message; the handler it gives answers all further ones.
 OpenSession = Callable[[Message], AbstractAsyncContextManager[Handler]]
@@ -69,8 +72,10 @@ class _Lease:
 class SessionServer:
     """A replica's side: hands out leases and serves their streams. `start` it in the replica's `__init__`."""
 
-    def __init__(self, open_session: OpenSession) -> None:
+    def __init__(self, open_session: OpenSession, check: Callable[[], None] = lambda: None) -> None:
+        """Args: check: raises once the replica can do no more, and answers will not come."""
         self._open_session = open_session
+        self._check = check
         self._leases: dict[str, _Lease] = {}
         self._server: grpc.aio.Server | None = None
         self._endpoint = ""
@@ -147,17 +152,31 @@ class SessionServer:
             async with self._open_session(decode(await anext(messages))) as handle:
                 yield encode({"opened": True})
                 async for data in messages:
-                    try:
-                        reply = await handle(decode(data))
-                    except Exception as error:  # sent to the far side, which raises it
-                        reply = _failed(error)
-                    yield encode(reply)
+                    async with aclosing(self._answer(handle, data)) as parts:
+                        async for part in parts:
+                            yield encode(part)
         except StopAsyncIteration:
             return
         except (asyncio.CancelledError, GeneratorExit):
             raise
         except Exception as error:  # the session could not be opened: the far side is told why
             yield encode(_failed(error))
+
+    async def _answer(self, handle: Handler, data: bytes) -> AsyncGenerator[Message, None]:
+        """Signs of life as long as the replica is well, then the answer or the error there was."""
+        answering: asyncio.Future[Message] | None = None
+        try:
+            answering = asyncio.ensure_future(handle(decode(data)))
+            while not (await asyncio.wait({answering}, timeout=_SIGN_OF_LIFE_S))[0]:
+                self._check()
+                yield _AT_WORK
+            yield answering.result()
+        except Exception as error:  # sent to the far side, which raises it
+            yield _failed(error)
+        finally:
+            if answering is not None:
+                answering.cancel()
+                await asyncio.wait({answering})
 
 
 def _failed(error: Exception) -> Message:
@@ -174,23 +193,28 @@ class Stream:
         self._call = call
 
     async def ask(self, message: Message, timeout_s: float) -> Message:
-        """Send one message and wait for its answer.
+        """Send one message and wait for its answer, as long as the peer shows that it is at work.
 
-        Raises `PeerGone` when the peer is lost or does not answer within `timeout_s` seconds, and whatever
+        Raises `PeerGone` when the peer is lost or shows no sign of life for `timeout_s` seconds, and whatever
         error the peer answers with.
         """
+        await self._in_time(self._call.write(encode(message)), timeout_s)
+        while True:
+            data = await self._in_time(self._call.read(), timeout_s)
+            if not isinstance(data, bytes):
+                raise PeerGone("the peer ended the session")
+            if not (answer := decode(data)).keys() >= _AT_WORK.keys():
+                return answer
+
+    async def _in_time(self, operation: Awaitable[T], timeout_s: float) -> T:
         try:
             async with asyncio.timeout(timeout_s):
-                await self._call.write(encode(message))
-                data = await self._call.read()
+                return await operation
         except TimeoutError as error:
             self._call.cancel()
-            raise PeerGone(f"no answer within {timeout_s:g} s") from error
+            raise PeerGone(f"no sign of life for {timeout_s:g} s") from error
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             raise PeerGone(f"the peer is gone: {type(error).__name__}") from error
-        if not isinstance(data, bytes):
-            raise PeerGone("the peer ended the session")
-        return decode(data)
 
     async def close(self) -> None:
         """Say goodbye, which frees the far side's state and ends the lease."""

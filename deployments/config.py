@@ -80,7 +80,7 @@ class RouterArgs(Args):
     feature_window: PositiveInt = 512  # newest features a drafter starts from, positions
     propose_deadline_s: PositiveSeconds = 0.5  # waiting for drafters, per step
     propose_patience: Annotated[float, Field(gt=0)] = 2.0  # the same, in durations of the last verify pass
-    verify_deadline_s: PositiveSeconds = 60.0  # after which a replica that owes an answer is given up
+    verify_deadline_s: PositiveSeconds = 60.0  # without a sign of life of a replica that owes an answer
     lease_deadline_s: PositiveSeconds = 60.0  # waiting for a free session
     request_deadline_s: PositiveSeconds = 600.0
     discovery_interval_s: PositiveSeconds = 2.0

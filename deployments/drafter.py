@@ -24,7 +24,7 @@ class Drafter:
         from deployments.loading import load_drafter  # heavy: not for those who only bind the class
 
         self._drafter, self._description = load_drafter(args)
-        self._server = SessionServer(self._open_session)
+        self._server = SessionServer(self._open_session, self._drafter.check)
         await self._server.start(node_address())
 
     def describe(self) -> SpecialistDescription:

@@ -26,7 +26,7 @@ class Verifier:
 
         self._verifier, self._description = load_verifier(target, args)
         await self._verifier.warm_up()
-        self._server = SessionServer(self._open_session)
+        self._server = SessionServer(self._open_session, self._verifier.check)
         await self._server.start(node_address())
 
     def describe(self) -> TargetDescription:

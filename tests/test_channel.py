@@ -142,9 +142,37 @@ async def test_a_session_that_cannot_be_opened_says_why() -> None:
 
 async def test_a_peer_that_does_not_answer_is_gone_and_forgets_the_session() -> None:
     async with running(silence) as replica:
-        with pytest.raises(PeerGone, match=r"no answer within 0\.2 s"):
+        with pytest.raises(PeerGone, match=r"no sign of life for 0\.2 s"):
             async with ChannelPool().session(replica.handle, {}, PATIENCE_S) as stream:
                 await stream.ask({"text": "hello?"}, 0.2)
+        await replica.until_free()
+
+
+async def slowly(message: Message) -> Message:
+    await asyncio.sleep(0.3)
+    return {"echo": message["text"]}
+
+
+async def test_a_slow_peer_that_is_at_work_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a long prefill that waits behind others."""
+    monkeypatch.setattr(channel, "_SIGN_OF_LIFE_S", 0.02)
+    async with running(slowly) as replica, ChannelPool().session(replica.handle, {}, PATIENCE_S) as stream:
+        assert (await stream.ask({"text": "in the end"}, 0.15))["echo"] == "in the end"
+        assert (await stream.ask({"text": "again"}, 0.15))["echo"] == "again"
+
+
+async def test_a_replica_that_can_do_no_more_says_so_instead_of_signs_of_life(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(channel, "_SIGN_OF_LIFE_S", 0.02)
+
+    def check() -> None:
+        raise RuntimeError("a step runs for 100 s")
+
+    async with running(silence) as replica:
+        monkeypatch.setattr(replica.server, "_check", check)
+        with pytest.raises(PeerGone, match="a step runs for 100 s"):
+            await asyncio.wait_for(ask_in_vain(replica), PATIENCE_S)
         await replica.until_free()
 
 
