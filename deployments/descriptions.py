@@ -20,3 +20,4 @@ class SpecialistDescription:
 
     name: str  # what requests and metrics call it
     fingerprint: str | None = None  # of the target its head was made for; None drafts for any
+    max_tokens: int | None = None  # of a session that its cache holds; None is any number

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray import serve
@@ -24,6 +24,10 @@ _VERIFIER = "Verifier"
 _STALE_S = 30.0
 _DESCRIBE_TIMEOUT_S = 10.0
 _UNSEEN_S = 300.0
+# An application that is unhealthy or being deleted has no specialist to offer.
+_SERVING = ("RUNNING", "DEPLOYING")
+# A deployment that is in order may have no replica: scaled to zero, its first request starts one.
+_IN_ORDER = ("HEALTHY", "UPSCALING", "DOWNSCALING")
 logger = logging.getLogger("ray.serve")
 
 
@@ -32,6 +36,61 @@ class Specialist:
     name: str
     application: str
     handle: DeploymentHandle[Any]
+
+
+@dataclass(frozen=True)
+class Met:
+    """An application that said what it drafts."""
+
+    application: str
+    description: SpecialistDescription
+    is_up: bool
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Whom requests may ask."""
+
+    taken: Mapping[str, str] = field(default_factory=dict)  # name -> application, in order of names
+    away: frozenset[str] = frozenset()  # names of those that fit and are not up now
+    refused: Mapping[str, str] = field(default_factory=dict)  # application -> why
+
+
+def roster_of(target: TargetDescription, met: Iterable[Met]) -> Roster:
+    """Who of those up fits the target, one for each name: decided anew at every look, by nothing else.
+
+    Of several applications with one name the one that is called so itself is taken, else the first by name.
+    """
+    refused: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    away: set[str] = set()
+    for one in sorted(met, key=lambda m: (m.application != m.description.name, m.application)):
+        name = one.description.name
+        if (reason := _misfit(target, one.description)) is not None:
+            refused[one.application] = reason
+        elif not one.is_up:
+            away.add(name)
+        elif name in taken:
+            refused[one.application] = f"application {taken[name]} has that name too: rename one of them"
+        else:
+            taken[name] = one.application
+    return Roster(dict(sorted(taken.items())), frozenset(away - taken.keys()), refused)
+
+
+def _misfit(target: TargetDescription, specialist: SpecialistDescription) -> str | None:
+    """Why a specialist cannot draft for the target; None where it can."""
+    if specialist.fingerprint not in (None, target.fingerprint):
+        return (
+            f"it drafts for another target (fingerprint {specialist.fingerprint}, this one is "
+            f"{target.fingerprint}): train a head for this one, or name its target"
+        )
+    if specialist.max_tokens is not None and specialist.max_tokens < target.max_tokens:
+        short = target.max_tokens - specialist.max_tokens
+        return (
+            f"its cache holds {specialist.max_tokens} tokens of a session, the verifier's sessions have up to "
+            f"{target.max_tokens}: raise its max_len by {short} or more"
+        )
+    return None
 
 
 class Directory:
@@ -49,17 +108,25 @@ class Directory:
         self._verifier_seen = float("-inf")
         self._unseen = set(expected)
         self._started = time.monotonic()
-        self._known: dict[str, tuple[float, Specialist | None]] = {}  # application -> (deployed at, fitting)
+        self._said: dict[str, tuple[float, SpecialistDescription]] = {}  # application -> (deployed at, what)
+        self._roster = Roster()
+        self._handles: dict[str, DeploymentHandle[Any]] = {}  # by application
         self._task: asyncio.Task[None] | None = None
 
     @property
     def specialists(self) -> dict[str, Specialist]:
-        fitting = [specialist for _, specialist in self._known.values() if specialist is not None]
-        return {specialist.name: specialist for specialist in sorted(fitting, key=lambda s: s.name)}
+        """Those that are up, by name."""
+        taken = self._roster.taken.items()
+        return {name: Specialist(name, app, self._handles[app]) for name, app in taken}
+
+    @property
+    def away(self) -> frozenset[str]:
+        """Names of those that were up and are not now: a request may name them, and goes on without."""
+        return self._roster.away
 
     @property
     def verifier_is_up(self) -> bool:
-        """Whether a verifier replica ran when last looked, and that was not long ago."""
+        """Whether sessions could be had of the verifier when last looked, and that was not long ago."""
         return time.monotonic() - self._verifier_seen < _STALE_S
 
     def start(self) -> None:
@@ -75,62 +142,70 @@ class Directory:
             await asyncio.sleep(self._interval_s)
 
     async def refresh(self) -> None:
-        """Look for applications that run a drafter; ask each new one what it is."""
+        """Look at the applications that run a drafter; ask each new one what it is."""
         applications = (await asyncio.to_thread(serve.status)).applications
-        running = _is_running(applications.get(self._core), _VERIFIER)
-        self._verifier_seen = time.monotonic() if running else float("-inf")
+        verifier = _deployment(applications.get(self._core), _VERIFIER)
+        self._verifier_seen = time.monotonic() if _can_serve(verifier) else float("-inf")
         drafters = {n: app for n, app in applications.items() if _DEPLOYMENT in app.deployments}
-        self._known = {name: entry for name, entry in self._known.items() if name in drafters}
-        new = {
-            name: app.last_deployed_time_s
-            for name, app in drafters.items()
-            if app.status == "RUNNING" and self._known.get(name, (None, None))[0] != app.last_deployed_time_s
-        }
-        await asyncio.gather(*(self._meet(name, deployed_at) for name, deployed_at in new.items()))
+        self._said = {name: said for name, said in self._said.items() if name in drafters}
+        self._handles = {name: handle for name, handle in self._handles.items() if name in drafters}
+        await asyncio.gather(
+            *(self._meet(name, app) for name, app in drafters.items() if self._is_new(name, app))
+        )
+        self._take([Met(n, what, _is_up(drafters[n])) for n, (_, what) in self._said.items()])
         self._warn_of_the_unseen()
+
+    def _is_new(self, application: str, status: Any) -> bool:
+        """Whether it runs and has not said what it drafts since it was deployed."""
+        deployed_at, _ = self._said.get(application, (None, None))
+        return status.status == "RUNNING" and status.last_deployed_time_s != deployed_at
+
+    async def _meet(self, application: str, status: Any) -> None:
+        """Ask the application what it drafts; one that does not answer is asked again next time."""
+        handle: DeploymentHandle[Any] = serve.get_deployment_handle(_DEPLOYMENT, application)
+        try:
+            description = await asyncio.wait_for(handle.describe.remote(), _DESCRIBE_TIMEOUT_S)
+        except (RayError, RayServeException, TimeoutError) as error:
+            logger.warning("application %s does not say what it drafts: %r", application, error)
+            return
+        self._handles[application] = handle
+        self._said[application] = (status.last_deployed_time_s, description)
+
+    def _take(self, met: Sequence[Met]) -> None:
+        """Make the roster, and say what changed."""
+        before, self._roster = self._roster, roster_of(self._target, met)
+        names = {one.application: one.description.name for one in met}
+        for name, application in self._roster.taken.items() - before.taken.items():
+            logger.info("specialist %s (%s) joins", name, application)
+        for name, application in before.taken.items() - self._roster.taken.items():
+            logger.warning("specialist %s (%s) leaves", name, application)
+        for application, reason in self._roster.refused.items() - before.refused.items():
+            logger.error("specialist %s (%s) is not used: %s", names[application], application, reason)
 
     def _warn_of_the_unseen(self) -> None:
         """Say once which configured specialists have never come up: a name may be misspelt."""
-        self._unseen -= self.specialists.keys()
+        there = self._roster.taken
+        self._unseen -= there.keys()
         if self._unseen and time.monotonic() - self._started > _UNSEEN_S:
             logger.warning(
                 "router.drafters names %s, which no application serves; there are: %s",
-                ", ".join(sorted(self._unseen)), ", ".join(self.specialists) or "none",
+                ", ".join(sorted(self._unseen)), ", ".join(there) or "none",
             )  # fmt: skip
             self._unseen.clear()
 
-    async def _meet(self, application: str, deployed_at: float) -> None:
-        """Remember the application's specialist; one that does not answer is asked again next time."""
-        try:
-            self._known[application] = (deployed_at, await self._look_at(application))
-        except (RayError, RayServeException, TimeoutError) as error:
-            logger.warning("application %s does not say what it drafts: %r", application, error)
 
-    async def _look_at(self, application: str) -> Specialist | None:
-        """The application's specialist, or None when it does not fit this target."""
-        handle: DeploymentHandle[Any] = serve.get_deployment_handle(_DEPLOYMENT, application)
-        description: SpecialistDescription = await asyncio.wait_for(
-            handle.describe.remote(), _DESCRIBE_TIMEOUT_S
-        )
-        if description.fingerprint not in (None, self._target.fingerprint):
-            logger.error(
-                "specialist %s drafts for another target (fingerprint %s, this one is %s): it is not used",
-                description.name, description.fingerprint, self._target.fingerprint,
-            )  # fmt: skip
-            return None
-        taken = self.specialists.get(description.name)
-        if taken is not None and taken.application != application:
-            logger.error(
-                "application %s has a specialist named %s, as %s has: it is not used; rename one of them",
-                application, description.name, taken.application,
-            )  # fmt: skip
-            return None
-        logger.info("specialist %s (%s) joins", description.name, application)
-        return Specialist(description.name, application, handle)
+def _deployment(application: Any, name: str) -> Any:
+    return None if application is None else application.deployments.get(name)
 
 
-def _is_running(application: Any, deployment: str) -> bool:
-    """Whether Serve's status shows a running replica."""
-    if application is None or deployment not in application.deployments:
+def _is_up(application: Any) -> bool:
+    serves: bool = application.status in _SERVING
+    return serves and _can_serve(_deployment(application, _DEPLOYMENT))
+
+
+def _can_serve(deployment: Any) -> bool:
+    """Whether Serve's status of a deployment promises an answer: a replica runs, or will when it is asked."""
+    if deployment is None:
         return False
-    return any(state == "RUNNING" for state in application.deployments[deployment].replica_states)
+    in_order: bool = deployment.status in _IN_ORDER
+    return in_order or "RUNNING" in deployment.replica_states

@@ -43,6 +43,6 @@ def load_drafter(args: SpecialistArgs) -> tuple[BatchedDrafter, SpecialistDescri
     if args.head is not None:
         target = target_path(locate(args.target))
         head = load_head(locate(args.head), target, torch_dtype(args.dtype))
-        description = SpecialistDescription(args.name, target_fingerprint(target))
-        drafter = EagleDrafter(head.to(args.device), args.max_sessions, args.max_len)
+        drafter = eagle = EagleDrafter(head.to(args.device), args.max_sessions, args.max_len)
+        description = SpecialistDescription(args.name, target_fingerprint(target), eagle.max_tokens)
     return BatchedDrafter(args.name, drafter, args.torch_threads), description

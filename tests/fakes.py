@@ -252,6 +252,15 @@ async def turns(count: int) -> None:
         await asyncio.sleep(0)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Poll the other side of a socket, with a bound."""
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("did not come true")
+
+
 async def run_steps(
     pool: VerifierPool,
     panel: Panel,

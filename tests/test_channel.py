@@ -14,6 +14,7 @@ from deployments.channel import ChannelPool, Handler, SessionServer
 from deployments.messages import Message, RemoteError
 from taps.models.cache import CacheFull
 from taps.peers import PeerBusy, PeerGone
+from tests.fakes import until
 
 PATIENCE_S = 5.0
 
@@ -77,15 +78,6 @@ class Replica:
 
     async def until_free(self) -> None:
         await until(lambda: not self.open and not self.server.num_sessions)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Poll the other side of a socket, with a bound."""
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("did not come true")
 
 
 async def echo(message: Message) -> Message:

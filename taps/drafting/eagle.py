@@ -130,15 +130,15 @@ class EagleDrafter:
         last = delta.end - 1
         joins = delta.feature_start <= session.next_position < last
         first = session.next_position if joins else delta.feature_start
-        if not joins or self._cache.length[session.slot] + last - first > self._room:
+        if not joins or self._cache.length[session.slot] + last - first > self.max_tokens:
             self._cache.length[session.slot] = 0
-            first = max(delta.feature_start, last - self._room)
+            first = max(delta.feature_start, last - self.max_tokens)
         session.next_position = last
         return last - first
 
     @property
-    def _room(self) -> int:
-        """Positions that may be committed, leaving rows for the drafted levels."""
+    def max_tokens(self) -> int:
+        """Tokens of a session that the cache holds, leaving rows for the drafted levels."""
         return self._cache.max_len - RESERVED_ROWS
 
     def _forward_level(self, active: Sequence[_Growing], level: int) -> Tensor:
