@@ -207,5 +207,5 @@ def _can_serve(deployment: Any) -> bool:
     """Whether Serve's status of a deployment promises an answer: a replica runs, or will when it is asked."""
     if deployment is None:
         return False
-    in_order: bool = deployment.status in _IN_ORDER
-    return in_order or "RUNNING" in deployment.replica_states
+    promises: bool = deployment.status in _IN_ORDER or "RUNNING" in deployment.replica_states
+    return promises
