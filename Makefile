@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first target that needs it makes.
+# Everything runs in .venv, which the first target that needs it makes. Ray would run its workers at niceness 15.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml
 
 serve: $(STAMP)
 	$(BIN)/taps prepare
-	$(BIN)/serve run serve_config.yaml
+	RAY_worker_niceness=0 $(BIN)/serve run serve_config.yaml
 
 test: $(STAMP)
 	$(BIN)/taps prepare

@@ -158,7 +158,8 @@ class Directory:
     def _is_new(self, application: str, status: Any) -> bool:
         """Whether it runs and has not said what it drafts since it was deployed."""
         deployed_at, _ = self._said.get(application, (None, None))
-        return status.status == "RUNNING" and status.last_deployed_time_s != deployed_at
+        is_new: bool = status.status == "RUNNING" and status.last_deployed_time_s != deployed_at
+        return is_new
 
     async def _meet(self, application: str, status: Any) -> None:
         """Ask the application what it drafts; one that does not answer is asked again next time."""

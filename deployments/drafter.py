@@ -11,6 +11,7 @@ from deployments.channel import Handler, SessionServer, node_address
 from deployments.config import SpecialistArgs
 from deployments.descriptions import SpecialistDescription
 from deployments.messages import Message, from_tree, to_propose
+from deployments.priority import take_normal_priority
 from taps.engine.scheduling import MAX_SESSIONS
 
 
@@ -21,6 +22,7 @@ class Drafter:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: SpecialistArgs
     ) -> None:
+        take_normal_priority()
         from deployments.loading import load_drafter  # heavy: not for those who only bind the class
 
         self._drafter, self._description = load_drafter(args)

@@ -11,6 +11,7 @@ from deployments.channel import Handler, SessionServer, node_address
 from deployments.config import TargetArgs, VerifierArgs
 from deployments.descriptions import TargetDescription
 from deployments.messages import Message, from_verdict, to_tree
+from deployments.priority import take_normal_priority
 from taps.engine.scheduling import MAX_SESSIONS
 from taps.sampling import SamplingParams
 
@@ -22,6 +23,7 @@ class Verifier:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, target: TargetArgs, args: VerifierArgs
     ) -> None:
+        take_normal_priority()
         from deployments.loading import load_verifier  # heavy: not for those who only bind the class
 
         self._verifier, self._description = load_verifier(target, args)
