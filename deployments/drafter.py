@@ -10,8 +10,9 @@ from ray import serve
 from deployments.channel import Handler, SessionServer, node_address
 from deployments.config import SpecialistArgs
 from deployments.descriptions import SpecialistDescription
-from deployments.messages import Message, from_tree, to_propose
+from deployments.messages import Message
 from deployments.priority import take_normal_priority
+from deployments.sessions import answering_drafter
 from taps.engine.scheduling import MAX_SESSIONS
 
 
@@ -44,8 +45,4 @@ class Drafter:
     @asynccontextmanager
     async def _open_session(self, hello: Message) -> AsyncIterator[Handler]:
         async with self._drafter.session() as session:
-
-            async def handle(message: Message) -> Message:
-                return from_tree(await session.propose(*to_propose(message)))
-
-            yield handle
+            yield answering_drafter(session)

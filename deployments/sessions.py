@@ -1,4 +1,4 @@
-"""Verifier and drafter sessions on leased replicas, for the loop in `taps.decoding`."""
+"""Verifier and drafter sessions on leased replicas, both ends: what the loop holds and what answers it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,18 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.channel import ChannelPool, Stream
-from deployments.messages import from_propose, from_tree, to_tree, to_verdict
+from deployments.channel import ChannelPool, Handler, Stream
+from deployments.messages import (
+    Message,
+    from_propose,
+    from_tree,
+    from_verdict,
+    to_propose,
+    to_tree,
+    to_verdict,
+)
 from taps.context import ContextDelta
+from taps.decoding.sessions import DrafterSession, VerifierSession
 from taps.drafting.drafter import Ask, InvalidAsk
 from taps.peers import PeerGone
 from taps.sampling import InvalidLogits, SamplingParams
@@ -49,6 +58,26 @@ class RemoteDrafterSession:
     async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
         with _left_out_on_failure():
             return to_tree(await self._stream.ask(from_propose(delta, ask), self._timeout_s))
+
+
+def answering_verifier(session: VerifierSession) -> Handler:
+    """What a verifier replica answers a `RemoteVerifierSession`."""
+
+    async def answer(message: Message) -> Message:
+        if "tree" in message:
+            return from_verdict(await session.verify(to_tree(message["tree"])))
+        return from_verdict(await session.prefill(**message["prefill"]))
+
+    return answer
+
+
+def answering_drafter(session: DrafterSession) -> Handler:
+    """What a drafter replica answers a `RemoteDrafterSession`."""
+
+    async def answer(message: Message) -> Message:
+        return from_tree(await session.propose(*to_propose(message)))
+
+    return answer
 
 
 @contextmanager

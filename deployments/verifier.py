@@ -10,8 +10,9 @@ from ray import serve
 from deployments.channel import Handler, SessionServer, node_address
 from deployments.config import TargetArgs, VerifierArgs
 from deployments.descriptions import TargetDescription
-from deployments.messages import Message, from_verdict, to_tree
+from deployments.messages import Message
 from deployments.priority import take_normal_priority
+from deployments.sessions import answering_verifier
 from taps.engine.scheduling import MAX_SESSIONS
 from taps.sampling import SamplingParams
 
@@ -47,13 +48,4 @@ class Verifier:
     async def _open_session(self, hello: Message) -> AsyncIterator[Handler]:
         params = SamplingParams(**hello["sampling"])
         async with self._verifier.session(params) as session:
-
-            async def handle(message: Message) -> Message:
-                if "tree" in message:
-                    return from_verdict(await session.verify(to_tree(message["tree"])))
-                prompt = message["prefill"]
-                return from_verdict(
-                    await session.prefill(prompt["tokens"], prompt["num_generated"], prompt["feature_window"])
-                )
-
-            yield handle
+            yield answering_verifier(session)

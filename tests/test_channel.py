@@ -3,81 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
 
 from deployments import channel
-from deployments.channel import ChannelPool, Handler, SessionServer
+from deployments.channel import ChannelPool, Handler
 from deployments.messages import Message, RemoteError
 from taps.models.cache import CacheFull
 from taps.peers import PeerBusy, PeerGone
+from tests import replicas
 from tests.fakes import until
-
-PATIENCE_S = 5.0
-
-
-class FakeLease:
-    """What a streaming Serve call gives, around a server's generator."""
-
-    def __init__(self, server: SessionServer) -> None:
-        self._generator = server.lease()
-        self.ended: asyncio.Task[None] | None = None
-
-    async def __anext__(self) -> Message:
-        return await anext(self._generator)
-
-    async def finish(self) -> None:
-        """As Serve does: run the generator to its end."""
-        async for _ in self._generator:
-            pass
-
-    def cancel(self) -> None:
-        self.ended = asyncio.create_task(cast(Any, self._generator).aclose())
-
-
-class FakeHandle:
-    """A deployment handle with one replica."""
-
-    def __init__(self, server: SessionServer) -> None:
-        self._server = server
-        self.leases: list[FakeLease] = []
-        self.lease = self
-
-    def options(self, stream: bool) -> FakeHandle:
-        assert stream
-        return self
-
-    def remote(self) -> FakeLease:
-        self.leases.append(FakeLease(self._server))
-        return self.leases[-1]
-
-
-class Replica:
-    """A session server whose sessions answer with what `answer` says, and which counts them."""
-
-    def __init__(self, answer: Callable[[Message], Awaitable[Message]]) -> None:
-        self._answer = answer
-        self.open = 0
-        self.opened = asyncio.Event()
-        self.server = SessionServer(self._open_session)
-        self.handle: Any = FakeHandle(self.server)
-
-    @asynccontextmanager
-    async def _open_session(self, hello: Message) -> AsyncIterator[Handler]:
-        if hello.get("refuse"):
-            raise CacheFull("no slot")
-        self.open += 1
-        self.opened.set()
-        try:
-            yield self._answer
-        finally:
-            self.open -= 1
-
-    async def until_free(self) -> None:
-        await until(lambda: not self.open and not self.server.num_sessions)
+from tests.replicas import PATIENCE_S, FakeHandle, Replica
 
 
 async def echo(message: Message) -> Message:
@@ -92,13 +31,10 @@ async def silence(_: Message) -> Message:
 
 
 @asynccontextmanager
-async def running(answer: Callable[[Message], Awaitable[Message]]) -> AsyncIterator[Replica]:
-    replica = Replica(answer)
-    await replica.server.start("127.0.0.1")
-    try:
+async def running(answer: Handler) -> AsyncIterator[Replica]:
+    """One replica whose sessions all answer alike."""
+    async with replicas.running(lambda hello: answer) as (replica,):
         yield replica
-    finally:
-        await replica.server.stop()
 
 
 async def ask_in_vain(replica: Replica) -> None:
