@@ -7,7 +7,7 @@ import logging
 import os
 from pathlib import Path
 
-_SETTING = "RAY_worker_niceness"
+NICENESS = "RAY_worker_niceness"
 _THREADS = Path("/proc/self/task")
 logger = logging.getLogger("ray.serve")
 
@@ -18,7 +18,7 @@ def take_normal_priority() -> None:
     A niceness that was asked for is left. Where the system does not allow it, the log says what to do.
     """
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
-    if niceness <= 0 or _SETTING in os.environ:
+    if niceness <= 0 or NICENESS in os.environ:
         return
     try:
         for thread in _threads():
@@ -27,7 +27,7 @@ def take_normal_priority() -> None:
     except PermissionError:
         logger.warning(
             "this replica runs at niceness %d and will be slow beside other load: start Ray with %s=0",
-            niceness, _SETTING,
+            niceness, NICENESS,
         )  # fmt: skip
 
 

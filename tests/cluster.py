@@ -21,6 +21,8 @@ import yaml
 from ray import serve
 from ray.serve._private import api as serve_api
 
+from deployments.priority import NICENESS
+
 PROJECT = Path(__file__).resolve().parent.parent
 MODEL = "SmolLM2-135M-Instruct"
 START_DEADLINE_S = 400.0
@@ -48,6 +50,7 @@ class Cluster:
     def start(cls, directory: Path) -> Iterator[Cluster]:
         """The shipped config, with the target in float32 so that texts can be compared exactly."""
         port = free_port()
+        os.environ[NICENESS] = "0"  # as `make serve` does
         ray.init(num_cpus=2, include_dashboard=True, dashboard_port=port, log_to_driver=False)
         try:
             cluster = cls(directory, f"http://127.0.0.1:{port}")
@@ -102,6 +105,11 @@ class Cluster:
                 return {name: r[0]["pid"] for name, r in replicas.items()}
             time.sleep(0.5)  # polling another process, bounded by the deadline
         raise TimeoutError(f"not every deployment has one running replica: {replicas}")
+
+    def num_replicas(self, application: str, deployment: str) -> int:
+        """How many of a deployment there are, in any state."""
+        status = serve.status().applications[application].deployments[deployment]
+        return sum(status.replica_states.values())
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels, as Ray exports it for Prometheus."""

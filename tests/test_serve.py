@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -213,3 +215,48 @@ def test_a_specialist_joins_the_running_cluster(cluster: Cluster) -> None:
     assert {name: after[name] for name in before} == before
     used = ask(cluster).metrics["speculative_decoding"]
     assert list(used["accepted_by_drafter"]) == ["math", "chat", "ngram"]
+
+
+def test_answers_come_beside_a_busy_machine(cluster: Cluster) -> None:
+    """Two programs for every core, as a compiler starts them."""
+    plain = text_of(cluster, max_tokens=4)
+    busy = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(busy) for _ in range(2 * (os.cpu_count() or 1))]
+    try:
+        started = time.monotonic()
+        assert text_of(cluster, max_tokens=4) == plain
+        assert time.monotonic() - started < 60
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def test_replicas_run_at_normal_priority(cluster: Cluster) -> None:
+    for pid in cluster.processes().values():
+        assert {os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir(f"/proc/{pid}/task")} == {0}
+
+
+def test_what_is_scaled_to_zero_is_up_and_starts_with_the_first_request(cluster: Cluster) -> None:
+    plain = text_of(cluster)
+    config = cluster.changed()
+    idle = {"min_replicas": 0, "max_replicas": 1, "target_ongoing_requests": 12, "downscale_delay_s": 1}
+    core, last = config["applications"][0], config["applications"][-1]
+    verifier = next(d for d in core["deployments"] if d["name"] == "Verifier")
+    for deployment in (verifier, last["deployments"][0]):
+        deployment["autoscaling_config"] = idle
+    cluster.apply(config)
+    deadline = time.monotonic() + 120
+    counts = [1, 1]
+    while any(counts) and time.monotonic() < deadline:
+        time.sleep(0.5)  # polling another process, bounded by the deadline
+        counts = [
+            cluster.num_replicas("core", "Verifier"),
+            cluster.num_replicas(last["name"], "Drafter"),
+        ]
+    assert counts == [0, 0]
+    time.sleep(3)  # the directory looks again
+    health = httpx.get(f"{cluster.url}/health", timeout=10)
+    assert health.status_code == 200
+    assert last["name"] in health.json()["drafters"]
+    assert text_of(cluster) == plain
