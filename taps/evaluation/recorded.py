@@ -53,7 +53,7 @@ def record(target: str, questions: Sequence[Question], work: Path, plan: Evaluat
         temperatures=(plan.temperature,), answers_per_prompt=1, sessions=plan.batch_size, seed=plan.seed,
     )  # fmt: skip
     runs: list[Run] = []
-    said: dict[str, list[dict[str, str]]] = {question.id: [] for question in questions}
+    said = {question.id: question.opening for question in questions}
     for turn in range(max(len(question.turns) for question in questions)):
         asked = [question for question in questions if turn < len(question.turns)]
         for question in asked:
