@@ -107,6 +107,9 @@ def test_every_turn_is_recorded_with_the_system_message(
     bye = {"role": "user", "content": "Bye"}
     assert asked == [[SYSTEM, HI], [HI], [SYSTEM, HI, {"role": "assistant", "content": "Hello"}, bye]]
     assert [run.question for run in runs] == ["a", "b", "a"]
+    monkeypatch.setattr("taps.evaluation.recorded.answer_prompts", lambda *_: None)
+    with pytest.raises(InvalidQuestions, match="none of the questions can be answered"):
+        record("target", [Question("a", ("Hi",))], tmp_path / "none", plan)
 
 
 def test_a_running_cluster_is_asked_with_the_system_message(
