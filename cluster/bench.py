@@ -38,10 +38,12 @@ class Answered(NamedTuple):
         return self.tokens / self.seconds
 
 
-def ask(url: str, model: str, question: str, args: argparse.Namespace, taps: dict[str, Any]) -> Answered:
+def ask(
+    url: str, model: str, messages: list[dict[str, str]], args: argparse.Namespace, taps: dict[str, Any]
+) -> Answered:
     body = {
         "model": model,
-        "messages": [{"role": "user", "content": question}],
+        "messages": messages,
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
         "seed": args.seed,
@@ -67,12 +69,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         model = json.load(response)["data"][0]["id"]
     settings = [PLAIN, *(args.taps or [{}])]
     for taps in settings:
-        ask(args.url, model, "Say hello.", args, taps)
+        ask(args.url, model, [{"role": "user", "content": "Say hello."}], args, taps)
     answers: list[list[Answered]] = [[] for _ in settings]
     for number, question in enumerate(load_questions(args.data, args.questions)):
         for i in range(len(settings)):
             which = (number + i) % len(settings)
-            answers[which].append(ask(args.url, model, question.turns[0], args, settings[which]))
+            answers[which].append(ask(args.url, model, question.first_turn, args, settings[which]))
         plain = answers[0][-1].tokens_per_second
         ratios = ", ".join(f"{rows[-1].tokens_per_second / plain:.2f}" for rows in answers[1:])
         print(f"{number + 1}: off {plain:.1f} tokens/s, ratios {ratios}", flush=True)

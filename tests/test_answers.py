@@ -21,7 +21,7 @@ from taps.engine.verifier import BatchedVerifier
 from taps.models.causal_lm import CausalLM
 from taps.recording.answers import AnswerRecipe, is_complete, num_answered, refuse_other_answers
 from taps.recording.features import TargetFeatures
-from taps.recording.recorder import AnswerRecorder
+from taps.recording.recorder import AnswerRecorder, answer_prompts, answer_sources
 from taps.recording.shards import Recording, load_shard, shards
 from taps.recording.sources import InvalidData, Prompt
 from tests.tiny import VOCAB, tiny_head, tiny_target
@@ -127,6 +127,31 @@ def test_an_answer_ends_with_its_end_token(tmp_path: Path) -> None:
 
 def test_prompts_that_are_too_long_are_left_out(tmp_path: Path) -> None:
     assert set(record(tmp_path, replace(RECIPE, max_prompt_tokens=4))) == {"p0", "p1", "p2"}
+
+
+def test_prompts_left_out_are_counted_though_nothing_is_left_to_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = replace(RECIPE, max_prompt_tokens=4)
+    record(tmp_path, recipe)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: Tokenizer())
+    monkeypatch.setattr("taps.recording.recorder.target_fingerprint", lambda _: "us")
+    capsys.readouterr()
+    answer_prompts("target", PROMPTS, tmp_path, recipe)
+    assert capsys.readouterr().out == "answers: 3 prompts were left out: more than 4 tokens\n"
+    answer_prompts("target", PROMPTS, tmp_path, replace(recipe, answer_tokens=36))
+    assert capsys.readouterr().out == "", "there is enough: what is left was not asked for"
+
+
+def test_a_source_none_of_whose_prompts_can_be_answered_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "long.jsonl").write_text('{"instruction": "longer than ten tokens"}')
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: Tokenizer())
+    monkeypatch.setattr("taps.recording.recorder.target_fingerprint", lambda _: "us")
+    monkeypatch.setattr("taps.recording.recorder.target_path", lambda name: name)
+    with pytest.raises(InvalidData, match=r"none of the prompts of .*long\.jsonl can be answered"):
+        answer_sources(str(tmp_path / "long.jsonl"), "target", tmp_path / "answers", RECIPE)
 
 
 def test_few_prompts_are_answered_several_times_with_other_noise(tmp_path: Path) -> None:

@@ -1,10 +1,9 @@
-"""Questions in every format, ratios with intervals, calibration by hand, and a whole evaluation in small."""
+"""Ratios with intervals, calibration by hand, and a whole evaluation in small."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from taps.cli import main
 from taps.composing import STRATEGIES
 from taps.drafting.drafter import Ask, DraftJob
 from taps.evaluation.analysis import DrafterAnalysis
-from taps.evaluation.questions import InvalidQuestions, load_questions
 from taps.evaluation.replay import Strategy, replay
 from taps.evaluation.statistics import (
     QuestionCounts,
@@ -27,71 +25,13 @@ from taps.evaluation.statistics import (
 )
 from taps.evaluation.strategies import strategies_for
 from taps.provenance import commit, unlike_names
+from taps.recording.answers import prompt_tokens
 from taps.recording.shards import Recording
+from taps.recording.sources import Prompt
 from taps.tree import ProposalTree
 from tests.conftest import PROJECT
+from tests.test_sources import written
 from tests.tiny import tiny_head
-
-FORMATS = {
-    "FastChat": ({"question_id": 81, "turns": ["One?", "Two?"]}, ("81", ("One?", "Two?"))),
-    "messages": (
-        {"id": "a", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]},
-        ("a", ("Hi",)),
-    ),
-    "GSM8K": ({"question": "How many?", "answer": "#### 4"}, ("0", ("How many?",))),
-    "MATH-500": ({"problem": "Solve.", "answer": "1", "unique_id": "test/1"}, ("test/1", ("Solve.",))),
-    "SVAMP": (
-        {"ID": "c-1", "Body": "Tom has 3 hats .", "Question": "How many?", "Answer": "3"},
-        ("c-1", ("Tom has 3 hats. How many?",)),
-    ),
-    "HumanEval": ({"task_id": "HumanEval/0", "prompt": "def f():"}, ("HumanEval/0", ("def f():",))),
-    "MT-Bench": ({"prompt_id": 5, "prompt": ["One?", "Two?"]}, ("5", ("One?", "Two?"))),
-}
-
-
-def written(path: Path, *rows: Any) -> Path:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
-    return path
-
-
-@pytest.mark.parametrize(("row", "expected"), FORMATS.values(), ids=FORMATS)
-def test_a_format_is_read(row: Any, expected: tuple[str, tuple[str, ...]], tmp_path: Path) -> None:
-    (question,) = load_questions(written(tmp_path / "q.jsonl", row))
-    assert (question.id, question.turns) == expected
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        "not JSON",
-        "3",
-        "{}",
-        '{"turns": []}',
-        '{"turns": [5]}',
-        '{"question": ""}',
-        '{"Body": "Tom", "Question": null}',
-    ],
-)
-def test_a_bad_question_is_refused_with_its_line(row: str, tmp_path: Path) -> None:
-    good = {"question_id": 1, "turns": ["One?"]}
-    with pytest.raises(InvalidQuestions, match=r"q\.jsonl, line 2: "):
-        load_questions(written(tmp_path / "q.jsonl", good, row))
-
-
-def test_questions_that_results_could_not_tell_apart_are_refused(tmp_path: Path) -> None:
-    rows = ({"question_id": i, "turns": [f"{number}?"]} for number, i in enumerate((1, 2, 1)))
-    with pytest.raises(InvalidQuestions, match="two questions with the id 1"):
-        load_questions(written(tmp_path / "q.jsonl", *rows))
-
-
-def test_a_file_without_questions_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidQuestions, match="holds no questions"):
-        load_questions(written(tmp_path / "q.jsonl"))
-
-
-def test_one_turn_need_not_be_a_list(tmp_path: Path) -> None:
-    (question,) = load_questions(written(tmp_path / "q.jsonl", {"question_id": 1, "turns": "One?"}))
-    assert question.turns == ("One?",)
 
 
 @pytest.mark.parametrize(
@@ -124,26 +64,6 @@ def test_heads_that_results_could_not_tell_apart_are_refused() -> None:
 def test_the_commit_is_unknown_where_there_is_no_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert commit() is None
-
-
-def test_fewer_questions_are_spread_over_the_file(tmp_path: Path) -> None:
-    rows = [{"question_id": i, "turns": ["One?"]} for i in range(10)]
-    path = written(tmp_path / "q.jsonl", *rows)
-    assert [q.id for q in load_questions(path, 4)] == ["0", "2", "5", "7"]
-    assert len(load_questions(path, 12)) == 10
-
-
-def test_a_benchmark_is_read_from_the_hub_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Datasets:
-        @staticmethod
-        def load_dataset(*where: Any, **options: Any) -> list[Any]:
-            assert (where, options) == (("openai/gsm8k", "main"), {"split": "test", "streaming": True})
-            return [{"question": "How many?"}]
-
-    monkeypatch.setitem(sys.modules, "datasets", Datasets)
-    assert load_questions("gsm8k")[0].turns == ("How many?",)
-    with pytest.raises(InvalidQuestions, match="neither a file nor one of mt_bench"):
-        load_questions("nothing")
 
 
 def test_acceptance_is_pooled_and_its_mean_per_question_is_another_number() -> None:
@@ -261,13 +181,26 @@ def test_an_evaluation_of_the_shipped_heads(temperature: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
-def test_speed_is_a_ratio_to_plain_decoding_of_the_same_questions(temperature: str, tmp_path: Path) -> None:
-    questions = written(tmp_path / "q.jsonl", {"question_id": 1, "turns": ["What is 2 + 2?"]})
+def test_speed_is_a_ratio_to_plain_decoding_of_the_same_questions(
+    temperature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Prompt] = []
+
+    def tokens(tokenizer: Any, prompt: Prompt) -> list[int]:
+        asked.append(prompt)
+        return prompt_tokens(tokenizer, prompt)
+
+    monkeypatch.setattr("taps.evaluation.live.prompt_tokens", tokens)
+    question = {"question_id": 1, "turns": ["What is 2 + 2?"], "system": "Be brief."}
+    questions = written(tmp_path / "q.jsonl", question)
     head = str(PROJECT / "specialists" / "math")
     command = ["bench", "--benchmark", "small", "--data", str(questions), "--heads", head]
     command += ["--alone", str(PROJECT / "specialists" / "chat"), "--temperature", temperature]
     command += ["--new-tokens", "8", "--num-nodes", "4", "--out", str(tmp_path / "result.json")]
     assert main(command) == 0
+    assert asked == [
+        Prompt("1", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}))
+    ]
     measured = json.loads((tmp_path / "result.json").read_text())["rows"]
     rows = {(row["strategy"], row["coupled"]): row for row in measured}
     speculative = ["math", "chat", "confidence", "entropy", "merged", "concatenated"]

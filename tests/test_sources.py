@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,33 +30,36 @@ def numbered(path: Path, count: int) -> Path:
 @pytest.mark.parametrize(
     "line",
     [
-        "not JSON",
-        "null",
-        "[1]",
-        '"text"',
-        "{}",
-        '{"messages": "hi"}',
-        '{"messages": ["hi"]}',
-        '{"messages": [{"role": "user"}]}',
-        '{"messages": [{"role": "user", "content": 5}]}',
-        '{"conversations": [{"from": "bystander", "value": "hi"}]}',
-        '{"conversations": [{"from": "human"}]}',
-        '{"output": "4"}',
+        "null", "[1]", "{}", '{"messages": [{"role": "user", "content": null}]}', '{"output": "4"}',
+        '{"turns": ["One?", "Two?"]}',
+        '{"conversations": [{"from": "human", "value": "hi"}, {"from": "observation", "value": "sunny"}]}',
+        r'{"messages": [{"role": "user", "content": "cut \ud83d"}]}', r'{"id": "\ud83d", "instruction": "hi"}',
     ],
-)
-def test_a_bad_row_is_refused_with_its_number_and_what_is_expected(tmp_path: Path, line: str) -> None:
+)  # fmt: skip
+def test_a_row_that_cannot_be_used_is_left_out_with_its_line_and_why(
+    tmp_path: Path, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = written(tmp_path / "data.jsonl", {"messages": [USER]}, line)
-    with pytest.raises(InvalidData, match=r"data\.jsonl, line 2: .*expected \{"):
-        load_prompts(path)
+    (prompt,) = load_prompts(path)
+    assert (prompt.id, prompt.messages) == ("data.jsonl, line 1", (USER,))
+    assert re.search(r"data\.jsonl: 1 row left out: .+ \(line 2\)\n$", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("rows", [["", "  "], ['{"messages": []}']])
+@pytest.mark.parametrize("rows", [["", "  "], ['{"messages": []}'], ["[]"], ["3"], ['{"data": [1]}']])
 def test_a_file_without_prompts_is_refused(tmp_path: Path, rows: list[str]) -> None:
-    with pytest.raises(InvalidData, match="holds no prompts"):
+    with pytest.raises(InvalidData, match=r"holds no prompts; expected \{"):
         load_prompts(written(tmp_path / "data.jsonl", *rows))
 
 
-def test_conversations_in_which_no_user_says_anything_are_left_out_and_counted(
+def test_rows_left_out_are_counted_though_what_follows_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(InvalidData, match=r"data\.jsonl, line 3: "):
+        load_prompts(written(tmp_path / "data.jsonl", "{}", {"messages": [USER]}, "not JSON"))
+    assert "data.jsonl: 1 row left out" in capsys.readouterr().out
+
+
+def test_what_begins_with_an_answer_is_used_and_what_asks_nothing_is_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As the files that went around as ShareGPT have them."""
@@ -67,7 +72,25 @@ def test_conversations_in_which_no_user_says_anything_are_left_out_and_counted(
     cut = {"id": "d", "conversations": [{"from": "gpt", "value": "so"}, {"from": "human", "value": "why?"}]}
     (prompt,) = load_prompts(written(tmp_path / "data.jsonl", *empty, cut))
     assert prompt.messages == ({"role": "user", "content": "why?"},)
-    assert "data.jsonl: 4 rows in which no user says anything were left out" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "data.jsonl: 4 rows left out: no user says anything (lines 1, 2, 3, 4)" in said
+    assert "data.jsonl: not read: answers that a conversation begins with" in said
+
+
+def test_a_system_message_beside_the_turns_and_history_are_asked_with(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    beside = {"system": "Be brief.", "conversations": [{"from": "human", "value": "hi"}]}
+    history = {"instruction": "bye", "input": "", "history": [["hi", "hello"]], "system": "Be brief."}
+    path = written(tmp_path / "data.json", json.dumps([beside, history]))
+    asked = {prompt.id: prompt.messages for prompt in load_prompts(path)}
+    reply, bye = {"role": "assistant", "content": "hello"}, {"role": "user", "content": "bye"}
+    assert asked == {"data.json, row 1": (system, USER), "data.json, row 2": (system, USER, reply, bye)}
+
+
+def test_questions_of_a_benchmark_are_prompts_too(tmp_path: Path) -> None:
+    rows: list[Any] = [{"question_id": 81, "turns": ["One?"]}, {"question": "Two?"}, {"problem": "Three?"}]
+    prompts = load_prompts(written(tmp_path / "data.jsonl", *rows))
+    assert {prompt.messages[0]["content"] for prompt in prompts} == {"One?", "Two?", "Three?"}
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
@@ -88,11 +111,6 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     row = {"messages": [USER | {"content": "one\u2028two\x85three"}]}
     (prompt,) = load_prompts(written(tmp_path / "data.jsonl", json.dumps(row, ensure_ascii=False)))
     assert prompt.messages[0]["content"] == "one\u2028two\x85three"
-
-
-def test_a_broken_json_array_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidData, match="neither JSON nor JSON lines"):
-        load_prompts(written(tmp_path / "data.json", '[{"messages": '))
 
 
 def test_reference_answers_are_dropped_and_earlier_turns_kept(tmp_path: Path) -> None:
@@ -170,6 +188,21 @@ def test_a_hub_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = load_prompts("TIGER-Lab/MathInstruct:4")
     assert {prompt.messages[0]["content"] for prompt in prompts} == {"0", "1", "2", "3"}
     assert len({prompt.id for prompt in prompts}) == 4
+
+
+def test_a_hub_dataset_of_another_kind_is_not_streamed_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        def shuffle(self, seed: int, buffer_size: int) -> Any:
+            return ({"text": str(i)} for i in itertools.count())
+
+    class Datasets:
+        @staticmethod
+        def load_dataset(*name: str, **options: Any) -> Stream:
+            return Stream()
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)
+    with pytest.raises(InvalidData, match="the first 1,000 rows of some/text cannot be used"):
+        load_prompts("some/text:4")
 
 
 def test_without_the_datasets_package_the_user_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,8 @@ from taps.models.causal_lm import CausalLM
 from taps.models.checkpoints import load_head
 from taps.models.embedded import target_path
 from taps.provenance import heads_made, made_with, unlike_names
+from taps.recording.answers import prompt_tokens
+from taps.recording.sources import Prompt
 from taps.sampling import SamplingParams
 from taps.tree import ProposalTree
 
@@ -148,8 +150,7 @@ def _time_all(
     """The answers of every setting."""
     timed: list[list[Timed]] = [[] for _ in settings]
     for number, question in enumerate(questions):
-        messages = [{"role": "user", "content": question.turns[0]}]
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        prompt = prompt_tokens(tokenizer, Prompt(question.id, tuple(question.first_turn)))
         params = SamplingParams(plan.temperature, seed=plan.seed, choice=number)
         for i in _turned(range(len(settings)), number):
             _, coupled, compose, panel = settings[i]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from transformers import AutoTokenizer
 
 from taps.drafting.drafter import PAPER_ASK
-from taps.evaluation.questions import Question
+from taps.evaluation.questions import InvalidQuestions, Question
 from taps.recording.answers import AnswerRecipe, answer_sampling
 from taps.recording.recorder import answer_prompts
 from taps.recording.shards import Recording, load_shard, shards
@@ -21,6 +21,7 @@ from taps.recording.sources import Prompt
 from taps.sampling import SamplingParams
 
 _UNBOUNDED = 1 << 20
+_MAX_PROMPT = 1024  # tokens
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,17 @@ class Run(NamedTuple):
 
 
 def record(target: str, questions: Sequence[Question], work: Path, plan: EvaluationPlan) -> list[Run]:
-    """The target's answers to every turn of every question; those `work` holds are not generated again."""
+    """The target's answers to every turn of every question; those `work` holds are not generated again.
+
+    Raises `InvalidQuestions` where none can be answered.
+    """
     tokenizer: Any = AutoTokenizer.from_pretrained(target)
     recipe = AnswerRecipe(
-        answer_tokens=_UNBOUNDED, max_new_tokens=plan.new_tokens, max_prompt_tokens=1024,
+        answer_tokens=_UNBOUNDED, max_new_tokens=plan.new_tokens, max_prompt_tokens=_MAX_PROMPT,
         temperatures=(plan.temperature,), answers_per_prompt=1, sessions=plan.batch_size, seed=plan.seed,
     )  # fmt: skip
     runs: list[Run] = []
-    said: dict[str, list[dict[str, str]]] = {question.id: [] for question in questions}
+    said = {question.id: question.opening for question in questions}
     for turn in range(max(len(question.turns) for question in questions)):
         asked = [question for question in questions if turn < len(question.turns)]
         for question in asked:
@@ -70,4 +74,6 @@ def record(target: str, questions: Sequence[Question], work: Path, plan: Evaluat
                 answer = recording.tokens[recording.answer_start :].tolist()
                 text = tokenizer.decode(answer, skip_special_tokens=True)
                 said[question.id].append({"role": "assistant", "content": text})
+    if not runs:
+        raise InvalidQuestions(f"none of the questions can be answered within {_MAX_PROMPT} prompt tokens")
     return runs

@@ -123,6 +123,19 @@ def is_complete(directory: Path, tokenizer: Any, prompts: Sequence[Prompt], reci
     return not any(q.is_gap or (not enough and _fits(tokenizer, q.prompt, recipe)) for q in left)
 
 
+def left_out(
+    directory: Path, tokenizer: Any, prompts: Sequence[Prompt], recipe: AnswerRecipe
+) -> dict[str, set[str]]:
+    """Ids of the prompts without an answer that are not to be answered, by reason."""
+    reasons: dict[str, set[str]] = {}
+    for question in unanswered(directory, tokenizer, prompts, recipe):
+        try:
+            fitting_tokens(tokenizer, question.prompt, recipe)
+        except LeftOut as error:
+            reasons.setdefault(str(error), set()).add(question.prompt.id)
+    return reasons
+
+
 def num_answered(directory: Path, prompts: Sequence[Prompt]) -> int:
     """Tokens of the recorded answers to these prompts."""
     asked = {prompt.id for prompt in prompts}

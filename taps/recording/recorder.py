@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from datetime import timedelta
@@ -41,6 +41,7 @@ from taps.recording.answers import (
     Question,
     fitting_tokens,
     is_complete,
+    left_out,
     num_answered,
     refuse_other_answers,
     unanswered,
@@ -60,6 +61,7 @@ def answer_sources(
     """The target's answers to the prompts of `sources`, kept in `work`; those there are not generated again.
 
     Args: heads: draft heads to generate with, directories or Hugging Face ids; none is plain decoding.
+    Raises `InvalidData` where there is none that can be answered.
     """
     prompts = load_prompts(sources, recipe.seed)
     # The other processes wait while the first one generates.
@@ -67,6 +69,11 @@ def answer_sources(
     with state.main_process_first():
         if state.is_main_process:
             answer_prompts(target_path(target), prompts, work, recipe, heads)
+            if not num_answered(work, prompts):
+                raise InvalidData(
+                    f"none of the prompts of {sources} can be answered within "
+                    f"{recipe.max_prompt_tokens} prompt tokens; allow more with --max-prompt-tokens"
+                )
     return [Answers(work, recipe.answer_tokens, tuple(prompt.id for prompt in prompts))]
 
 
@@ -83,6 +90,8 @@ def answer_prompts(
         made_by = target_fingerprint(target)
         refuse_other_answers(work, made_by, tokenizer, prompts, recipe)
         if is_complete(work, tokenizer, prompts, recipe):
+            if num_answered(work, prompts) < recipe.answer_tokens:  # there are no more prompts
+                _say_left_out(left_out(work, tokenizer, prompts, recipe))
             return
         model = load_target(target)
         budget = StepBudget(prefill_tokens=512, tree_nodes=recipe.sessions * _TREE.num_nodes if heads else 0)
@@ -104,6 +113,11 @@ def load_target(target: str) -> CausalLM:
     if torch.cuda.is_available():
         return CausalLM.load(target, torch.bfloat16, str(PartialState().device))
     return CausalLM.load(target, torch.float32)
+
+
+def _say_left_out(reasons: Mapping[str, Collection[str]]) -> None:
+    for reason, ids in reasons.items():
+        print(f"answers: {len(ids):,} prompts were left out: {reason}", flush=True)
 
 
 class AnswerRecorder:
@@ -170,8 +184,7 @@ class AnswerRecorder:
             progress.cancel()
             self._save()
         print(f"answers: {self._num_tokens:,} tokens in {self._directory}", flush=True)
-        for reason, ids in self._left_out.items():
-            print(f"answers: {len(ids):,} prompts were left out: {reason}", flush=True)
+        _say_left_out(self._left_out)
 
     async def _show_progress(self) -> None:
         """Print every few seconds how many tokens there are and at what rate they come, until cancelled."""
