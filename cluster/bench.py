@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -65,13 +66,16 @@ def ask(
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     environment = made_with()
+    questions = load_questions(args.data, args.questions)
+    if len(questions) < 2:
+        raise ValueError(f"{args.data} holds one question; speeds are compared over at least 2")
     with urllib.request.urlopen(f"{args.url}/v1/models", timeout=30) as response:
         model = json.load(response)["data"][0]["id"]
     settings = [PLAIN, *(args.taps or [{}])]
     for taps in settings:
         ask(args.url, model, [{"role": "user", "content": "Say hello."}], args, taps)
     answers: list[list[Answered]] = [[] for _ in settings]
-    for number, question in enumerate(load_questions(args.data, args.questions)):
+    for number, question in enumerate(questions):
         for i in range(len(settings)):
             which = (number + i) % len(settings)
             answers[which].append(ask(args.url, model, question.first_turn, args, settings[which]))
@@ -107,7 +111,7 @@ def _row(taps: dict[str, Any], rows: Sequence[Answered], plain: Sequence[Answere
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--data", required=True, help="questions, FastChat's JSONL format")
+    parser.add_argument("--data", required=True, help="questions: JSON or JSON lines, as for `taps eval`")
     parser.add_argument("--questions", type=int, default=20, help="at least 2 (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.0)
@@ -119,6 +123,14 @@ def main() -> None:
     args = parser.parse_args()
     if args.questions < 2 or args.max_tokens < 2:
         parser.error("speeds are compared over at least 2 questions with answers of at least 2 tokens")
+    try:
+        report(args)
+    except (ValueError, OSError) as error:  # bad data, no server, no place for the result
+        sys.exit(f"cluster.bench: {error}")
+
+
+def report(args: argparse.Namespace) -> None:
+    """Measure, print and write. Raises `ValueError` of bad data and `OSError` of files and of the server."""
     if args.out:
         refuse_unwritable(args.out)
     result = measure(args)

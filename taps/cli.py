@@ -166,7 +166,7 @@ def _add_measuring(parser: argparse.ArgumentParser, questions: int, trees: str) 
     """What `eval` and `bench` share: which heads on which questions, and the trees' defaults."""
     parser.add_argument("--benchmark", required=True, help="its name in the result")
     parser.add_argument(
-        "--data", help="questions, a JSONL file (default: the benchmark of that name on the hub)"
+        "--data", help="questions, JSON or JSON lines (default: the benchmark of that name on the hub)"
     )
     parser.add_argument("--heads", required=True, nargs="+", type=Path, help="specialists, alone and combined")
     parser.add_argument("--alone", default=[], nargs="+", type=Path, help="further heads, not combined")
