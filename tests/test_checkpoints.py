@@ -15,9 +15,10 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from taps.models.alignment import Alignment
 from taps.models.causal_lm import fingerprint
-from taps.models.checkpoints import export_head, load_head, load_target_ends, save_head
+from taps.models.checkpoints import export_head, load_head, load_target_ends, save_head, weights_digest
 from taps.models.draft_head import DraftHead
 from taps.models.head_tensors import tensor_shapes
+from tests.conftest import PROJECT
 from tests.tiny import HIDDEN, VOCAB, saved_target, tiny_config, tiny_head
 
 QKV = {"q": 32, "k": 16, "v": 16}  # rows of the tiny head's projections
@@ -246,3 +247,13 @@ def test_the_table_of_shapes_is_the_modules_own() -> None:
     head = DraftHead(config, torch.zeros(11, 24), torch.zeros(11, 24), tensors=shapes)
     assert shapes.pop("embed_tokens.weight") == (11, 24)
     assert shapes == {name: tuple(weight.shape) for name, weight in head.trained().items()}
+
+
+@pytest.mark.parametrize("name", ["math", "chat", "code"])
+def test_a_shipped_head_is_as_it_would_be_saved_now(name: str, target_directory: Path, tmp_path: Path) -> None:
+    shipped = PROJECT / "specialists" / name
+    settings = json.loads((shipped / "config.json").read_text())
+    save_head(load_head(shipped, target_directory, torch.float32), tmp_path, settings["taps"], torch.bfloat16)
+    again = json.loads((tmp_path / "config.json").read_text())
+    assert again | {"transformers_version": settings["transformers_version"]} == settings
+    assert weights_digest(tmp_path) == weights_digest(shipped)
