@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import multiprocessing
 import os
@@ -18,19 +17,21 @@ import torch
 from accelerate.state import AcceleratorState
 
 from taps.cli import main
-from taps.models.checkpoints import InvalidCheckpoint, load_head
+from taps.models.causal_lm import fingerprint
+from taps.models.checkpoints import InvalidCheckpoint, load_head, save_head
 from taps.models.draft_head import DraftHead
 from taps.recording.answers import Answers
 from taps.recording.shards import Recording
 from taps.training import trainer
-from taps.training.averaging import average
+from taps.training.averaging import average, average_checkpoints
 from taps.training.data import RecordedData
 from taps.training.losses import DraftLoss, draft_loss
+from taps.training.specialist import SpecialistPlan, refuse_unfit_start, train_specialist
 from taps.training.trainer import InvalidState, Trainer, TrainRecipe, recipe_of
 from taps.training.validation import validate
 from tests.conftest import PROJECT
 from tests.recordings import saved
-from tests.tiny import HIDDEN, VOCAB, tiny_head
+from tests.tiny import HIDDEN, VOCAB, saved_target, tiny_head
 
 
 def test_a_fresh_head_begins_with_the_line_through_its_examples() -> None:
@@ -311,11 +312,79 @@ def test_an_average_lies_between_its_heads_and_drafts_from_both_vocabularies() -
     assert all(torch.equal(w, one.trained()[name]) for name, w in average(one, other, 1.0).trained().items())
 
 
-def test_heads_that_differ_in_shape_have_no_average() -> None:
-    other = copy.deepcopy(tiny_head())
-    other.fc = torch.nn.Linear(2 * HIDDEN, HIDDEN, bias=True)
-    with pytest.raises(InvalidCheckpoint, match="no average"):
-        average(tiny_head(), other, 0.5)
+BIASES = {"fc.bias": HIDDEN, "layers.0.self_attn.q_proj.bias": 32, "layers.0.self_attn.k_proj.bias": 16}
+
+
+def remade(head: DraftHead, **weights: torch.Tensor) -> DraftHead:
+    return head.remade(head.trained() | weights, head.lm_head.weight.detach(), None)
+
+
+def biased_head(value: float) -> DraftHead:
+    return remade(tiny_head(), **{name: torch.full((size,), value) for name, size in BIASES.items()})
+
+
+def head_with_embeddings(embeddings: torch.Tensor) -> DraftHead:
+    head = tiny_head()
+    lm_head = head.lm_head.weight.detach()
+    made_for = fingerprint(head.embeddings)
+    return DraftHead(head.config, embeddings, lm_head, own_embeddings_for=made_for).eval()
+
+
+def test_biases_are_averaged_too() -> None:
+    averaged = average(biased_head(1.0), biased_head(3.0), 0.25).trained()
+    assert {name for name in averaged if name.endswith(".bias")} == BIASES.keys()
+    assert all(torch.equal(averaged[name], torch.full((size,), 2.5)) for name, size in BIASES.items())
+
+
+def test_heads_that_differ_in_more_than_values_have_no_average() -> None:
+    turned, own = tiny_head(), tiny_head().embeddings + 1
+    turned.config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
+    for other in (biased_head(1.0), turned, head_with_embeddings(own)):
+        for heads in ((tiny_head(), other), (other, tiny_head())):
+            with pytest.raises(InvalidCheckpoint, match="no average"):
+                average(*heads, 0.5)
+    averaged = average(head_with_embeddings(own), head_with_embeddings(own), 0.5)
+    assert torch.equal(averaged.embeddings, own)
+    assert averaged.own_embeddings_for == fingerprint(tiny_head().embeddings)
+
+
+def test_a_head_adapted_from_one_with_embeddings_and_biases_of_its_own_is_read_and_adapted_again(
+    data: RecordedData, tmp_path: Path
+) -> None:
+    target, answers = saved_target(tmp_path / "target"), [Answers(tmp_path / "answers")]
+    own = (tiny_head().embeddings + 1).bfloat16().float()
+    start = remade(head_with_embeddings(own), **{name: torch.zeros(size) for name, size in BIASES.items()})
+    save_head(start, tmp_path / "0", {}, torch.bfloat16)
+    recipe = TrainRecipe("hass", epochs=1, batch_size=8, learning_rate=0.02, draft_vocab=50)
+    for i in range(2):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        plan = SpecialistPlan(
+            "x", str(target), tmp_path / f"{i + 1}", tmp_path / f"state-{i}", recipe, str(tmp_path / f"{i}")
+        )
+        refuse_unfit_start(plan)
+        train_specialist(plan, answers, {})
+    heads = [load_head(tmp_path / f"{i}", target, torch.float32) for i in range(3)]
+    assert all(torch.equal(head.embeddings, own) for head in heads)
+    assert [head.draft_vocab.numel() for head in heads] == [VOCAB, 50, 50]
+    assert all(heads[1].trained()[name].any() and heads[2].trained()[name].any() for name in BIASES)
+    average_checkpoints(tmp_path / "1", tmp_path / "2", 0.5, str(target), tmp_path / "3")
+    assert torch.equal(load_head(tmp_path / "3", target, torch.float32).embeddings, own)
+
+
+@pytest.mark.parametrize("settings", ["null", '{"model_type": "llama", "hidden_size": "32"}', "{"])
+def test_a_target_that_no_head_can_be_made_for_is_refused_before_anything_is_answered(
+    settings: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    target, work = saved_target(tmp_path / "target"), tmp_path / "work"
+    capfd.readouterr()
+    (target / "config.json").write_text(settings)
+    data = questions(tmp_path / "prompts.jsonl")
+    command = ["train", "--domain", "adder", "--data", data, "--work", str(work), "--target", str(target)]
+    assert main([*command, *SHORT]) == 1
+    said = capfd.readouterr().err
+    assert said.startswith(f"taps: no head can be made for the target '{target}'")
+    assert said.count("\n") == 1
+    assert not work.exists()
 
 
 @pytest.mark.parametrize("weight", ["nan", "1.5", "-0.1", "half"])

@@ -9,7 +9,7 @@ Knows tensors; nothing of trees or files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -39,18 +39,23 @@ class DraftHead(nn.Module):
         embeddings: Tensor,
         lm_head: Tensor,
         draft_vocab: Tensor | None = None,
-        fc_bias: bool = False,
-        input_norm: bool = False,
+        tensors: Collection[str] = (),
+        own_embeddings_for: str | None = None,
     ) -> None:
-        """Args: embeddings, lm_head: [V, H] of the target; draft_vocab: [D] ids the head may draft."""
+        """Args: embeddings, lm_head: [V, H] of the target; draft_vocab: [D] ids the head may draft; tensors:
+        names of its weights, which say what biases and norms it has; own_embeddings_for: the fingerprint of the
+        target, where `embeddings` are not the target's but came with the head.
+        """
         super().__init__()
         hidden = config.hidden_size
         self.config = config
-        self.fc = nn.Linear(2 * hidden, hidden, bias=fc_bias)
+        self.own_embeddings_for = own_embeddings_for
+        self.fc = nn.Linear(2 * hidden, hidden, bias=False)
         layer: Any = LlamaDecoderLayer(config, 0)
-        if not input_norm:
+        if "layers.0.input_layernorm.weight" not in tensors:
             layer.input_layernorm = nn.Identity()
         self.layers = nn.ModuleList([layer])
+        self._add_biases(tensors)
         self._rotary = LlamaRotaryEmbedding(config)
         self.embeddings: Tensor
         self.register_buffer("embeddings", embeddings, persistent=False)
@@ -60,6 +65,15 @@ class DraftHead(nn.Module):
         ids = torch.arange(lm_head.shape[0]) if draft_vocab is None else draft_vocab
         self.draft_vocab: Tensor
         self.register_buffer("draft_vocab", ids, persistent=False)
+
+    def _add_biases(self, tensors: Collection[str]) -> None:
+        """Just those that `tensors` names: heads for Qwen2 have them on q, k and v alone, others on fc."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                biased = f"{name}.bias" in tensors
+                module.register_parameter(
+                    "bias", nn.Parameter(torch.zeros(module.out_features)) if biased else None
+                )
 
     @torch.no_grad()
     def fit_inputs(self, examples: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -104,6 +118,12 @@ class DraftHead(nn.Module):
         return {
             name: weight for name, weight in self.state_dict().items() if name.startswith(("fc.", "layers."))
         }
+
+    def remade(self, weights: Mapping[str, Tensor], lm_head: Tensor, draft_vocab: Tensor | None) -> DraftHead:
+        """This head with other weights, of the names and shapes of its own, and another draft vocabulary."""
+        head = DraftHead(self.config, self.embeddings, lm_head, draft_vocab, weights, self.own_embeddings_for)
+        head.load_state_dict(weights, strict=False)
+        return head
 
 
 def draft_config(target_config: Any) -> LlamaConfig:

@@ -11,11 +11,20 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, LlamaConfig
 
 from taps import __version__
 from taps.engine.threads import computing_with
-from taps.models.checkpoints import load_head, load_target_ends, save_head, target_fingerprint, weights_digest
+from taps.models.checkpoint_files import in_a_line
+from taps.models.checkpoints import (
+    InvalidCheckpoint,
+    load_head,
+    load_target_ends,
+    save_head,
+    target_fingerprint,
+    weights_digest,
+)
 from taps.models.draft_head import DraftHead, draft_config
 from taps.models.embedded import target_path
 from taps.recording.answers import Answers, refuse_other_target
@@ -41,10 +50,13 @@ class SpecialistPlan:
 
 
 def refuse_unfit_start(plan: SpecialistPlan) -> None:
-    """Raise `InvalidCheckpoint` where `plan.init` cannot be started from, before answers are generated."""
-    if plan.init is not None:
-        with computing_with(1):
-            load_head(plan.init, target_path(plan.target), torch.float32)
+    """Raise `InvalidCheckpoint` where a head cannot be started as planned, before answers are generated."""
+    target = target_path(plan.target)
+    with computing_with(1):
+        if plan.init is None:
+            _fresh_config(target)
+        else:
+            load_head(plan.init, target, torch.float32)
 
 
 def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenance: Mapping[str, Any]) -> None:
@@ -59,7 +71,8 @@ def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenanc
     rows = [row for part in answers for row in part.rows()]
     kept = all(row.has_features for row in rows)
     data = RecordedData(answers, None if kept else TargetFeatures(load_target(path)))
-    head = _new_head(plan, path, draft_vocabulary(rows, plan.training.draft_vocab, _vocab_size(path)), data)
+    vocab_size = load_target_ends(path)[0].shape[0]
+    head = _new_head(plan, path, draft_vocabulary(rows, plan.training.draft_vocab, vocab_size), data)
     weights = sum(p.numel() for p in head.parameters() if p.requires_grad)
     print(f"training {plan.domain}: {weights:,} weights, {data.num_answer_tokens:,} answer tokens", flush=True)
     identity = {
@@ -75,9 +88,15 @@ def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenanc
         print(_next_steps(plan), flush=True)
 
 
-def _vocab_size(target: str) -> int:
-    size: int = AutoConfig.from_pretrained(target).get_text_config().vocab_size
-    return size
+def _fresh_config(target: str) -> LlamaConfig:
+    try:
+        return draft_config(AutoConfig.from_pretrained(target))
+    except (
+        StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError,
+    ) as error:  # fmt: skip
+        raise InvalidCheckpoint(
+            f"no head can be made for the target {target!r}, by its config.json: {in_a_line(error)}"
+        ) from error
 
 
 def _new_head(
@@ -87,18 +106,11 @@ def _new_head(
     torch.manual_seed(plan.training.seed)
     embeddings, lm_head = load_target_ends(target)
     if plan.init is None:
-        config = draft_config(AutoConfig.from_pretrained(target))
-        head = DraftHead(config, embeddings.float(), lm_head.float(), vocabulary)
+        head = DraftHead(_fresh_config(target), embeddings.float(), lm_head.float(), vocabulary)
         head.fit_inputs(data.pairs(_PAIRS_PER_INPUT * head.fc.in_features))
         return head
     start = load_head(plan.init, target, torch.float32)
-    weights = start.trained()
-    head = DraftHead(
-        start.config, start.embeddings, lm_head.float(), vocabulary,
-        fc_bias="fc.bias" in weights, input_norm="layers.0.input_layernorm.weight" in weights,
-    )  # fmt: skip
-    head.load_state_dict(weights, strict=False)
-    return head
+    return start.remade(start.trained(), lm_head.float(), vocabulary)
 
 
 def _provenance(plan: SpecialistPlan, data: RecordedData, measured: Validation | None) -> dict[str, Any]:
