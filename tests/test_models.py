@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,8 @@ from taps.engine.scheduling import StepBudget
 from taps.engine.target import PrefillJob, Target, VerifyJob
 from taps.models.attention import PackedStep, Segment
 from taps.models.cache import CacheFull, SlotCache
-from taps.models.causal_lm import CausalLM, UnservableTarget
+from taps.models.causal_lm import CausalLM
+from taps.models.pretrained import UnservableTarget, load_config, load_tokenizer
 from taps.sampling import InvalidLogits, SamplingParams
 from taps.tree import ProposalTree
 from taps.verdict import PromptTooLong, Verdict
@@ -188,5 +190,16 @@ def test_a_target_that_cannot_be_served_is_refused_with_a_reason(config: PreTrai
 
 
 def test_a_missing_target_is_refused_with_a_reason(tmp_path: Any) -> None:
-    with pytest.raises(UnservableTarget, match="cannot load the target"):
+    with pytest.raises(UnservableTarget, match="cannot load the causal LM of the target"):
         CausalLM.load(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "config", ["null", "[]", "{", '{"model_type": "llama", "hidden_size": "576"}', '{"model_type": 5}']
+)
+def test_a_broken_target_is_refused_in_one_line(config: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    for load in (load_tokenizer, load_config, lambda path: CausalLM.load(path, torch.float32)):
+        with pytest.raises(UnservableTarget, match="cannot load") as caught:
+            load(tmp_path)
+        assert "\n" not in str(caught.value)

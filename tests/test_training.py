@@ -382,7 +382,7 @@ def test_a_target_that_no_head_can_be_made_for_is_refused_before_anything_is_ans
     command = ["train", "--domain", "adder", "--data", data, "--work", str(work), "--target", str(target)]
     assert main([*command, *SHORT]) == 1
     said = capfd.readouterr().err
-    assert said.startswith(f"taps: no head can be made for the target '{target}'")
+    assert said.startswith(f"taps: cannot load the config.json of the target '{target}'")
     assert said.count("\n") == 1
     assert not work.exists()
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoTokenizer
 
 from taps.composing import STRATEGIES, Compose, concatenated
 from taps.context import Context
@@ -33,6 +32,7 @@ from taps.evaluation.questions import Question, digest, load_questions
 from taps.models.causal_lm import CausalLM
 from taps.models.checkpoints import load_head
 from taps.models.embedded import target_path
+from taps.models.pretrained import load_tokenizer
 from taps.provenance import heads_made, made_with, unlike_names
 from taps.recording.answers import prompt_tokens
 from taps.recording.sources import Prompt
@@ -116,7 +116,7 @@ def measure(
         named = zip(names, (EagleDrafter(head, 2) for head in loaded), strict=True)
         with in_process(engine, named, num_threads) as (verifier, drafters):
             settings = _settings(drafters, len(heads), (False, True) if plan.temperature else (False,))
-            timed = _time_all(AutoTokenizer.from_pretrained(path), verifier, settings, questions, plan)
+            timed = _time_all(load_tokenizer(path), verifier, settings, questions, plan)
     return {
         "plan": asdict(plan),
         "target": target,

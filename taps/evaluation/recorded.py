@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
-
 from taps.drafting.drafter import PAPER_ASK
 from taps.evaluation.questions import InvalidQuestions, Question
+from taps.models.pretrained import load_tokenizer
 from taps.recording.answers import AnswerRecipe, answer_sampling
 from taps.recording.recorder import answer_prompts
 from taps.recording.shards import Recording, load_shard, shards
@@ -52,7 +51,7 @@ def record(target: str, questions: Sequence[Question], work: Path, plan: Evaluat
 
     Raises `InvalidQuestions` where none can be answered.
     """
-    tokenizer: Any = AutoTokenizer.from_pretrained(target)
+    tokenizer: Any = load_tokenizer(target)
     recipe = AnswerRecipe(
         answer_tokens=_UNBOUNDED, max_new_tokens=plan.new_tokens, max_prompt_tokens=_MAX_PROMPT,
         temperatures=(plan.temperature,), answers_per_prompt=1, sessions=plan.batch_size, seed=plan.seed,

@@ -11,21 +11,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from taps.models.attention import ATTENTION_NAME, PackedStep, Segment
 from taps.models.cache import SlotCache
 from taps.models.onednn import pack_linears
+from taps.models.pretrained import UnservableTarget, load_model
 
 _PROBE_TOKENS = 8
 # Largest difference to the model's own forward, relative to the logits' spread.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-class UnservableTarget(ValueError):
-    """The model cannot be a target; the message says why."""
 
 
 class CausalLM:
@@ -55,11 +51,7 @@ class CausalLM:
 
         Raises `UnservableTarget` when there is no such model or it cannot be served.
         """
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-            raise UnservableTarget(f"cannot load the target {str(path)!r} as a causal LM: {error}") from error
-        return cls(model)
+        return cls(load_model(path, dtype, device_map))
 
     @torch.inference_mode()
     def extend(self, tokens: Sequence[int], step: PackedStep, keep: Sequence[int]) -> tuple[Tensor, Tensor]:

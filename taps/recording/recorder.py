@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from taps.composing import merged
 from taps.context import Context
@@ -34,6 +34,7 @@ from taps.engine.verifier import BatchedVerifier
 from taps.models.causal_lm import CausalLM
 from taps.models.checkpoints import load_head, target_fingerprint
 from taps.models.embedded import target_path
+from taps.models.pretrained import load_tokenizer
 from taps.recording.answers import (
     AnswerRecipe,
     Answers,
@@ -86,22 +87,20 @@ def answer_prompts(
     the same ids. Answers to prompts with other ids may be there, and do not count.
     """
     with computing_with(1) as num_threads:
-        tokenizer = AutoTokenizer.from_pretrained(target)
+        tokenizer = load_tokenizer(target)
         made_by = target_fingerprint(target)
         refuse_other_answers(work, made_by, tokenizer, prompts, recipe)
         if is_complete(work, tokenizer, prompts, recipe):
             if num_answered(work, prompts) < recipe.answer_tokens:  # there are no more prompts
                 _say_left_out(left_out(work, tokenizer, prompts, recipe))
             return
+        loaded = [load_head(name, target, answering_dtype()) for name in heads]  # what is small may fail first
         model = load_target(target)
         budget = StepBudget(prefill_tokens=512, tree_nodes=recipe.sessions * _TREE.num_nodes if heads else 0)
         longest = recipe.max_prompt_tokens + recipe.max_new_tokens + budget.tree_nodes + 1
-        loaded = [load_head(name, target, model.dtype).to(model.device) for name in heads]
-        named = zip(
-            heads,
-            (EagleDrafter(head, recipe.sessions, longest + RESERVED_ROWS) for head in loaded),
-            strict=True,
-        )
+        room = longest + RESERVED_ROWS
+        drafting = [EagleDrafter(head.to(model.device), recipe.sessions, room) for head in loaded]
+        named = zip(heads, drafting, strict=True)
         engine = Target(model, recipe.sessions, longest, budget)
         with in_process(engine, named, num_threads) as (verifier, drafters):
             ends = end_tokens(target, tokenizer)
@@ -109,10 +108,14 @@ def answer_prompts(
 
 
 def load_target(target: str) -> CausalLM:
-    """On a GPU where there is one, in its precision; else on the CPU."""
-    if torch.cuda.is_available():
-        return CausalLM.load(target, torch.bfloat16, str(PartialState().device))
-    return CausalLM.load(target, torch.float32)
+    """On a GPU where there is one; else on the CPU."""
+    device = str(PartialState().device) if torch.cuda.is_available() else None
+    return CausalLM.load(target, answering_dtype(), device)
+
+
+def answering_dtype() -> torch.dtype:
+    """A GPU's precision where there is one; on the CPU the one in which answers are exact."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def _say_left_out(reasons: Mapping[str, Collection[str]]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 
 from taps import __version__
 from taps.engine.threads import computing_with
@@ -27,6 +27,7 @@ from taps.models.checkpoints import (
 )
 from taps.models.draft_head import DraftHead, draft_config
 from taps.models.embedded import target_path
+from taps.models.pretrained import load_config
 from taps.recording.answers import Answers, refuse_other_target
 from taps.recording.features import TargetFeatures
 from taps.recording.recorder import load_target
@@ -89,11 +90,10 @@ def train_specialist(plan: SpecialistPlan, answers: Sequence[Answers], provenanc
 
 
 def _fresh_config(target: str) -> LlamaConfig:
+    config = load_config(target)
     try:
-        return draft_config(AutoConfig.from_pretrained(target))
-    except (
-        StrictDataclassError, OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError,
-    ) as error:  # fmt: skip
+        return draft_config(config)
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise InvalidCheckpoint(
             f"no head can be made for the target {target!r}, by its config.json: {in_a_line(error)}"
         ) from error
