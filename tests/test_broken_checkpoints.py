@@ -284,7 +284,7 @@ def test_a_command_that_is_given_a_broken_head_says_so_in_a_line(
     head, data = tmp_path / "broken", tmp_path / "q.jsonl"
     shutil.copytree(PROJECT / "specialists" / "chat", head)
     with_config(head, taps=None)
-    data.write_text(json.dumps({"question": "2 + 2?", "instruction": "Add 2 and 2."}))
+    data.write_text(json.dumps({"question": "2 + 2?"}))
     math = PROJECT / "specialists" / "math"
     paths = {"HEAD": str(head), "MATH": str(math), "DATA": str(data), "OUT": str(tmp_path / "out")}
     assert main([paths.get(word, word) for word in command.split()]) == 1
