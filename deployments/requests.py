@@ -19,7 +19,7 @@ from deployments.errors import RequestError
 from deployments.schema import ChatRequest, CompletionRequest, TapsOptions, complaint
 from taps.decoding.delivery import Delivery, end_tokens
 from taps.drafting.drafter import Ask
-from taps.sampling import SamplingParams
+from taps.sampling import LEAST_TEMPERATURE, SamplingParams
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _SEED_MASK = 0xFFFFFFFFFFFFFFFF
@@ -52,7 +52,10 @@ class RequestReader:
 
     def read_chat(self, request: ChatRequest, drafters_up: Collection[str]) -> Generation:
         messages = [message.plain() for message in request.messages]
-        self._refuse_far_too_long(sum(len(message["content"]) for message in messages), "messages")
+        if len(messages) > self._target.max_tokens:
+            raise self._too_long(f"{len(messages)} messages", "messages")
+        shown = (message.get(key, "") for message in messages for key in ("content", "name"))
+        self._refuse_far_too_long(sum(map(len, shown)), "messages")
         try:
             templated = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         except Exception as error:  # templates raise errors of their own about roles and their order
@@ -81,10 +84,12 @@ class RequestReader:
 
     def _refuse_far_too_long(self, num_characters: int, where: str) -> None:
         """Text that cannot fit however it is tokenized: that would take long, and every stream would wait."""
-        limit = self._target.max_tokens
-        if num_characters > limit * self._longest_token:
-            reason = f"the maximum context length is {limit} tokens; the prompt has {num_characters} characters"
-            raise RequestError(reason, where, code="context_length_exceeded")
+        if num_characters > self._target.max_tokens * self._longest_token:
+            raise self._too_long(f"{num_characters} characters", where)
+
+    def _too_long(self, size: str, where: str) -> RequestError:
+        reason = f"the maximum context length is {self._target.max_tokens} tokens; the prompt has {size}"
+        return RequestError(reason, where, code="context_length_exceeded")
 
     def _generation(
         self,
@@ -93,9 +98,6 @@ class RequestReader:
         max_tokens: int | None,
         drafters_up: Collection[str],
     ) -> Generation:
-        if request.model != self._args.model_name:
-            reason = f"the model {request.model!r} does not exist; this server has {self._args.model_name!r}"
-            raise RequestError(reason, "model", code="model_not_found")
         where = "messages" if isinstance(request, ChatRequest) else "prompt"
         if not prompt:
             raise RequestError("the prompt is empty", where)
@@ -104,12 +106,10 @@ class RequestReader:
         if lowest < 0 or highest > last:
             other = lowest if lowest < 0 else highest
             raise RequestError(f"token ids must lie between 0 and {last}; the prompt has {other}", where)
-        limit = self._target.max_tokens
-        room = limit - len(prompt)
+        room = self._target.max_tokens - len(prompt)
         if room < 1 or (max_tokens or 1) > room:
-            reason = f"the maximum context length is {limit} tokens; the prompt has {len(prompt)}"
             wanted = f" and {max_tokens} more were requested" if max_tokens else ""
-            raise RequestError(reason + wanted, where, code="context_length_exceeded")
+            raise self._too_long(f"{len(prompt)}{wanted}", where)
         tree, params = self._tree(request.options), _sampling(request)
         return Generation(
             tuple(prompt),
@@ -143,9 +143,12 @@ class RequestReader:
 
 
 def _sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
+    temperature = 1.0 if request.temperature is None else request.temperature
+    top_p = 1.0 if request.top_p is None else request.top_p
+    likeliest = temperature < LEAST_TEMPERATURE or top_p == 0
     return SamplingParams(
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        temperature=0.0 if likeliest else temperature,
+        top_p=top_p or 1.0,
         top_k=min(max(request.top_k or 0, 0), _MOST_TOKENS),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
