@@ -122,7 +122,14 @@ MESSAGE: Collection[Any] = (False, "", [], {})
 
 def asks_for_nothing(name: str, value: Any, neutral: Neutral) -> bool:
     """Whether the parameter, at this value, leaves every answer as it is."""
-    return value is None or name in WITHOUT_EFFECT or is_one_of(value, neutral.get(name, ()))
+    return value is None or name in WITHOUT_EFFECT or is_one_of(said(value), neutral.get(name, ()))
+
+
+def said(value: Any) -> Any:
+    """A JSON object without its nulls; any other value as it is."""
+    if not isinstance(value, dict):
+        return value
+    return {name: inside for name, inside in value.items() if inside is not None}
 
 
 def is_one_of(value: Any, neutral: Collection[Any]) -> bool:

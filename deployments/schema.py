@@ -7,7 +7,7 @@ accepted.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -30,6 +30,7 @@ from deployments.neutral import (
     Neutral,
     asks_for_nothing,
     is_one_of,
+    said,
 )
 from taps.composing import STRATEGIES
 
@@ -53,16 +54,14 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _null_says_nothing(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict):
-            return fields
-        return {name: value for name, value in fields.items() if value is not None}
+        return said(fields)
 
 
-def _refuse_what_is_not_supported(extra: Mapping[str, Any] | None, known: Neutral) -> None:
+def _not_supported(extra: Mapping[str, Any] | None, known: Neutral) -> Iterator[tuple[str, str]]:
+    """The names that ask for something, and what is said of them."""
     for name, value in (extra or {}).items():
         if not asks_for_nothing(name, value, known):
-            shown = json.dumps(value)[:80]
-            raise ValueError(f"{name!r} = {shown} is not supported by this server; leave it out")
+            yield name, f"{name!r} = {json.dumps(value)[:80]} is not supported by this server; leave it out"
 
 
 class TapsOptions(_Body):
@@ -90,7 +89,8 @@ class StreamOptions(_Body):
 
     @model_validator(mode="after")
     def _supported(self) -> StreamOptions:
-        _refuse_what_is_not_supported(self.model_extra, STREAM_OPTIONS)
+        for _, reason in _not_supported(self.model_extra, STREAM_OPTIONS):
+            raise ValueError(reason)
         return self
 
 
@@ -114,7 +114,8 @@ class _Request(_Body):
 
     @model_validator(mode="after")
     def _supported(self) -> _Request:
-        _refuse_what_is_not_supported(self.model_extra, self.neutral)
+        for name, reason in _not_supported(self.model_extra, self.neutral):
+            raise RequestError(reason, name)
         return self
 
     @field_validator("stop")

@@ -57,7 +57,7 @@ from tests.test_schema import chat, completion, refusal
 )
 def test_a_parameter_that_would_change_the_answer_is_refused_by_name(name: str, value: object) -> None:
     error = refusal(**{name: value})
-    assert (error.status, error.body()["error"]["type"]) == (400, "invalid_request_error")
+    assert (error.status, error.body()["error"]["type"], error.param) == (400, "invalid_request_error", name)
     assert repr(name) in error.message
     assert "leave it out" in error.message
 

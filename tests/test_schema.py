@@ -57,7 +57,12 @@ def test_null_says_nothing_under_any_name() -> None:
         "anything",
     ]
     message = {"role": "user", "content": "hi", "name": None, "tool_calls": None, "anything": None}
-    inside = {"stream_options": {"anything": None}, "taps": {"strategy": None, "anything": None}}
+    inside = {
+        "stream_options": {"anything": None},
+        "taps": {"strategy": None, "anything": None},
+        "response_format": {"type": "text", "json_schema": None},
+        "chat_template_kwargs": {"enable_thinking": None},
+    }
     assert chat(**dict.fromkeys(names)).temperature is None
     assert chat(messages=[message], **inside).options == TapsOptions()
     assert completion(**dict.fromkeys(names)).max_tokens is None
