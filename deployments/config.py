@@ -20,6 +20,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NumNodes = Annotated[int, Field(ge=1, le=MOST_NODES)]
 Depth = Annotated[int, Field(ge=1, le=MOST_DEPTH)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
+Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/]+)$")]  # as browsers send it: no path
 
 
 class Args(BaseModel):
@@ -85,6 +86,8 @@ class RouterArgs(Args):
     request_deadline_s: PositiveSeconds = 600.0
     discovery_interval_s: PositiveSeconds = 2.0
     start_deadline_s: PositiveSeconds = 1800.0  # waiting for the first verifier, which loads the target
+    max_body_bytes: PositiveInt = 8 << 20  # of a request; the longest context as escaped text takes about one
+    cors_origins: list[Origin] = ["*"]  # whose scripts may call in a browser, without credentials; [] is none
 
 
 class CoreArgs(Args):

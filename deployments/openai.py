@@ -73,14 +73,18 @@ class Writer:
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head(kind), "choices": [choice], **_summary(record)}
 
-    def chunk(self, text: str, finish_reason: FinishReason | None, first: bool = False) -> str:
-        choice: Json = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
-        if self._chat:
-            choice["delta"] = ({"role": "assistant"} if first else {}) | (
-                {"content": text} if text or first else {}
-            )
-        else:
-            choice["text"] = text
+    def first_chunk(self, text: str) -> str:
+        return self._chunk({"delta": {"role": "assistant", "content": text}} if self._chat else {"text": text})
+
+    def chunk(self, text: str) -> str:
+        return self._chunk({"delta": {"content": text}} if self._chat else {"text": text})
+
+    def last_chunk(self, finish_reason: FinishReason) -> str:
+        """Without text: clients stop reading text where there is a reason."""
+        return self._chunk({"delta": {}} if self._chat else {"text": ""}, finish_reason)
+
+    def _chunk(self, what: Json, finish_reason: FinishReason | None = None) -> str:
+        choice = {"index": 0, **what, "logprobs": None, "finish_reason": finish_reason}
         return _event({**self._chunk_head(), "choices": [choice]})
 
     def usage_chunk(self, record: RequestRecord) -> str:

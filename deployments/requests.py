@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from transformers import AutoTokenizer
@@ -19,7 +19,7 @@ from deployments.errors import RequestError
 from deployments.schema import ChatRequest, CompletionRequest, TapsOptions, complaint
 from taps.decoding.delivery import Delivery, end_tokens
 from taps.drafting.drafter import Ask
-from taps.sampling import SamplingParams
+from taps.sampling import LEAST_TEMPERATURE, SamplingParams
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _SEED_MASK = 0xFFFFFFFFFFFFFFFF
@@ -40,6 +40,13 @@ class Generation:
     ask: Ask
 
 
+class Drafters(NamedTuple):
+    """Names that requests may say."""
+
+    up: Collection[str]
+    away: Collection[str] = ()  # they were up and will be again: an answer goes on without
+
+
 class RequestReader:
     """Turns requests into generations; everything wrong with one is a `RequestError`."""
 
@@ -50,20 +57,23 @@ class RequestReader:
         self._end_tokens = end_tokens(target_path, self._tokenizer)
         self._longest_token = max(map(len, self._tokenizer.get_vocab()))
 
-    def read_chat(self, request: ChatRequest, drafters_up: Collection[str]) -> Generation:
+    def read_chat(self, request: ChatRequest, drafters: Drafters) -> Generation:
         messages = [message.plain() for message in request.messages]
-        self._refuse_far_too_long(sum(len(message["content"]) for message in messages), "messages")
+        if len(messages) > self._target.max_tokens:
+            raise self._too_long(f"{len(messages)} messages", "messages")
+        shown = (message.get(key, "") for message in messages for key in ("content", "name"))
+        self._refuse_far_too_long(sum(map(len, shown)), "messages")
         try:
             templated = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         except Exception as error:  # templates raise errors of their own about roles and their order
             reason = f"the target's chat template refuses these messages: {error}"
             raise RequestError(reason, "messages") from error
         max_tokens = request.max_completion_tokens or request.max_tokens
-        return self._generation(request, templated["input_ids"], max_tokens, drafters_up)
+        return self._generation(request, templated["input_ids"], max_tokens, drafters)
 
-    def read_completion(self, request: CompletionRequest, drafters_up: Collection[str]) -> Generation:
+    def read_completion(self, request: CompletionRequest, drafters: Drafters) -> Generation:
         max_tokens = request.max_tokens or _DEFAULT_COMPLETION_TOKENS
-        return self._generation(request, self._tokenize(request), max_tokens, drafters_up)
+        return self._generation(request, self._tokenize(request), max_tokens, drafters)
 
     def delivery(self, job: Generation) -> Delivery:
         """The text of `job`'s answer, as its tokens come."""
@@ -81,21 +91,20 @@ class RequestReader:
 
     def _refuse_far_too_long(self, num_characters: int, where: str) -> None:
         """Text that cannot fit however it is tokenized: that would take long, and every stream would wait."""
-        limit = self._target.max_tokens
-        if num_characters > limit * self._longest_token:
-            reason = f"the maximum context length is {limit} tokens; the prompt has {num_characters} characters"
-            raise RequestError(reason, where, code="context_length_exceeded")
+        if num_characters > self._target.max_tokens * self._longest_token:
+            raise self._too_long(f"{num_characters} characters", where)
+
+    def _too_long(self, size: str, where: str) -> RequestError:
+        reason = f"the maximum context length is {self._target.max_tokens} tokens; the prompt has {size}"
+        return RequestError(reason, where, code="context_length_exceeded")
 
     def _generation(
         self,
         request: ChatRequest | CompletionRequest,
         prompt: list[int],
         max_tokens: int | None,
-        drafters_up: Collection[str],
+        drafters: Drafters,
     ) -> Generation:
-        if request.model != self._args.model_name:
-            reason = f"the model {request.model!r} does not exist; this server has {self._args.model_name!r}"
-            raise RequestError(reason, "model", code="model_not_found")
         where = "messages" if isinstance(request, ChatRequest) else "prompt"
         if not prompt:
             raise RequestError("the prompt is empty", where)
@@ -104,12 +113,10 @@ class RequestReader:
         if lowest < 0 or highest > last:
             other = lowest if lowest < 0 else highest
             raise RequestError(f"token ids must lie between 0 and {last}; the prompt has {other}", where)
-        limit = self._target.max_tokens
-        room = limit - len(prompt)
+        room = self._target.max_tokens - len(prompt)
         if room < 1 or (max_tokens or 1) > room:
-            reason = f"the maximum context length is {limit} tokens; the prompt has {len(prompt)}"
             wanted = f" and {max_tokens} more were requested" if max_tokens else ""
-            raise RequestError(reason + wanted, where, code="context_length_exceeded")
+            raise self._too_long(f"{len(prompt)}{wanted}", where)
         tree, params = self._tree(request.options), _sampling(request)
         return Generation(
             tuple(prompt),
@@ -117,7 +124,7 @@ class RequestReader:
             max_tokens or room,
             request.stop_strings,
             tree.strategy,
-            self._choose(tree.strategy, request.options.drafters, drafters_up),
+            self._choose(tree.strategy, request.options.drafters, drafters),
             Ask(tree.num_nodes, tree.depth, tree.top_k, params if tree.coupled else None),
         )
 
@@ -129,23 +136,26 @@ class RequestReader:
             _, reason = complaint(error)
             raise RequestError(f"taps: {reason}", "taps") from error
 
-    def _choose(self, strategy: str, names: list[str] | None, up: Collection[str]) -> tuple[str, ...]:
-        """The drafters to ask: those named, or the configured ones that are up."""
-        unknown = [name for name in names or [] if name not in up]
+    def _choose(self, strategy: str, names: list[str] | None, there: Drafters) -> tuple[str, ...]:
+        """The drafters to ask: of those named, or else configured, the ones that are up."""
+        unknown = [name for name in names or [] if name not in there.up and name not in there.away]
         if unknown:
-            there = ", ".join(up) or "none"
-            raise RequestError(f"no drafter {unknown[0]!r} is up; there are: {there}", "taps.drafters")
-        wanted = names if names is not None else [*(self._args.drafters or ()), *up]
-        chosen = tuple(name for name in dict.fromkeys(wanted) if name in up)
+            up = ", ".join(there.up) or "none"
+            raise RequestError(f"no drafter {unknown[0]!r} is up; there are: {up}", "taps.drafters")
+        wanted = names if names is not None else [*(self._args.drafters or ()), *there.up]
+        chosen = tuple(name for name in dict.fromkeys(wanted) if name in there.up)
         if strategy == "off":
             return ()
         return chosen[:1] if strategy == "single" else chosen[:_MOST_DRAFTERS]
 
 
 def _sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
+    temperature = 1.0 if request.temperature is None else request.temperature
+    top_p = 1.0 if request.top_p is None else request.top_p
+    likeliest = temperature < LEAST_TEMPERATURE or top_p == 0
     return SamplingParams(
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=1.0 if request.top_p is None else request.top_p,
+        temperature=0.0 if likeliest else temperature,
+        top_p=top_p or 1.0,
         top_k=min(max(request.top_k or 0, 0), _MOST_TOKENS),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,

@@ -1,63 +1,78 @@
 """What requests may hold, in the OpenAI HTTP format. Knows JSON and names; nothing of tokenizers or targets.
 
-A parameter that would change the answer and is not supported is refused; one that asks for nothing is accepted.
+A parameter that would change the answer and is not supported is refused; everything that asks for nothing is
+accepted.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from deployments.config import Depth, NumNodes
 from deployments.errors import RequestError
+from deployments.neutral import (
+    CHAT,
+    COMPLETION,
+    MESSAGE,
+    STREAM_OPTIONS,
+    Neutral,
+    asks_for_nothing,
+    is_one_of,
+    said,
+)
 from taps.composing import STRATEGIES
-from taps.sampling import LEAST_TEMPERATURE
 
 R = TypeVar("R", bound="_Request")
 
-# Parameters that never change the text of an answer.
-_WITHOUT_EFFECT = {
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction",
-    "parallel_tool_calls", "moderation", "prompt_cache_retention", "prompt_cache_options",
-}  # fmt: skip
-# Parameters that would change the answer unless they have one of these values.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1, None),
-    "best_of": (1, None),
-    "echo": (False, None),
-    "suffix": ("", None),
-    "logprobs": (False, None),
-    "top_logprobs": (0, None),
-    "logit_bias": ({}, None),
-    "response_format": ({"type": "text"}, None),
-    "tools": ([], None),
-    "tool_choice": ("none", "auto", None),
-    "functions": ([], None),
-    "function_call": ("none", "auto", None),
-    "modalities": (["text"], None),
-    "audio": (None,),
-    "reasoning_effort": (None,),
-    "verbosity": (None,),
-    "web_search_options": (None,),
-}
+
+def _whole(value: Any) -> Any:
+    """A whole number that was written as a float, as an integer; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _is_neutral(name: str, value: Any) -> bool:
-    """Whether the value asks for nothing; 0 is not False here."""
-    return any(value == neutral and type(value) is type(neutral) for neutral in _NEUTRAL.get(name, ()))
+_WHOLE = BeforeValidator(_whole)
+Tokens = Annotated[int, Field(ge=1), _WHOLE]
 
 
-class TapsOptions(BaseModel):
+class _Body(BaseModel):
+    """A JSON object in which `null` means that nothing was said."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_says_nothing(cls, fields: Any) -> Any:
+        return said(fields)
+
+
+def _not_supported(extra: Mapping[str, Any] | None, known: Neutral) -> Iterator[tuple[str, str]]:
+    """The names that ask for something, and what is said of them."""
+    for name, value in (extra or {}).items():
+        if not asks_for_nothing(name, value, known):
+            yield name, f"{name!r} = {json.dumps(value)[:80]} is not supported by this server; leave it out"
+
+
+class TapsOptions(_Body):
     """How this request is speculated on; never changes its text."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     strategy: str | None = None
     drafters: list[str] | None = None
-    num_nodes: NumNodes | None = None
-    depth: Depth | None = None
+    num_nodes: Annotated[NumNodes, _WHOLE] | None = None
+    depth: Annotated[Depth, _WHOLE] | None = None
 
     @field_validator("strategy")
     @classmethod
@@ -67,24 +82,30 @@ class TapsOptions(BaseModel):
         return name
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
+class StreamOptions(_Body):
+    """How an answer is streamed; without a stream they ask for nothing."""
 
     include_usage: bool = False
 
+    @model_validator(mode="after")
+    def _supported(self) -> StreamOptions:
+        for _, reason in _not_supported(self.model_extra, STREAM_OPTIONS):
+            raise ValueError(reason)
+        return self
 
-class _Request(BaseModel):
+
+class _Request(_Body):
     """What both endpoints share. Where a request is silent, OpenAI's defaults hold."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    neutral: ClassVar[Neutral]
 
     model: str
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1), _WHOLE] | None = None
+    seed: Annotated[int, _WHOLE] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     stream: bool | None = None
@@ -92,13 +113,9 @@ class _Request(BaseModel):
     taps: TapsOptions | None = None
 
     @model_validator(mode="after")
-    def _refuse_what_is_not_supported(self) -> _Request:
-        for name, value in (self.model_extra or {}).items():
-            if name in _WITHOUT_EFFECT or _is_neutral(name, value):
-                continue
-            raise ValueError(
-                f"{name!r} = {json.dumps(value)[:80]} is not supported by this server; leave it out"
-            )
+    def _supported(self) -> _Request:
+        for name, reason in _not_supported(self.model_extra, self.neutral):
+            raise RequestError(reason, name)
         return self
 
     @field_validator("stop")
@@ -109,18 +126,10 @@ class _Request(BaseModel):
             raise ValueError("at most 16 stop strings of at most 256 characters")
         return stop
 
-    @field_validator("temperature")
-    @classmethod
-    def _not_too_cold(cls, temperature: float | None) -> float | None:
-        if temperature is not None and 0 < temperature < LEAST_TEMPERATURE:
-            raise ValueError(f"below {LEAST_TEMPERATURE:g} but not 0; send 0 for the likeliest tokens")
-        return temperature
-
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        strings = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(dict.fromkeys(string for string in strings if string))
 
     @property
     def options(self) -> TapsOptions:
@@ -132,77 +141,109 @@ class _Request(BaseModel):
 
 
 class TextPart(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    """A part of a message; what else clients note on it, such as `cache_control`, is not the target's."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(_Body):
     """Clients send our own answers back with fields such as `refusal: null`: empty ones are fine."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
-
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    name: str | None = None
 
     @model_validator(mode="after")
-    def _refuse_what_is_not_supported(self) -> ChatMessage:
+    def _supported(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of the role {self.role!r} needs a content")
         for name, value in (self.model_extra or {}).items():
-            if value not in (None, [], {}):
+            if name != "cache_control" and not is_one_of(value, MESSAGE):
                 raise ValueError(f"{name!r} in a message is not supported by this server; leave it out")
         return self
 
     def plain(self) -> dict[str, str]:
-        """As a chat template takes it."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        """As a chat template takes it: each part on a line of its own, a name for templates that show it."""
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
 
 
 class ChatRequest(_Request):
     """POST /v1/chat/completions"""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    neutral = CHAT
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
+    max_completion_tokens: Tokens | None = None
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions. One prompt: a string, or token ids."""
 
-    prompt: str | list[int]
+    neutral = COMPLETION
+
+    prompt: str | Annotated[list[int], Field(fail_fast=True)]
 
     @field_validator("prompt", mode="before")
     @classmethod
     def _one_prompt(cls, prompt: Any) -> Any:
-        """Without the list around a single text."""
+        """Without the list around a single prompt."""
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             if len(prompt) > 1:
                 raise ValueError("one prompt per request; send several requests, they are batched")
             prompt = prompt[0]
         if not prompt:
             raise ValueError("the prompt is empty")
-        return prompt
+        return [_whole(token) for token in prompt] if isinstance(prompt, list) else prompt
 
 
-def parse_chat(body: bytes) -> ChatRequest:
-    return _validated(ChatRequest, body)
+def parse_chat(body: bytes, model_name: str) -> ChatRequest:
+    """Args: model_name: of the one model there is. Raises `RequestError`."""
+    return _validated(ChatRequest, body, model_name)
 
 
-def parse_completion(body: bytes) -> CompletionRequest:
-    return _validated(CompletionRequest, body)
+def parse_completion(body: bytes, model_name: str) -> CompletionRequest:
+    """Args: model_name: of the one model there is. Raises `RequestError`."""
+    return _validated(CompletionRequest, body, model_name)
 
 
-def _validated(model: type[R], body: bytes) -> R:
+def _validated(request: type[R], body: bytes, model_name: str) -> R:
+    """The request that `body` holds. Another model is said first: whatever else is odd may be meant for it."""
     try:
-        parsed = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the request body is not JSON: {error}") from error
-    try:
-        return model.model_validate(parsed)
+        fields = _decoded(body)
+        if isinstance(fields, dict) and isinstance(fields.get("model"), str) and fields["model"] != model_name:
+            raise unknown_model(fields["model"], model_name)
+        return request.model_validate(fields)
     except ValidationError as error:
         where, reason = complaint(error)
         raise RequestError(f"{where}: {reason}" if where else reason, param=where or None) from error
+    except RecursionError as error:
+        raise RequestError("the request body is nested too deeply") from error
+
+
+def _decoded(body: bytes) -> Any:
+    """The JSON of `body`, all of whose text can be written."""
+    try:
+        text = body.decode("utf-8-sig")
+        fields = json.loads(text)
+        if "\\u" in text:
+            json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise RequestError(f"the request body has half of a character, {half}; send whole ones") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the request body is not JSON: {error}") from error
+    return fields
+
+
+def unknown_model(name: str, there: str) -> RequestError:
+    reason = f"the model {name!r} does not exist; this server has {there!r}"
+    return RequestError(reason, "model", 404, "model_not_found")
 
 
 def complaint(error: ValidationError) -> tuple[str, str]:

@@ -63,10 +63,8 @@ def test_a_whole_completion() -> None:
 
 def test_chat_chunks_begin_with_the_role_and_share_their_head() -> None:
     writer = Writer("chat", "m")
-    chunks = [
-        payload(c)
-        for c in (writer.chunk("", None, first=True), writer.chunk("a\nb", None), writer.chunk("", "stop"))
-    ]
+    events = writer.first_chunk(""), writer.chunk("a\nb"), writer.last_chunk("stop")
+    chunks = [payload(event) for event in events]
     assert [c["choices"][0]["delta"] for c in chunks] == [
         {"role": "assistant", "content": ""},
         {"content": "a\nb"},
@@ -78,10 +76,13 @@ def test_chat_chunks_begin_with_the_role_and_share_their_head() -> None:
 
 def test_completion_chunks_carry_text() -> None:
     writer = Writer("completion", "m")
-    chunk = payload(writer.chunk("\N{GRINNING FACE}", "length", first=True))
-    assert chunk["object"] == "text_completion"
-    assert chunk["choices"] == [
-        {"index": 0, "finish_reason": "length", "logprobs": None, "text": "\N{GRINNING FACE}"}
+    events = writer.first_chunk("\N{GRINNING FACE}"), writer.chunk("b"), writer.last_chunk("length")
+    chunks = [payload(event) for event in events]
+    assert {chunk["object"] for chunk in chunks} == {"text_completion"}
+    assert [chunk["choices"] for chunk in chunks] == [
+        [{"index": 0, "finish_reason": None, "logprobs": None, "text": "\N{GRINNING FACE}"}],
+        [{"index": 0, "finish_reason": None, "logprobs": None, "text": "b"}],
+        [{"index": 0, "finish_reason": "length", "logprobs": None, "text": ""}],
     ]
 
 
@@ -94,9 +95,9 @@ def test_the_usage_chunk_has_no_choices() -> None:
 
 def test_a_stream_with_usage_has_a_null_on_every_other_chunk() -> None:
     writer = Writer("chat", "m", include_usage=True)
-    assert payload(writer.chunk("a", None))["usage"] is None
+    assert payload(writer.chunk("a"))["usage"] is None
     assert payload(writer.usage_chunk(record_of(1, 2)))["usage"]["total_tokens"] == 3
-    assert "usage" not in payload(Writer("chat", "m").chunk("a", None))
+    assert "usage" not in payload(Writer("chat", "m").chunk("a"))
 
 
 def test_two_answers_have_two_ids() -> None:

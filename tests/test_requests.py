@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from deployments.config import RouterArgs, TreeArgs
 from deployments.descriptions import TargetDescription
 from deployments.errors import RequestError
 from deployments.openai import Json
-from deployments.requests import Generation, RequestReader
+from deployments.requests import Drafters, Generation, RequestReader
 from deployments.schema import parse_chat, parse_completion
-from taps.sampling import SamplingParams
+from taps.sampling import LEAST_TEMPERATURE, SamplingParams
 
 MODEL = "SmolLM2-135M-Instruct"
 TARGET = TargetDescription(vocab_size=1000, fingerprint="", max_tokens=100)
-UP = ["chat", "math"]
+UP = Drafters(["chat", "math"], ["code"])
 
 
 class CharacterTokenizer:
@@ -34,10 +35,14 @@ class CharacterTokenizer:
     def __call__(self, text: str) -> Json:
         return {"input_ids": [ord(c) for c in text]}
 
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        return "".join(map(chr, token_ids))
+
     def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> Json:
+        """A template that shows names."""
         if messages[0]["role"] == "assistant":
             raise ValueError("an answer cannot come first")
-        return self("".join(message["content"] for message in messages))
+        return self("".join(message.get("name", "") + message["content"] for message in messages))
 
 
 @pytest.fixture
@@ -48,12 +53,12 @@ def reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RequestReader:
 
 def read_chat(reader: RequestReader, **fields: Any) -> Generation:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]} | fields
-    return reader.read_chat(parse_chat(json.dumps(body).encode()), UP)
+    return reader.read_chat(parse_chat(json.dumps(body).encode(), MODEL), UP)
 
 
 def read_completion(reader: RequestReader, prompt: object, **fields: Any) -> Generation:
     body = {"model": MODEL, "prompt": prompt} | fields
-    return reader.read_completion(parse_completion(json.dumps(body).encode()), UP)
+    return reader.read_completion(parse_completion(json.dumps(body).encode(), MODEL), UP)
 
 
 def test_where_a_request_is_silent_openais_defaults_hold(reader: RequestReader) -> None:
@@ -76,6 +81,27 @@ def test_sampling_parameters_arrive(reader: RequestReader) -> None:
     }
     assert read_chat(reader, **fields).params == SamplingParams(0.0, 0.5, 7, 1.0, -1.0, seed=2**64 - 1)
     assert read_chat(reader, top_k=-1).params.top_k == 0
+
+
+@pytest.mark.parametrize(
+    "fields", [{"temperature": 0}, {"temperature": -0.0}, {"temperature": 1e-40}, {"top_p": 0}]
+)
+def test_whoever_asks_for_the_likeliest_tokens_gets_greedy_decoding(
+    reader: RequestReader, fields: Json
+) -> None:
+    params = read_chat(reader, **fields).params
+    assert params.greedy
+    assert params.top_p == 1.0
+    assert str(params.temperature) == "0.0"
+
+
+def test_the_least_temperature_is_sampled_with(reader: RequestReader) -> None:
+    assert read_chat(reader, temperature=LEAST_TEMPERATURE).params.temperature == LEAST_TEMPERATURE
+
+
+def test_a_name_reaches_the_chat_template(reader: RequestReader) -> None:
+    messages = [{"role": "user", "name": "Ann", "content": "hello"}]
+    assert read_chat(reader, messages=messages).prompt == tuple(map(ord, "Annhello"))
 
 
 def test_unseeded_requests_draw_differently(reader: RequestReader) -> None:
@@ -128,13 +154,17 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(
     assert refused.value.code == "context_length_exceeded"
     with pytest.raises(RequestError, match="101 characters"):
         read_chat(reader, messages=[{"role": "user", "content": "x" * 101}])
+    with pytest.raises(RequestError, match="101 characters"):
+        read_chat(reader, messages=[{"role": "user", "name": "x" * 100, "content": "x"}])
+    with pytest.raises(RequestError, match="101 messages"):
+        read_chat(reader, messages=[{"role": "user", "content": ""}] * 101)
 
 
 def test_numbers_beyond_what_travels_are_brought_into_range(reader: RequestReader) -> None:
     assert read_chat(reader, top_k=10**24).params.top_k == 2**31 - 1
     many = [f"drafter-{i}" for i in range(70)]
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
-    assert len(reader.read_chat(parse_chat(json.dumps(body).encode()), many).drafters) == 64
+    assert len(reader.read_chat(parse_chat(json.dumps(body).encode(), MODEL), Drafters(many)).drafters) == 64
 
 
 def test_a_prompt_of_no_tokens_is_refused(reader: RequestReader) -> None:
@@ -146,7 +176,7 @@ def test_a_prompt_of_no_tokens_is_refused(reader: RequestReader) -> None:
 def test_another_model_is_refused_by_name(reader: RequestReader) -> None:
     with pytest.raises(RequestError, match=MODEL) as caught:
         read_chat(reader, model="gpt-5")
-    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert (caught.value.status, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
 
 
 def test_messages_the_template_refuses_are_the_users_error(reader: RequestReader) -> None:
@@ -159,6 +189,16 @@ def test_options_go_before_the_configuration(reader: RequestReader) -> None:
     job = read_chat(reader, taps={"strategy": "confidence", "num_nodes": 3, "depth": 2})
     assert (job.strategy, job.ask.num_nodes, job.ask.depth, job.ask.top_k) == ("confidence", 3, 2, 4)
     assert read_chat(reader).strategy == "merged"
+
+
+@pytest.mark.parametrize("strategy", ["single", "merged", "confidence"])
+def test_a_request_may_name_a_drafter_that_is_away_for_a_moment(strategy: str, reader: RequestReader) -> None:
+    """As while its replica is replaced: the answer goes on without."""
+    job = read_chat(reader, taps={"strategy": strategy, "drafters": ["code", "math"]})
+    assert job.drafters == ("math",)
+    assert read_chat(reader, taps={"strategy": strategy, "drafters": ["code"]}).drafters == ()
+    with pytest.raises(RequestError, match="no drafter 'maths' is up; there are: chat, math"):
+        read_chat(reader, taps={"strategy": strategy, "drafters": ["maths"]})
 
 
 def test_drafters_are_told_the_noise_of_the_request_unless_the_configuration_says_no(

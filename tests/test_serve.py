@@ -94,7 +94,6 @@ def test_stop_string_ends_the_answer_before_it(cluster: Cluster) -> None:
     ("body", "says"),
     [
         ({"messages": []}, "messages"),
-        ({"model": "gpt-4"}, "gpt-4"),
         ({"taps": {"drafters": ["nobody"]}}, "nobody"),
         ({"taps": {"strategy": "magic"}}, "magic"),
         ({"temperature": "hot"}, "temperature"),
@@ -119,8 +118,10 @@ def test_broken_json_is_a_400(cluster: Cluster) -> None:
 
 
 def test_the_openai_client_raises_its_own_error(cluster: Cluster) -> None:
-    with pytest.raises(openai.BadRequestError, match="does not exist"):
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
         cluster.client.chat.completions.create(model="other", messages=cast(Any, USER))
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        ask(cluster, temperature=3)
 
 
 def test_models_lists_the_target(cluster: Cluster) -> None:
@@ -215,6 +216,65 @@ def test_a_specialist_joins_the_running_cluster(cluster: Cluster) -> None:
     assert {name: after[name] for name in before} == before
     used = ask(cluster).metrics["speculative_decoding"]
     assert list(used["accepted_by_drafter"]) == ["math", "chat", "ngram"]
+
+
+def test_the_edge_is_what_clients_and_browsers_expect(cluster: Cluster) -> None:
+    with httpx.Client(base_url=cluster.url, headers={"Origin": "http://localhost:3000"}, timeout=60) as http:
+        assert http.head("/health").status_code == 200
+        assert http.get("/v1//models/").json()["data"][0]["id"] == MODEL
+        asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        assert http.options("/v1/chat/completions", headers=asked).headers["access-control-allow-origin"] == "*"
+        refused = http.post("/v1/completions", content=b"x" * (9 << 20))
+        assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (413, "*")
+        request = {"model": MODEL, "prompt": "Hello", "max_tokens": 2, "stream": True}
+        streamed = http.post("/v1/completions", json=request)
+        assert streamed.headers["x-accel-buffering"] == "no"
+        assert streamed.headers["access-control-expose-headers"].lower() in streamed.headers
+
+
+def test_a_stop_string_that_spells_a_special_token_is_taken(cluster: Cluster) -> None:
+    assert ask(cluster, stop=["<|im_start|>"]).choices[0].message.content == text_of(cluster)
+
+
+def langchain_model(cluster: Cluster) -> Any:
+    from langchain_openai import ChatOpenAI  # takes a while to import, for two tests
+
+    settings: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 16, "max_retries": 0}
+    return ChatOpenAI(base_url=f"{cluster.url}/v1", api_key="none", **settings)
+
+
+def test_langchain_holds_a_conversation(cluster: Cluster) -> None:
+    from langchain_core.messages import HumanMessage
+
+    model = langchain_model(cluster)
+    question = HumanMessage(QUESTION)
+    answer = model.invoke([question])
+    assert answer.content == text_of(cluster, max_tokens=16)
+    assert "".join(str(chunk.content) for chunk in model.stream([question])) == answer.content
+    more = model.invoke([question, answer, HumanMessage("And then?", name="ann")])
+    assert more.usage_metadata["input_tokens"] > answer.usage_metadata["total_tokens"]
+
+
+def test_langgraph_runs_a_named_agent_over_two_turns(cluster: Cluster) -> None:
+    from langchain_core.messages import HumanMessage
+    from langgraph.checkpoint.memory import InMemorySaver
+    from langgraph.graph import START, MessagesState, StateGraph
+
+    model = langchain_model(cluster)
+
+    def helper(state: Any) -> dict[str, Any]:
+        answer = model.invoke(state["messages"])
+        answer.name = "helper"
+        return {"messages": [answer]}
+
+    agent = StateGraph(MessagesState).add_node("helper", helper).add_edge(START, "helper")
+    graph = agent.compile(checkpointer=InMemorySaver())
+    thread = {"configurable": {"thread_id": "1"}}
+    graph.invoke({"messages": [HumanMessage(QUESTION)]}, thread)
+    said = graph.invoke({"messages": [HumanMessage("And then?")]}, thread)["messages"]
+    assert [message.name for message in said] == [None, "helper", None, "helper"]
+    assert said[1].content == text_of(cluster, max_tokens=16)
+    assert said[3].content
 
 
 def test_answers_come_beside_a_busy_machine(cluster: Cluster) -> None:

@@ -1,0 +1,225 @@
+"""The HTTP endpoints: a request is read, generated on leased replicas, and answered whole or as a stream.
+
+FastAPI reads the argument types at run time, so annotations are not postponed here. Knows readers, generators
+and writers; nothing of Serve or of how replicas are found.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import TypeVar
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from deployments import openai
+from deployments.config import RouterArgs
+from deployments.directory import Directory
+from deployments.edge import Api, plain_path, read_body, refusal
+from deployments.errors import RequestError
+from deployments.generation import Generator
+from deployments.metrics import Observer
+from deployments.openai import Kind, Writer
+from deployments.record import RequestRecord
+from deployments.requests import Drafters, Generation, RequestReader
+from deployments.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion, unknown_model
+from taps.decoding.delivery import Delivered
+from taps.peers import PeerBusy, PeerGone
+from taps.sampling import InvalidLogits
+from taps.verdict import PromptTooLong
+
+logger = logging.getLogger("ray.serve")
+AnyRequest = TypeVar("AnyRequest", ChatRequest, CompletionRequest)
+# Proxies must pass events on as they come.
+_STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def _close(pieces: AsyncGenerator[Delivered, None]) -> None:
+    """Free what an answer held: its sessions, and the drafters they lease."""
+    await pieces.aclose()
+
+
+class Endpoints:
+    """What the router answers."""
+
+    def __init__(
+        self,
+        args: RouterArgs,
+        max_model_len: int,
+        reader: RequestReader,
+        generator: Generator,
+        directory: Directory,
+        observer: Observer,
+    ) -> None:
+        """Args: max_model_len: tokens of prompt and answer that fit a session."""
+        self._args = args
+        self._model_card = openai.model_card(args.model_name, int(time.time()), max_model_len)
+        self._reader = reader
+        self._generator = generator
+        self._directory = directory
+        self._observer = observer
+        # A long prompt takes a while to read. One thread: a tokenizer is not made for several.
+        self._reading = ThreadPoolExecutor(1, "reading")
+        self._closing: set[asyncio.Task[None]] = set()  # sessions whose answers are complete
+
+    def api(self) -> Api:
+        api = Api("TAPS Cluster", self._args.cors_origins)
+        api.get_route("/health", self.health)
+        api.get_route("/v1/models", self.models)
+        api.get_route("/v1/models/{name:path}", self.model)
+        api.post("/v1/chat/completions")(self.chat)
+        api.post("/v1/completions")(self.completions)
+        return api
+
+    async def health(self) -> Response:
+        """200 when router and verifier are ready."""
+        drafters = list(self._directory.specialists)
+        if not self._directory.verifier_is_up:
+            return JSONResponse({"status": "no verifier is up", "drafters": drafters}, 503)
+        return JSONResponse({"status": "ok", "drafters": drafters})
+
+    async def models(self) -> Response:
+        return JSONResponse(openai.model_list([self._model_card]))
+
+    async def model(self, name: str) -> Response:
+        if plain_path(f"/{name}") != plain_path(f"/{self._args.model_name}"):
+            return refusal(unknown_model(name, self._args.model_name))
+        return JSONResponse(self._model_card)
+
+    async def chat(self, http: Request) -> Response:
+        return await self._serve(http, parse_chat, self._reader.read_chat, "chat")
+
+    async def completions(self, http: Request) -> Response:
+        return await self._serve(http, parse_completion, self._reader.read_completion, "completion")
+
+    async def _serve(
+        self,
+        http: Request,
+        parse: Callable[[bytes, str], AnyRequest],
+        read: Callable[[AnyRequest, Drafters], Generation],
+        kind: Kind,
+    ) -> Response:
+        """One request of either endpoint."""
+        deadline = asyncio.get_running_loop().time() + self._args.request_deadline_s
+        try:
+            request, job = await self._understand(http, parse, read, deadline)
+        except RequestError as error:
+            self._observer.observe_refusal(error.message)
+            return refusal(error)
+        writer = Writer(kind, request.model, request.include_usage)
+        try:
+            return await self._answer(job, deadline, request.stream or False, writer)
+        except RequestError as error:
+            return refusal(error)
+
+    async def _understand(
+        self,
+        http: Request,
+        parse: Callable[[bytes, str], AnyRequest],
+        read: Callable[[AnyRequest, Drafters], Generation],
+        deadline: float,
+    ) -> tuple[AnyRequest, Generation]:
+        """The request, and what to generate for it. The event loop is free meanwhile: streams go on."""
+        drafters = Drafters(self._directory.specialists, self._directory.away)
+
+        def from_body(body: bytes) -> tuple[AnyRequest, Generation]:
+            request = parse(body, self._args.model_name)
+            return request, read(request, drafters)
+
+        try:
+            async with asyncio.timeout_at(deadline):
+                body = await read_body(http, self._args.max_body_bytes)
+                return await asyncio.get_running_loop().run_in_executor(self._reading, from_body, body)
+        except TimeoutError as error:
+            raise self._too_late() from error
+
+    def _too_late(self) -> RequestError:
+        reason = f"the answer was not finished within {self._args.request_deadline_s:g} s"
+        return RequestError(reason, status=503, code="timeout")
+
+    async def _answer(self, job: Generation, deadline: float, stream: bool, writer: Writer) -> Response:
+        """The whole answer, or its stream once the first token is there: errors before it have a status."""
+        record = RequestRecord(writer.id, job)
+        pieces = self._pieces(job, deadline, record)
+        if stream:
+            events = self._events(await anext(pieces), pieces, record, writer)
+            return StreamingResponse(events, headers=_STREAM_HEADERS, media_type="text/event-stream")
+        answer = [await anext(pieces)]
+        while answer[-1].finish_reason is None:
+            answer.append(await anext(pieces))
+        closing = asyncio.create_task(_close(pieces))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        text = "".join(piece.text for piece in answer)
+        return JSONResponse(writer.whole(text, answer[-1].finish_reason, record))
+
+    async def _events(
+        self,
+        piece: Delivered,
+        pieces: AsyncGenerator[Delivered, None],
+        record: RequestRecord,
+        writer: Writer,
+    ) -> AsyncIterator[str]:
+        """Server-sent events. A client that goes away closes this generator, which frees the session.
+
+        Args: piece: the first one; pieces: all others.
+        """
+        async with aclosing(pieces):
+            try:
+                yield writer.first_chunk(piece.text)
+                while piece.finish_reason is None:
+                    piece = await anext(pieces)
+                    if piece.text:
+                        yield writer.chunk(piece.text)
+                yield writer.last_chunk(piece.finish_reason)
+            except RequestError as error:
+                yield openai.error_event(error)
+                return
+            if writer.include_usage:
+                yield writer.usage_chunk(record)
+            yield openai.DONE
+
+    async def _pieces(
+        self, job: Generation, deadline: float, record: RequestRecord
+    ) -> AsyncGenerator[Delivered, None]:
+        """The answer piece by piece; failures as request errors, and one record whatever happens."""
+        outcome = "cancelled"
+        delivery = self._reader.delivery(job)
+        try:
+            async with aclosing(self._generator.steps(job, self._directory.specialists)) as steps:
+                while True:
+                    async with asyncio.timeout_at(deadline):
+                        step = await anext(steps)
+                    delivered = delivery.push(step.verdict.tokens)
+                    record.take(step, delivered.num_tokens)
+                    self._observer.observe_step(step, record)
+                    outcome = delivered.finish_reason or outcome
+                    yield delivered
+                    if delivered.finish_reason is not None:
+                        return
+        except PeerBusy as error:
+            outcome = "overloaded"
+            up = self._directory.verifier_is_up
+            reason = "the server is at capacity; try again" if up else "no verifier is up; try again soon"
+            raise RequestError(reason, status=503, code="overloaded") from error
+        except PromptTooLong as error:
+            outcome = "refused"
+            raise RequestError(str(error), code="context_length_exceeded") from error
+        except TimeoutError as error:
+            outcome = "failed"
+            raise self._too_late() from error
+        except PeerGone as error:
+            outcome = "failed"
+            raise RequestError(f"the target could not answer: {error}", status=503) from error
+        except InvalidLogits as error:  # as it would on any other verifier
+            outcome = "failed"
+            raise RequestError(f"the target cannot answer this: {error}", status=500) from error
+        except Exception as error:  # our own bugs, too, end a started stream with an error event
+            outcome = "failed"
+            logger.exception("request %s failed", record.id)
+            raise RequestError(f"internal error: {type(error).__name__}", status=500) from error
+        finally:
+            self._observer.observe_end(record, outcome)

@@ -1,0 +1,219 @@
+"""The HTTP endpoints: what is answered, and what is freed whatever clients and replicas do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+
+import httpx
+import pytest
+
+from deployments.openai import Json
+from taps.peers import PeerBusy, PeerGone
+from taps.sampling import InvalidLogits
+from taps.verdict import PromptTooLong
+from tests.fakes import turns
+from tests.serving import COMPLETION, END, PATHS, PATIENCE_S, Script, Server, until
+from tests.test_requests import CharacterTokenizer
+
+every_path = pytest.mark.parametrize("path", PATHS)
+
+
+def events(answer: httpx.Response) -> list[Json]:
+    """The JSON of a stream's events; the last one must say that it is done."""
+    *data, done = [line for line in answer.text.split("\n\n") if line]
+    assert done == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in data]
+
+
+def text_of(choice: Json) -> str:
+    text: str = choice["delta"].get("content", "") if "delta" in choice else choice["text"]
+    return text
+
+
+@every_path
+async def test_a_stream_says_what_the_whole_answer_says(path: str) -> None:
+    server = Server("He", "", "llo", " you", chr(END))
+    whole = (await server.post(path)).json()
+    answer = await server.post(path, stream=True, stream_options={"include_usage": True})
+    *chunks, last, usage = events(answer)
+    said = whole["choices"][0]
+    assert "".join(text_of(chunk["choices"][0]) for chunk in chunks) == "Hello you"
+    assert said.get("text", said.get("message", {}).get("content")) == "Hello you"
+    assert last["choices"][0]["finish_reason"] == said["finish_reason"] == "stop"
+    assert usage["usage"] == whole["usage"]
+    assert whole["usage"]["completion_tokens"] == 10
+    assert server.ledger.outcomes == ["stop", "stop"]
+
+
+@every_path
+@pytest.mark.parametrize("script", [("Hello",), ("He", "llo", "!"), ("He", chr(END)), (chr(END),)])
+async def test_no_chunk_has_text_and_a_finish_reason(path: str, script: tuple[str, ...]) -> None:
+    answer = await Server(*script).post(path, stream=True, max_tokens=5)
+    choices = [chunk["choices"][0] for chunk in events(answer)]
+    assert [choice["finish_reason"] is None for choice in choices] == [True] * (len(choices) - 1) + [False]
+    assert text_of(choices[-1]) == ""
+    if "delta" in choices[0]:
+        assert [choice["delta"].get("role") for choice in choices] == ["assistant"] + [None] * (
+            len(choices) - 1
+        )
+
+
+async def test_a_stream_is_neither_buffered_nor_cached_on_its_way() -> None:
+    answer = await Server(chr(END)).post("/v1/completions", stream=True)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-accel-buffering"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "code", "outcome"),
+    [
+        (PeerBusy("full"), 503, "overloaded", "overloaded"),
+        (PeerGone("lost"), 503, None, "failed"),
+        (PromptTooLong("too long"), 400, "context_length_exceeded", "refused"),
+        (InvalidLogits("nan"), 500, None, "failed"),
+        (RuntimeError("a bug"), 500, None, "failed"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_failure_before_the_first_token_has_a_status(
+    failure: Exception, status: int, code: str | None, outcome: str, stream: bool
+) -> None:
+    server = Server(failure)
+    answer = await server.post("/v1/completions", stream=stream)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert server.ledger.outcomes == [outcome]
+    assert server.generator.num_open == 0
+
+
+async def test_a_server_without_a_verifier_says_so() -> None:
+    server = Server(PeerBusy("full"))
+    server.directory.verifier_is_up = False
+    assert "no verifier is up" in (await server.post("/v1/completions")).json()["error"]["message"]
+
+
+@pytest.mark.parametrize("failure", [PeerGone("lost"), InvalidLogits("nan"), RuntimeError("a bug")])
+async def test_a_failure_within_a_stream_is_its_last_event(failure: Exception) -> None:
+    server = Server("He", failure)
+    answer = await server.post("/v1/completions", stream=True)
+    first, last = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
+    assert (answer.status_code, text_of(first["choices"][0])) == (200, "He")
+    assert last["error"]["type"] == "server_error"
+    assert server.ledger.outcomes == ["failed"]
+    assert server.generator.num_open == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_takes_too_long_is_given_up(stream: bool) -> None:
+    server = Server(asyncio.Event(), request_deadline_s=0.05)
+    answer = await server.post("/v1/completions", stream=stream)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "timeout")
+    assert server.generator.num_open == 0
+
+
+async def test_a_client_that_leaves_a_stream_frees_its_generation() -> None:
+    server = Server("He", asyncio.Event())
+    body = json.dumps(COMPLETION | {"stream": True}).encode()
+    async with server.connection("/v1/completions", body) as connection:
+        assert (await connection.sent())["status"] == 200
+        assert b"He" in (await connection.sent())["body"]
+        assert server.generator.num_open == 1
+        connection.gone.set()
+        await server.until_free()
+    assert server.ledger.outcomes == ["cancelled"]
+
+
+@pytest.mark.parametrize("script", [(asyncio.Event(),), ("He", asyncio.Event())])
+async def test_a_cancelled_request_frees_its_generation(script: Script) -> None:
+    """Serve cancels the request of a client that has gone."""
+    server = Server(*script)
+    async with server.connection("/v1/completions", json.dumps(COMPLETION).encode()) as connection:
+        await until(lambda: server.generator.num_open > 0)
+        connection.task.cancel()
+        await server.until_free()
+    assert server.ledger.outcomes == ["cancelled"]
+
+
+async def test_a_finished_answer_frees_its_generation() -> None:
+    server = Server("He", chr(END), asyncio.Event())
+    assert (await server.post("/v1/completions")).status_code == 200
+    await server.until_free()
+
+
+@every_path
+async def test_a_refused_request_generates_nothing_and_is_counted(path: str) -> None:
+    server = Server(chr(END))
+    answer = await server.post(path, logprobs=True)
+    assert answer.status_code == 400
+    assert server.ledger.refused == [answer.json()["error"]["message"]]
+    assert not server.generator.jobs
+
+
+@every_path
+async def test_an_unknown_model_is_not_found(path: str) -> None:
+    answer = await Server().post(path, model="other")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_reading_a_long_prompt_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, read_on = threading.Event(), threading.Event()
+    tokenize = CharacterTokenizer.__call__
+
+    def slowly(self: CharacterTokenizer, text: str) -> Json:
+        reading.set()
+        assert read_on.wait(PATIENCE_S)
+        return tokenize(self, text)
+
+    monkeypatch.setattr(CharacterTokenizer, "__call__", slowly)
+    server = Server(chr(END))
+    slow = asyncio.create_task(server.post("/v1/completions"))
+    await until(reading.is_set)
+    assert (await server.ask("GET", "/health")).status_code == 200
+    assert not slow.done()
+    read_on.set()
+    assert (await slow).status_code == 200
+
+
+async def test_prompts_are_read_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, tokenize = threading.Lock(), CharacterTokenizer.__call__
+
+    def alone(self: CharacterTokenizer, text: str) -> Json:
+        assert lock.acquire(blocking=False)
+        try:
+            return tokenize(self, text)
+        finally:
+            lock.release()
+
+    monkeypatch.setattr(CharacterTokenizer, "__call__", alone)
+    server = Server(chr(END))
+    answers = await asyncio.gather(*(server.post("/v1/completions") for _ in range(20)))
+    assert {answer.status_code for answer in answers} == {200}
+
+
+async def test_waiting_for_a_turn_to_be_read_is_part_of_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_on = threading.Event()
+    monkeypatch.setattr(
+        CharacterTokenizer, "__call__", lambda *_: {"input_ids": [5] * read_on.wait(PATIENCE_S)}
+    )
+    server = Server(chr(END), request_deadline_s=0.05)
+    try:
+        answers = await asyncio.gather(*(server.post("/v1/completions") for _ in range(3)))
+    finally:
+        read_on.set()
+    assert [answer.json()["error"]["code"] for answer in answers] == ["timeout"] * 3
+
+
+async def test_a_body_that_does_not_come_is_part_of_the_deadline() -> None:
+    async with Server(request_deadline_s=0.05).connection("/v1/completions") as connection:
+        assert (await connection.sent())["status"] == 503
+
+
+async def test_a_client_that_leaves_within_its_body_is_no_internal_error() -> None:
+    server = Server(chr(END))
+    async with server.connection("/v1/completions") as connection:
+        await turns(3)
+        connection.gone.set()
+        assert (await connection.sent())["status"] == 400
+    assert server.ledger.refused == ["the request broke off before its end"]
