@@ -228,5 +228,5 @@ def test_drafters_are_those_named_or_all(
 
 
 def test_a_drafter_that_is_not_up_is_refused_with_those_that_are(reader: RequestReader) -> None:
-    with pytest.raises(RequestError, match=r"'code'.*chat, math"):
-        read_chat(reader, taps={"drafters": ["code"]})
+    with pytest.raises(RequestError, match=r"'law'.*chat, math"):
+        read_chat(reader, taps={"drafters": ["law"]})
