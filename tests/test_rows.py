@@ -56,9 +56,9 @@ def test_lines_that_are_arrays_are_rows(tmp_path: Path) -> None:
     [
         ('{"question": "café"}'.encode("latin-1"), "is not a text file in UTF-8"),
         (LINES.encode("utf-16"), "is not a text file in UTF-8"),
-        (gzip.compress(LINES.encode())[:-9], "is a gzip file that is not whole"),
+        (gzip.compress(LINES.encode(), mtime=0)[:-9], "is a gzip file that is not whole"),
         (b"\x1f\x8bnothing", "is a gzip file that is not whole"),
-        (gzip.compress(LINES.encode("utf-16")), "is not a text file in UTF-8"),
+        (gzip.compress(LINES.encode("utf-16"), mtime=0), "is not a text file in UTF-8"),
         (b'[{"messages": ', "is neither JSON nor JSON lines: .*line 1 column 15"),
         (b'[\n{"a": 1},\n{"a": ]', "is neither JSON nor JSON lines: .*line 3"),
         (b'{"a": 1}\n\n{"a": ', r"rows\.gz, line 3: "),
