@@ -253,7 +253,7 @@ async def turns(count: int) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Poll the other side of a socket, with a bound."""
+    """Poll another thread, task or side of a socket, with a bound."""
     for _ in range(500):
         if condition():
             return

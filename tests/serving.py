@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import Any, cast
@@ -139,12 +139,3 @@ class Connection:
         """What is sent next."""
         async with asyncio.timeout(PATIENCE_S):
             return await self._sent.get()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Poll another thread or task, with a bound."""
-    for _ in range(2000):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("did not come true")

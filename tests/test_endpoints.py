@@ -13,8 +13,8 @@ from deployments.openai import Json
 from taps.peers import PeerBusy, PeerGone
 from taps.sampling import InvalidLogits
 from taps.verdict import PromptTooLong
-from tests.fakes import turns
-from tests.serving import COMPLETION, END, PATHS, PATIENCE_S, Script, Server, until
+from tests.fakes import turns, until
+from tests.serving import COMPLETION, END, PATHS, PATIENCE_S, Script, Server
 from tests.test_requests import CharacterTokenizer
 
 every_path = pytest.mark.parametrize("path", PATHS)
