@@ -19,7 +19,7 @@ from deployments.openai import Json
 from deployments.record import RequestRecord
 from deployments.requests import Generation, RequestReader
 from taps.decoding.loop import Step
-from tests.fakes import make_verdict
+from tests.fakes import make_verdict, until
 from tests.test_requests import MODEL, TARGET, CharacterTokenizer
 
 END = CharacterTokenizer.eos_token_id
