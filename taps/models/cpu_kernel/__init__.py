@@ -1,0 +1,1 @@
+"""Norm, SwiGLU and paged tree attention on the CPU in one C++ kernel, built where it runs."""

@@ -1,0 +1,713 @@
+// One decoder layer's non-linear work on the CPU: norm, SwiGLU, and attention over a paged cache.
+//
+// What a row gets depends on its own sequence alone, bit for bit: not on the rows or sessions beside it, on how
+// they are tiled, on the number of threads, on the blocks its cache lies in. Every sum is in float32 and in an
+// order that the row alone fixes. Of attention only keys, values and results are rounded to the dtype: with
+// turned queries and weights left in float32 the error in bfloat16 is that of rounding the exact result, half
+// of what it is with both rounded. Knows nothing of torch, models or sessions' lives. Arrays are dense, in the
+// order of their sizes; kernel.py, which declares these functions, checks that they are.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+// ---- lanes -------------------------------------------------------------------------------------------------------
+
+// Vectors of float32, and loads and stores of the three storage types.
+//
+// Products are fused where the level has FMA and nowhere else: by `fma`, never by the compiler's choice
+// (-ffp-contract=off), so that a sum has the same bits in every loop that was unrolled or tiled differently.
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64, REGISTERS = 32;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int VECTOR_BYTES = 16, REGISTERS = 32;
+#else
+constexpr int VECTOR_BYTES = 16, REGISTERS = 16;
+#endif
+constexpr int LANES = VECTOR_BYTES / 4;
+
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+
+inline float horizontal_sum(Floats x) {
+  float sum = x[0];
+  for (int i = 1; i < LANES; i++) sum += x[i];
+  return sum;
+}
+
+inline float horizontal_max(Floats x) {
+  float most = x[0];
+  for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
+template <typename Vector>
+inline Vector read(const void* from) {
+  Vector x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline Floats load(const float* from) { return read<Floats>(from); }
+inline void store(float* to, Floats x) { memcpy(to, &x, sizeof x); }
+
+// GCC 12 makes several instructions of __builtin_convertvector where the two levels have one. The forms with
+// a mask, here of all lanes, are those of its header that it does not warn of.
+inline Words widened(const uint16_t* from) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_maskz_cvtepu16_epi32(0xffff, read<__m256i>(from));
+#elif defined(__AVX2__)
+  return (Words)_mm256_cvtepu16_epi32(read<__m128i>(from));
+#else
+  return __builtin_convertvector(read<Halves>(from), Words);
+#endif
+}
+inline void store_low(uint16_t* to, Words x) {
+  Halves low = __builtin_convertvector(x, Halves);
+  memcpy(to, &low, sizeof low);
+}
+
+inline Floats load(const BFloat16* from) { return (Floats)(widened(&from->bits) << 16); }
+// The upper half is x in bfloat16, ties to even.
+inline Words nearest_bfloat16(Floats x) {
+  Words bits = (Words)x;
+  return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : Words{} + 0x7fc00000;
+}
+inline void store(BFloat16* to, Floats x) { store_low(&to->bits, nearest_bfloat16(x) >> 16); }
+
+#if defined(__AVX512F__)
+inline Floats load(const Float16* from) { return _mm512_maskz_cvtph_ps(0xffff, read<__m256i>(from)); }
+inline void store(Float16* to, Floats x) {
+  __m256i half = _mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
+  memcpy(to, &half, sizeof half);
+}
+#elif defined(__AVX2__)
+inline Floats load(const Float16* from) { return _mm256_cvtph_ps(read<__m128i>(from)); }
+inline void store(Float16* to, Floats x) {
+  __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+  memcpy(to, &half, sizeof half);
+}
+#else
+inline Floats load(const Float16* from) {
+  Words half = widened(&from->bits), magnitude = (half & 0x7fff) << 13;
+  Words value = (Words)((Floats)magnitude * 0x1p112f);  // moves the exponent; subnormals become normal
+  value |= magnitude >= 0x0f800000u ? Words{} + 0x7f800000u : Words{};  // infinities and NaN
+  return (Floats)(value | (half & 0x8000) << 16);
+}
+inline void store(Float16* to, Floats x) {
+  Words bits = (Words)x, magnitude = bits & 0x7fffffff;
+  Words normal = (magnitude - 0x38000000u + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  Words subnormal = (Words)((Floats)magnitude + 0.5f) - 0x3f000000u;  // the addition rounds
+  Words large = magnitude > 0x7f800000u ? Words{} + 0x7e00 : Words{} + 0x7c00;
+  Words half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x47800000u ? large : half;
+  store_low(&to->bits, half | ((bits >> 16) & 0x8000));
+}
+#endif
+
+// The first n <= LANES elements; the other lanes are zero, and are not stored. The lanes that count take the
+// same instructions as those of a whole vector, so that a row's end is computed like its middle.
+template <typename T>
+inline Floats load_some(const T* from, int64_t n) {
+  if (n >= LANES) return load(from);
+  T padded[LANES] = {};
+  memcpy(padded, from, n * sizeof(T));
+  return load(padded);
+}
+
+template <typename T>
+inline void store_some(T* to, Floats x, int64_t n) {
+  if (n >= LANES) return store(to, x);
+  T padded[LANES];
+  store(padded, x);
+  memcpy(to, padded, n * sizeof(T));
+}
+
+// x as it is after a store in T.
+template <typename T>
+inline Floats rounded(Floats x) {
+  T stored[LANES];
+  store(stored, x);
+  return load(stored);
+}
+template <>
+inline Floats rounded<float>(Floats x) {
+  return x;
+}
+template <>
+inline Floats rounded<BFloat16>(Floats x) {
+  return (Floats)(nearest_bfloat16(x) & 0xffff0000u);
+}
+
+// e^x for x <= 0, within 2 units in the last place; exactly 0 below -87.
+inline Floats exp_negative(Floats x) {
+  const Floats magic = splat(0x1.8p23f);  // adding it rounds to an integer
+  Floats n = fma(x, splat(1.44269504f), magic) - magic;
+  Floats r = fma(n, splat(-0.693359375f), x);  // ln 2 in two parts, the first with few bits: exact
+  r = fma(n, splat(2.1219444e-4f), r);
+  // e^r = 1 + r + r^2 p(r), minimax over |r| <= ln 2 / 2: 3.1e-9 relative.
+  Floats p = splat(1.3820946e-3f);
+  p = fma(p, r, splat(8.368684e-3f));
+  p = fma(p, r, splat(4.1668266e-2f));
+  p = fma(p, r, splat(1.6666521e-1f));
+  p = fma(p, r, splat(4.9999994e-1f));
+  p = fma(fma(p, r, splat(1.0f)), r, splat(1.0f));
+  Words power = (Words)(n + magic) - (Words)magic;  // the integer itself, in the low bits
+  Floats y = p * (Floats)((power + 127) << 23);
+  return x < -87.0f ? Floats{} : y;
+}
+
+// ---- threads -----------------------------------------------------------------------------------------------------
+
+// Work on the threads of the OpenMP runtime that torch has loaded, by that runtime's own entry point: whichever
+// compiler builds this file, the process keeps one runtime and one team of threads.
+
+// GOMP_parallel of GCC's runtime, which LLVM's and Intel's have too: (function, its argument, threads, flags).
+typedef void (*OpenRegion)(void (*)(void*), void*, unsigned, unsigned);
+inline OpenRegion open_region = nullptr;  // null: one thread
+
+// work(i) for every i below count, each by whichever thread is free. The team is whole or there is none:
+// libgomp ends threads that a smaller team leaves over, and starts them anew for the next one.
+template <typename Work>
+void each(int threads, int64_t count, const Work& work) {
+  if (threads < 2 || count < 2 || !open_region) {
+    for (int64_t i = 0; i < count; i++) work(i);
+    return;
+  }
+  struct Queue {
+    std::atomic<int64_t> next;
+    int64_t count;
+    const Work& work;
+  } queue{{0}, count, work};
+  auto serve = [](void* data) {
+    Queue& q = *static_cast<Queue*>(data);
+    for (int64_t i; (i = q.next.fetch_add(1, std::memory_order_relaxed)) < q.count;) q.work(i);
+  };
+  open_region(serve, &queue, threads, 0);
+}
+
+// ---- sequences ---------------------------------------------------------------------------------------------------
+
+// Whose rows a forward has and where their keys and values lie: sessions, paths, blocks.
+
+constexpr int BLOCK = 64;  // positions of a block of the cache
+
+// One layer: pools of blocks, in the layer's dtype. Mirrored in kernel.py.
+struct Layer {
+  void* keys;          // [blocks, kv_heads, head_dim, 64]: keys side by side, scores need no horizontal sum
+  void* values;        // [blocks, kv_heads, 64, head_dim]
+  const void* q_norm;  // [head_dim], or null: no norm
+  const void* k_norm;
+  int32_t dtype;  // 0 float32, 1 bfloat16, 2 float16
+  int32_t blocks, heads, kv_heads, head_dim;
+  float scale, eps;
+};
+
+// The rows of one forward, packed by session. A session's new rows follow those of its region that are there
+// already: row r lies at place committed + region + r - starts[s] of its table. Mirrored in kernel.py.
+struct Step {
+  const int32_t* table;      // [sessions, max_blocks] where a sequence's blocks lie in the pools
+  const int32_t* committed;  // [sessions] positions before the region
+  const int32_t* region;     // [sessions] rows of the region from earlier steps
+  const int32_t* starts;     // [sessions + 1] a session's rows are starts[s] .. starts[s + 1]
+  const int32_t* path_ptr;   // [rows + 1] a row's path is path_idx[path_ptr[r]] .. path_idx[path_ptr[r + 1]]
+  const int32_t* path_idx;   // [paths] offsets in the region, ancestors first, the row itself last
+  const int32_t* chain;      // [sessions] 1: each region row follows the one before, paths are not looked at
+  const float* cos;          // [rows, rotary / 2] at the row's position
+  const float* sin;
+  int32_t sessions, max_blocks, rows, paths;
+  int32_t rotary;  // elements of a head that rope turns, from the first; 0: none
+};
+
+// In the order of kernel.py's sentences.
+enum Fault { NONE, ROTARY, STARTS, NEGATIVE, TABLE_FULL, NO_SUCH_BLOCK, PATH };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline const int32_t* table_of(const Step& step, int session) {
+  return step.table + int64_t(session) * step.max_blocks;
+}
+
+inline bool is_path(const Step& step, int row, int itself) {
+  int first = step.path_ptr[row], end = step.path_ptr[row + 1];
+  if (first < 0 || first >= end || end > step.paths || step.path_idx[first] < 0) return false;
+  for (int i = first + 1; i < end; i++)
+    if (step.path_idx[i] <= step.path_idx[i - 1]) return false;
+  return step.path_idx[end - 1] == itself;
+}
+
+inline Fault find_fault(const Step& step, const Layer& layer) {
+  if (step.rotary > layer.head_dim) return ROTARY;
+  if (step.starts[0] != 0 || step.starts[step.sessions] != step.rows) return STARTS;
+  for (int s = 0; s < step.sessions; s++)
+    if (step.starts[s] > step.starts[s + 1]) return STARTS;
+  for (int s = 0; s < step.sessions; s++) {
+    const int start = step.starts[s], rows = step.starts[s + 1] - start;
+    if (rows == 0) continue;
+    if (step.committed[s] < 0 || step.region[s] < 0) return NEGATIVE;
+    const int64_t places = int64_t(step.committed[s]) + step.region[s] + rows;
+    if (places > int64_t(step.max_blocks) * BLOCK) return TABLE_FULL;
+    for (int64_t b = 0; b < ceil_div(places, BLOCK); b++) {
+      int block = table_of(step, s)[b];
+      if (block < 0 || block >= layer.blocks) return NO_SUCH_BLOCK;
+    }
+    if (step.chain[s]) continue;
+    for (int r = 0; r < rows; r++)
+      if (!is_path(step, start + r, step.region[s] + r)) return PATH;
+  }
+  return NONE;
+}
+
+// Where the positions of one row's sequence lie: the committed prefix, then the row's path in the region.
+struct Sequence {
+  int committed, length;
+  const int32_t* path;  // null: a chain
+
+  int place(int position) const {
+    return position < committed || !path ? position : committed + path[position - committed];
+  }
+  // How many positions from `position`, below `end`, lie side by side in one block.
+  int run(int position, int end) const {
+    int first = place(position), longest = std::min(end - position, BLOCK - first % BLOCK), n = 1;
+    if (!path) return longest;
+    if (position < committed) return std::min(longest, committed - position);
+    while (n < longest && place(position + n) == first + n) n++;
+    return n;
+  }
+};
+
+inline Sequence sequence_of(const Step& step, int session, int row) {
+  int committed = step.committed[session];
+  if (step.chain[session])
+    return {committed, committed + step.region[session] + row - step.starts[session] + 1, nullptr};
+  int first = step.path_ptr[row];
+  return {committed, committed + step.path_ptr[row + 1] - first, step.path_idx + first};
+}
+
+// ---- rows --------------------------------------------------------------------------------------------------------
+
+// Norm and SwiGLU of one row, in the roundings of transformers' Llama.
+
+// x += added, rounded to T: the residual stream as torch adds to it.
+template <typename T>
+void add_row(T* x, const T* added, int64_t n) {
+  for (int64_t i = 0; i < n; i += LANES) {
+    Floats sum = load_some(x + i, n - i) + load_some(added + i, n - i);
+    store_some(x + i, sum, n - i);
+  }
+}
+
+// LlamaRMSNorm: x / sqrt(mean(x^2) + eps) rounded to T, then times weight and rounded again.
+template <typename T>
+void norm_row(const T* x, const T* weight, T* out, int64_t n, float eps) {
+  Floats sums[4] = {};
+  for (int64_t i = 0; i < n; i += LANES) {
+    Floats v = load_some(x + i, n - i);
+    Floats& sum = sums[i / LANES % 4];
+    sum = fma(v, v, sum);
+  }
+  float mean = horizontal_sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / n;
+  Floats inverse = splat(1.0f / std::sqrt(mean + eps));
+  for (int64_t i = 0; i < n; i += LANES) {
+    Floats v = rounded<T>(load_some(x + i, n - i) * inverse);
+    store_some(out + i, v * load_some(weight + i, n - i), n - i);
+  }
+}
+
+// silu(gate) rounded to T, times up, rounded again: F.silu(gate) * up.
+template <typename T>
+void swiglu_row(const T* gate, const T* up, T* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += LANES) {
+    Floats g = load_some(gate + i, n - i);
+    Floats e = exp_negative(g < 0 ? g : -g);
+    Floats silu = g * (g < 0 ? e : splat(1.0f)) / (1.0f + e);
+    store_some(out + i, rounded<T>(silu) * load_some(up + i, n - i), n - i);
+  }
+}
+
+// ---- panels ------------------------------------------------------------------------------------------------------
+
+// The dense pieces of attention over one block. Q queries go at once; a query's sums do not depend on Q, nor on
+// which lanes or columns are beside one another.
+
+constexpr int MICRO = 6;  // queries that one pass over keys or values serves at once
+
+// Vectors beside one another: as many as three quarters of the registers hold sums for.
+constexpr int panel(int queries) {
+  int vectors = BLOCK / LANES;
+  while (vectors * queries > REGISTERS * 3 / 4) vectors /= 2;
+  return vectors;
+}
+
+// queries [Q, d] . keys [d, 64] -> scores [Q, 64] in rows of `ld`; each a sum over d in order.
+template <int Q, typename K>
+void score_panel(const float* queries, int d, const K* keys, float* scores, int64_t ld) {
+  constexpr int N = panel(Q);
+  for (int lane = 0; lane < BLOCK; lane += N * LANES) {
+    Floats sums[Q][N] = {};
+    for (int i = 0; i < d; i++) {
+      Floats key[N];
+      for (int n = 0; n < N; n++) key[n] = load(keys + i * BLOCK + lane + n * LANES);
+      for (int q = 0; q < Q; q++) {
+        Floats x = splat(queries[q * d + i]);
+        for (int n = 0; n < N; n++) sums[q][n] = fma(x, key[n], sums[q][n]);
+      }
+    }
+    for (int q = 0; q < Q; q++)
+      for (int n = 0; n < N; n++) store(scores + q * ld + lane + n * LANES, sums[q][n]);
+  }
+}
+
+// sums [Q, d] += weights [Q, count] (rows of `ld`) . values [count, d]; one position after the other.
+template <int Q, int N, typename V>
+void value_panel(const float* weights, int64_t ld, const V* values, int count, int d, int column, float* out) {
+  for (; column + N * LANES <= d; column += N * LANES) {
+    Floats sums[Q][N];
+    for (int q = 0; q < Q; q++)
+      for (int n = 0; n < N; n++) sums[q][n] = load(out + q * d + column + n * LANES);
+    for (int j = 0; j < count; j++) {
+      Floats value[N];
+      for (int n = 0; n < N; n++) value[n] = load(values + j * d + column + n * LANES);
+      for (int q = 0; q < Q; q++) {
+        Floats w = splat(weights[q * ld + j]);
+        for (int n = 0; n < N; n++) sums[q][n] = fma(w, value[n], sums[q][n]);
+      }
+    }
+    for (int q = 0; q < Q; q++)
+      for (int n = 0; n < N; n++) store(out + q * d + column + n * LANES, sums[q][n]);
+  }
+  if constexpr (N > 1)
+    if (column < d) value_panel<Q, N / 2>(weights, ld, values, count, d, column, out);
+}
+
+template <typename K, int Q = MICRO>
+void score_micro(int count, const float* queries, int d, const K* keys, float* scores, int64_t ld) {
+  if (count == Q) return score_panel<Q>(queries, d, keys, scores, ld);
+  if constexpr (Q > 1) score_micro<K, Q - 1>(count, queries, d, keys, scores, ld);
+}
+
+template <typename V, int Q = MICRO>
+void value_micro(int q, const float* weights, int64_t ld, const V* values, int count, int d, float* out) {
+  if (q == Q) return value_panel<Q, panel(Q)>(weights, ld, values, count, d, 0, out);
+  if constexpr (Q > 1) value_micro<V, Q - 1>(q, weights, ld, values, count, d, out);
+}
+
+inline int micro_share(int left) { return ceil_div(left, ceil_div(left, MICRO)); }
+
+template <typename K>
+void add_scores(int queries, const float* q, int d, const K* keys, float* scores, int64_t ld) {
+  for (int first = 0, n; first < queries; first += n) {
+    n = micro_share(queries - first);
+    score_micro(n, q + first * d, d, keys, scores + first * ld, ld);
+  }
+}
+
+template <typename V>
+void add_values(int queries, const float* weights, int64_t ld, const V* values, int count, int d, float* out) {
+  for (int first = 0, n; first < queries; first += n) {
+    n = micro_share(queries - first);
+    value_micro(n, weights + first * ld, ld, values, count, d, out + first * d);
+  }
+}
+
+// x [len] becomes e^(x - max), the lanes after it 0; returns 1 / sum. A position adds to lane position % LANES.
+inline float softmax(float* x, int len) {
+  int whole = ceil_div(len, LANES) * LANES;
+  for (int i = len; i < whole; i++) x[i] = -INFINITY;
+  Floats most = splat(-INFINITY);
+  for (int i = 0; i < whole; i += LANES) most = load(x + i) > most ? load(x + i) : most;
+  Floats top = splat(horizontal_max(most)), sum = {};
+  for (int i = 0; i < whole; i += LANES) {
+    Floats e = exp_negative(load(x + i) - top);
+    store(x + i, e);
+    sum += e;
+  }
+  return 1.0f / horizontal_sum(sum);
+}
+
+// ---- attention ---------------------------------------------------------------------------------------------------
+
+// Attention of one layer: rope, cache write, scores, softmax and values, over pages, chains and trees.
+
+constexpr int MAX_HEAD = 256;         // head_dim
+constexpr int TILE_QUERIES = 24;      // queries of one task
+constexpr int TILE_SCORES = 1 << 16;  // floats of one task's scores: they stay in a second-level cache
+
+// A head's row [d] of T, normed where the model does, turned at its position, in float32. Elements from
+// `rotary` on are not turned.
+template <typename T>
+void turned(const T* head, const void* norm, const Layer& layer, const Step& step, int row, float* out) {
+  alignas(64) T normed[MAX_HEAD];
+  const int d = layer.head_dim, half = step.rotary / 2;
+  if (norm) {
+    norm_row(head, static_cast<const T*>(norm), normed, d, layer.eps);
+    head = normed;
+  }
+  alignas(64) float x[MAX_HEAD];
+  for (int i = 0; i < d; i += LANES) store(x + i, load(head + i));
+  const float *cos = step.cos + int64_t(row) * half, *sin = step.sin + int64_t(row) * half;
+  for (int i = 0; i < half; i++) out[i] = x[i] * cos[i] - x[i + half] * sin[i];
+  for (int i = 0; i < half; i++) out[i + half] = x[i + half] * cos[i] + x[i] * sin[i];
+  for (int i = 2 * half; i < d; i++) out[i] = x[i];
+}
+
+// Rows of one session that a task treats together.
+struct Tile {
+  const int32_t* table;
+  int session, first, rows;
+  int span;    // places that hold all their keys
+  int shared;  // positions that all of them see, and that lie in order
+};
+
+inline void add_tiles(const Step& step, const Layer& layer, int threads, int s, std::vector<Tile>& tiles) {
+  const int32_t* table = table_of(step, s);
+  const int start = step.starts[s], end = step.starts[s + 1], group = layer.heads / layer.kv_heads;
+  const int before = step.committed[s] + step.region[s];
+  const int64_t most = std::min<int64_t>(TILE_QUERIES, TILE_SCORES / (before + end - start + BLOCK));
+  const int64_t balanced = int64_t(step.rows) * layer.heads / (4 * threads);  // so that no thread waits long
+  const int rows = std::max<int64_t>(1, std::min(most, std::max<int64_t>(MICRO, balanced)) / group);
+  for (int first = start; first < end; first += rows) {
+    int n = std::min(rows, end - first), offset = first - start;
+    int shared = step.chain[s] ? before + offset : step.committed[s];
+    tiles.push_back({table, s, first, n, before + offset + n, shared});
+  }
+}
+
+template <typename T>
+T* block_of(void* pool, const Layer& layer, const int32_t* table, int place, int head) {
+  int64_t block = int64_t(table[place / BLOCK]) * layer.kv_heads + head;
+  return static_cast<T*>(pool) + block * BLOCK * layer.head_dim;
+}
+
+template <typename T>
+void write_row(const Step& step, const Layer& layer, int session, int row, const T* qkv) {
+  const int d = layer.head_dim;
+  const int32_t* table = table_of(step, session);
+  const int place = step.committed[session] + step.region[session] + row - step.starts[session];
+  const T* heads = qkv + (int64_t(row) * (layer.heads + 2 * layer.kv_heads) + layer.heads) * d;
+  alignas(64) float key[MAX_HEAD];
+  alignas(64) T stored[MAX_HEAD];
+  for (int head = 0; head < layer.kv_heads; head++) {
+    turned(heads + head * d, layer.k_norm, layer, step, row, key);
+    for (int i = 0; i < d; i += LANES) store(stored + i, load(key + i));
+    T* keys = block_of<T>(layer.keys, layer, table, place, head) + place % BLOCK;
+    for (int i = 0; i < d; i++) keys[i * BLOCK] = stored[i];
+    T* values = block_of<T>(layer.values, layer, table, place, head) + place % BLOCK * d;
+    memcpy(values, heads + (layer.kv_heads + head) * d, d * sizeof(T));
+  }
+}
+
+// At least so many floats of the calling thread, aligned; the next call takes them back.
+inline float* scratch(int64_t floats) {
+  struct alignas(64) Line {
+    float elements[16];
+  };
+  thread_local std::vector<Line> lines;
+  if (lines.size() < size_t(ceil_div(floats, 16))) lines.resize(ceil_div(floats, 16));
+  return lines[0].elements;
+}
+
+// The rows of one tile and the query heads of one KV head.
+template <typename T>
+class Task {
+ public:
+  Task(const Step& step, const Layer& layer, const Tile& tile, int head)
+      : step(step), layer(layer), tile(tile), head(head), d(layer.head_dim),
+        group(layer.heads / layer.kv_heads), queries(tile.rows * group),
+        ld(ceil_div(tile.span, BLOCK) * BLOCK) {
+    q = scratch(queries * (2 * d + ld + 1));
+    sums = q + queries * d;
+    scores = sums + queries * d;
+    inverse = scores + queries * ld;
+  }
+
+  void run(const T* qkv, T* out) {
+    read_queries(qkv);
+    score_places();
+    for (int r = 0; r < tile.rows; r++) weigh_positions(r);
+    std::fill(sums, sums + queries * d, 0.0f);
+    sum_values(sequence(0), 0, tile.shared, 0, queries);
+    for (int r = 0; r < tile.rows; r++)
+      sum_values(sequence(r), tile.shared, sequence(r).length, r * group, group);
+    for (int i = 0; i < queries; i++) write(i, out);
+  }
+
+ private:
+  const Step& step;
+  const Layer& layer;
+  const Tile& tile;
+  const int head, d, group, queries;
+  const int64_t ld;  // places, in whole blocks
+  float* q;        // [queries, d] row by row, turned and scaled
+  float* sums;     // [queries, d]
+  float* scores;   // [queries, ld] by place, then weights by position
+  float* inverse;  // [queries] 1 / sum of the weights
+
+  Sequence sequence(int r) const { return sequence_of(step, tile.session, tile.first + r); }
+  int64_t query_head(int i) const { return head * group + i % group; }
+  const T* keys_at(int place) const { return block_of<T>(layer.keys, layer, tile.table, place, head); }
+  const T* values_at(int place) const { return block_of<T>(layer.values, layer, tile.table, place, head); }
+
+  // A block on its way while another is computed with: 4 to 12 % of a call whose cache lies in memory.
+  void prefetch(const T* block) const {
+    const char* line = reinterpret_cast<const char*>(block);
+    for (int64_t i = 0; i < int64_t(BLOCK * d * sizeof(T)); i += 64) __builtin_prefetch(line + i, 0, 2);
+  }
+
+  void read_queries(const T* qkv) {
+    for (int i = 0; i < queries; i++) {
+      int row = tile.first + i / group;
+      int64_t at = int64_t(row) * (layer.heads + 2 * layer.kv_heads) + query_head(i);
+      turned(qkv + at * d, layer.q_norm, layer, step, row, q + i * d);
+      for (int j = 0; j < d; j++) q[i * d + j] *= layer.scale;
+    }
+  }
+
+  // Of every place up to the tile's last row, whoever's it is: lanes do not touch one another.
+  void score_places() {
+    for (int place = 0; place < tile.span; place += BLOCK) {
+      prefetch(place + BLOCK < tile.span ? keys_at(place + BLOCK) : values_at(0));
+      add_scores(queries, q, d, keys_at(place), scores + place, ld);
+    }
+  }
+
+  // Row r's scores from the order of places to that of its positions, and to weights. A path ascends, so a
+  // score is moved before another takes its place.
+  void weigh_positions(int r) {
+    Sequence own = sequence(r);
+    for (int i = r * group; i < (r + 1) * group; i++) {
+      float* x = scores + i * ld;
+      if (own.path)
+        for (int j = own.committed; j < own.length; j++) x[j] = x[own.place(j)];
+      inverse[i] = softmax(x, own.length);
+    }
+  }
+
+  // Queries first .. first + count take the values of positions from .. to of a sequence.
+  void sum_values(const Sequence& own, int from, int to, int first, int count) {
+    const float* weights = scores + first * ld;
+    for (int n; from < to; from += n) {
+      n = own.run(from, to);
+      int place = own.place(from);
+      const T* values = values_at(place) + place % BLOCK * d;
+      if (from + n < tile.shared) prefetch(values_at(from + n));
+      add_values(count, weights + from, ld, values, n, d, sums + first * d);
+    }
+  }
+
+  void write(int i, T* out) const {
+    T* to = out + (int64_t(tile.first + i / group) * layer.heads + query_head(i)) * d;
+    for (int j = 0; j < d; j += LANES) store(to + j, load(sums + i * d + j) * inverse[i]);
+  }
+};
+
+template <typename T>
+void attend(const Step& step, const Layer& layer, const T* qkv, T* out, int threads) {
+  thread_local std::vector<Tile> reused;
+  reused.clear();
+  for (int s = 0; s < step.sessions; s++) add_tiles(step, layer, threads, s, reused);
+  // The longest first, so that none is left over at the end.
+  std::stable_sort(reused.begin(), reused.end(), [](const Tile& a, const Tile& b) { return a.span > b.span; });
+  const std::vector<Tile>& tiles = reused;  // of this thread, for all of them
+  // All keys before any score: the rows of a session see one another. A few rows are not worth a region.
+  each(step.rows > 8 ? threads : 1, tiles.size(), [&](int64_t i) {
+    for (int r = 0; r < tiles[i].rows; r++) write_row(step, layer, tiles[i].session, tiles[i].first + r, qkv);
+  });
+  each(threads, int64_t(tiles.size()) * layer.kv_heads, [&](int64_t i) {
+    Task<T>(step, layer, tiles[i / layer.kv_heads], i % layer.kv_heads).run(qkv, out);
+  });
+}
+
+// ---- the functions that kernel.py calls ----------------------------------------------------------------------
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+template <typename Work>
+void with_dtype(int32_t dtype, const Work& work) {
+  if (dtype == 0) return work(float{});
+  if (dtype == 1) return work(BFloat16{});
+  work(Float16{});
+}
+
+// Rows in pieces of about 4,096 elements: smaller ones are done before another thread has begun.
+template <typename Work>
+void each_row(int64_t rows, int64_t width, int threads, const Work& work) {
+  int64_t piece = std::max<int64_t>(1, 4096 / width);
+  each(threads, ceil_div(rows, piece), [&](int64_t i) {
+    for (int64_t r = i * piece; r < std::min(rows, (i + 1) * piece); r++) work(r);
+  });
+}
+
+}  // namespace
+
+EXPORT void taps_use_threads(OpenRegion region) { open_region = region; }
+
+EXPORT void taps_rms_norm(void* x, const void* residual, const void* weight, void* out, int64_t rows,
+                          int64_t width, float eps, int32_t dtype, int32_t threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    each_row(rows, width, threads, [&](int64_t r) {
+      T* row = static_cast<T*>(x) + r * width;
+      if (residual) add_row(row, static_cast<const T*>(residual) + r * width, width);
+      norm_row(row, static_cast<const T*>(weight), static_cast<T*>(out) + r * width, width, eps);
+    });
+  });
+}
+
+EXPORT void taps_swiglu(const void* gate_up, void* out, int64_t rows, int64_t width, int32_t dtype,
+                        int32_t threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    each_row(rows, width, threads, [&](int64_t r) {
+      const T* gate = static_cast<const T*>(gate_up) + 2 * r * width;
+      swiglu_row(gate, gate + width, static_cast<T*>(out) + r * width, width);
+    });
+  });
+}
+
+// Returns a Fault; nothing is touched if there is one.
+EXPORT int32_t taps_attend(const Step* step, const Layer* layer, const void* qkv, void* out, int32_t threads) {
+  Fault fault = find_fault(*step, *layer);
+  if (fault != NONE) return fault;
+  with_dtype(layer->dtype, [&](auto zero) {
+    using T = decltype(zero);
+    attend(*step, *layer, static_cast<const T*>(qkv), static_cast<T*>(out), threads);
+  });
+  return NONE;
+}
