@@ -72,10 +72,15 @@ class _Lease:
 class SessionServer:
     """A replica's side: hands out leases and serves their streams. `start` it in the replica's `__init__`."""
 
-    def __init__(self, open_session: OpenSession, check: Callable[[], None] = lambda: None) -> None:
-        """Args: check: raises once the replica can do no more, and answers will not come."""
+    def __init__(
+        self, open_session: OpenSession, check: Callable[[], None] = lambda: None, numerics: str = ""
+    ) -> None:
+        """Args: check: raises once the replica can do no more, and answers will not come; numerics: what every
+        lease grant says of the replica.
+        """
         self._open_session = open_session
         self._check = check
+        self._numerics = numerics
         self._leases: dict[str, _Lease] = {}
         self._server: grpc.aio.Server | None = None
         self._endpoint = ""
@@ -104,7 +109,7 @@ class SessionServer:
         secret = secrets.token_urlsafe(24)
         lease = self._leases[secret] = _Lease()
         try:
-            yield {"endpoint": self._endpoint, "secret": secret}
+            yield {"endpoint": self._endpoint, "secret": secret, "numerics": self._numerics}
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_CONNECT_DEADLINE_S):
                     await lease.connected.wait()
@@ -189,7 +194,8 @@ def _failed(error: Exception) -> Message:
 class Stream:
     """The caller's side of an open session."""
 
-    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes]) -> None:
+    def __init__(self, call: grpc.aio.StreamStreamCall[bytes, bytes], numerics: str) -> None:
+        self.numerics = numerics  # of the replica
         self._call = call
 
     async def ask(self, message: Message, timeout_s: float) -> Message:
@@ -264,7 +270,7 @@ class ChannelPool:
             granted = await self._grant(lease, timeout_s)
             async with self._channel(granted["endpoint"]) as channel:
                 metadata = ((_SECRET, granted["secret"]),)
-                stream = Stream(channel.stream_stream(_METHOD)(metadata=metadata))
+                stream = Stream(channel.stream_stream(_METHOD)(metadata=metadata), granted.get("numerics", ""))
                 try:
                     await stream.ask(hello, timeout_s)
                     yield stream

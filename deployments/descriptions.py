@@ -12,6 +12,7 @@ class TargetDescription:
     vocab_size: int
     fingerprint: str  # of its input embeddings
     max_tokens: int  # prompt and generated tokens that fit a session
+    numerics: str = ""  # names all that decides bits, and whether they depend on who shares a step
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from deployments import openai
 from deployments.config import RouterArgs
+from deployments.descriptions import TargetDescription
 from deployments.directory import Directory
 from deployments.edge import Api, plain_path, read_body, refusal
 from deployments.errors import RequestError
@@ -48,15 +49,15 @@ class Endpoints:
     def __init__(
         self,
         args: RouterArgs,
-        max_model_len: int,
+        target: TargetDescription,
         reader: RequestReader,
         generator: Generator,
         directory: Directory,
         observer: Observer,
     ) -> None:
-        """Args: max_model_len: tokens of prompt and answer that fit a session."""
         self._args = args
-        self._model_card = openai.model_card(args.model_name, int(time.time()), max_model_len)
+        self._numerics = target.numerics
+        self._model_card = openai.model_card(args.model_name, int(time.time()), target.max_tokens)
         self._reader = reader
         self._generator = generator
         self._directory = directory
@@ -76,10 +77,13 @@ class Endpoints:
 
     async def health(self) -> Response:
         """200 when router and verifier are ready."""
-        drafters = list(self._directory.specialists)
-        if not self._directory.verifier_is_up:
-            return JSONResponse({"status": "no verifier is up", "drafters": drafters}, 503)
-        return JSONResponse({"status": "ok", "drafters": drafters})
+        up = self._directory.verifier_is_up
+        status = {
+            "status": "ok" if up else "no verifier is up",
+            "drafters": list(self._directory.specialists),
+            "numerics": self._numerics,
+        }
+        return JSONResponse(status, 200 if up else 503)
 
     async def models(self) -> Response:
         return JSONResponse(openai.model_list([self._model_card]))

@@ -22,6 +22,7 @@ class Observer:
         self._tokens = metrics.Counter("taps_tokens", "Tokens delivered.")
         self._prompt_tokens = metrics.Counter("taps_prompt_tokens", "Prompt tokens prefilled.")
         self._passes = metrics.Counter("taps_verify_passes", "Verify passes.")
+        self._numerics = metrics.Counter("taps_numerics_changes", "Answers resumed with other numerics.")
         self._drafted = metrics.Counter("taps_draft_tokens", "Drafted nodes checked.", ("drafter",))
         self._accepted = metrics.Counter("taps_accepted_tokens", "Drafted tokens accepted.", ("drafter",))
         self._first = metrics.Histogram("taps_time_to_first_token_ms", "Until the first token.", _MS)
@@ -55,6 +56,9 @@ class Observer:
 
     def observe_end(self, record: RequestRecord, outcome: str) -> None:
         self._requests.inc(tags={"outcome": outcome})
+        if record.numerics_changed:
+            self._numerics.inc(record.numerics_changed)
+            logger.warning("%s went on with other numerics: its text may differ from there", record.id)
         for index, name in enumerate(record.drafters):
             if drafted := record.drafted_by_drafter[index]:
                 self._drafted.inc(drafted, tags={"drafter": name})

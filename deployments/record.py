@@ -24,6 +24,8 @@ class RequestRecord:
         self.counts = SpeculationCounts()
         self.batch_sizes = 0
         self.num_prefills = 0
+        self.numerics_changed = 0  # times it went on where bits may differ
+        self._numerics: str | None = None
         self.draft_ms = self.verify_ms = 0.0
         self.step_ms, self.step_tokens = 0.0, 0  # since the step before, and what the newest delivered
         self.drafted_by_drafter: Counter[int] = Counter()
@@ -39,6 +41,8 @@ class RequestRecord:
         self.new_tokens += delivered
         if step.is_prefill:
             self.num_prefills += 1
+            self.numerics_changed += self._numerics not in (None, step.numerics)
+            self._numerics = step.numerics
             self._first_ms = self._first_ms or self.step_ms
         else:
             self.counts.observe(step.verdict, delivered)

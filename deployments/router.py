@@ -36,7 +36,7 @@ class Router:
         self._directory.start()
         self._endpoints = Endpoints(
             args,
-            self._target.max_tokens,
+            self._target,
             RequestReader(target_path(locate(target.path)), self._target, args),
             Generator(verifier, args),
             self._directory,

@@ -32,6 +32,7 @@ class RemoteVerifierSession:
     """Implements `taps.decoding.sessions.VerifierSession`."""
 
     def __init__(self, stream: Stream, timeout_s: float) -> None:
+        self.numerics = stream.numerics
         self._stream = stream
         self._timeout_s = timeout_s
 

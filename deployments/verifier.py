@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from ray import serve
 
@@ -15,6 +17,8 @@ from deployments.priority import take_normal_priority
 from deployments.sessions import answering_verifier
 from taps.engine.scheduling import MAX_SESSIONS
 from taps.sampling import SamplingParams
+
+logger = logging.getLogger("ray.serve")
 
 
 @serve.deployment(max_ongoing_requests=MAX_SESSIONS, ray_actor_options={"num_cpus": 0.6})
@@ -29,7 +33,12 @@ class Verifier:
 
         self._verifier, self._description = load_verifier(target, args)
         await self._verifier.warm_up()
-        self._server = SessionServer(self._open_session, self._verifier.check)
+        served = self._verifier.target
+        self._description = replace(self._description, numerics=served.numerics)
+        logger.info("numerics: %s", served.numerics)
+        if served.inexact_because is not None:
+            logger.warning("text is not exact to the bit here: %s", served.inexact_because)
+        self._server = SessionServer(self._open_session, self._verifier.check, served.numerics)
         await self._server.start(node_address())
 
     def describe(self) -> TargetDescription:

@@ -16,8 +16,8 @@ from taps.models.embedded import EMBEDDED, EmbeddedTargetError, embedded_target
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="taps", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    prepare = commands.add_parser("prepare", help="fetch and convert the embedded target")
-    prepare.set_defaults(run=lambda _: print(embedded_target()))
+    prepare = commands.add_parser("prepare", help="fetch the embedded target, and build the CPU kernel")
+    prepare.set_defaults(run=_prepare)
     _add_train(commands.add_parser("train", help="train a specialist from prompts"))
     _add_answer(commands.add_parser("answer", help="record the target's answers to prompts, to train on later"))
     _add_average(commands.add_parser("average", help="average two specialists' weights"))
@@ -34,6 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"taps: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _prepare(_: argparse.Namespace) -> None:
+    print(embedded_target())
+    from taps.models.kernel_operations import describe_kernel
+
+    print(describe_kernel())
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

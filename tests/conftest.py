@@ -49,9 +49,18 @@ def reference(target_directory: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def verifier(target_directory: Path) -> Iterator[BatchedVerifier]:
-    """The real target in float32, where exactness is exact."""
+    """The real target in float32, which texts of transformers alone can be compared with."""
     model = CausalLM.load(target_directory, torch.float32)
     verifier = BatchedVerifier(Target(model, SESSIONS, 512, StepBudget(prefill_tokens=256, tree_nodes=160)))
+    yield verifier
+    verifier.close()
+
+
+@pytest.fixture(scope="session")
+def verifier_bf16(target_directory: Path) -> Iterator[BatchedVerifier]:
+    """The real target as it is served, with a budget that cuts trees."""
+    model = CausalLM.load(target_directory, torch.bfloat16)
+    verifier = BatchedVerifier(Target(model, SESSIONS, 512, StepBudget(prefill_tokens=100, tree_nodes=50)))
     yield verifier
     verifier.close()
 

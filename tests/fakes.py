@@ -113,6 +113,7 @@ class TableVerifier:
         self._lives = lives
         self._tokens: list[int] = []
         self._prompt_length = 0
+        self.numerics = "table"
 
     async def prefill(self, tokens: Sequence[int], num_generated: int, feature_window: int) -> Verdict:
         await self._live()

@@ -91,7 +91,7 @@ class Server:
             patch.setattr("deployments.requests.end_tokens", lambda *_: frozenset({END}))
             reader = RequestReader("nowhere", TARGET, arguments)
         parts = reader, cast(Any, self.generator), cast(Any, self.directory), cast(Any, self.ledger)
-        self.api: Api = Endpoints(arguments, TARGET.max_tokens, *parts).api()
+        self.api: Api = Endpoints(arguments, TARGET, *parts).api()
 
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)

@@ -13,7 +13,7 @@ from deployments.config import RouterArgs
 from deployments.edge import plain_path
 from deployments.openai import Json
 from tests.serving import COMPLETION, END, PATHS, Server
-from tests.test_requests import MODEL
+from tests.test_requests import MODEL, TARGET
 
 ORIGIN = "http://localhost:3000"
 GETS = ["/health", "/v1/models", f"/v1/models/{MODEL}", "/docs", "/openapi.json"]
@@ -31,7 +31,8 @@ async def test_head_answers_as_get_without_a_body(path: str) -> None:
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_health_says_whether_a_verifier_is_up(method: str) -> None:
     server = Server()
-    assert (await server.ask("GET", "/health")).json() == {"status": "ok", "drafters": ["chat", "math"]}
+    up = {"status": "ok", "drafters": ["chat", "math"], "numerics": TARGET.numerics}
+    assert (await server.ask("GET", "/health")).json() == up
     server.directory.verifier_is_up = False
     assert (await server.ask(method, "/health")).status_code == 503
 

@@ -116,25 +116,10 @@ def divergences(
     return [divergence for divergence in found if divergence is not None]
 
 
-class Identity:
-    """Texts are identical, or part at a near-tie; of those there may be one per 50,000 tokens."""
-
-    def __init__(self, reference: Any) -> None:
-        self._reference = reference
-        self._near_ties = 0
-        self._tokens = 0
-
-    def check(self, asked: Sequence[Question], ours: Sequence[Text], theirs: Sequence[Text]) -> None:
-        found = divergences(self._reference, asked, ours, theirs)
-        assert all(divergence.margin < NEAR_TIE for divergence in found), found
-        self._near_ties += len(found)
-        self._tokens += sum(map(len, ours))
-        assert self._near_ties <= 1 + self._tokens // TOKENS_PER_NEAR_TIE
-
-
-@pytest.fixture(scope="module")
-def identity(reference: Any) -> Identity:
-    return Identity(reference)
+def check_near_ties(found: Sequence[Divergence], num_tokens: int) -> None:
+    """Between other numerics: identical, or parting at a near-tie, at most one in 50,000 tokens."""
+    assert all(divergence.margin < NEAR_TIE for divergence in found), found
+    assert len(found) <= 1 + num_tokens // TOKENS_PER_NEAR_TIE
 
 
 @pytest.fixture(scope="module")
@@ -144,38 +129,71 @@ def asked(tokenizer: Any) -> list[Question]:
 
 @pytest.fixture(scope="module")
 def plain(asked: list[Question], verifier: BatchedVerifier) -> list[Text]:
-    """Our plain decoding, all in one batch."""
-    return answer_all(asked, verifier, [], off)
+    """Our plain decoding in float32, one session a step."""
+    return answer_all(asked, verifier, [], off, at_once=1)
+
+
+@pytest.fixture(scope="module")
+def plain_bf16(asked: list[Question], verifier_bf16: BatchedVerifier) -> list[Text]:
+    return answer_all(asked, verifier_bf16, [], off, at_once=1)
+
+
+def test_the_probe_passes_on_the_served_target(
+    verifier: BatchedVerifier, verifier_bf16: BatchedVerifier
+) -> None:
+    """Else the tests below would ask for what is not promised."""
+    for probed in (verifier, verifier_bf16):
+        asyncio.run(probed.warm_up())
+        assert probed.target.inexact_because is None
 
 
 def test_plain_greedy_decoding_equals_transformers_generate(
-    reference: Any, identity: Identity, asked: list[Question], plain: list[Text]
+    reference: Any, asked: list[Question], plain: list[Text]
 ) -> None:
+    """Whose sums have another order."""
     greedy = [(q, text) for q, text in zip(asked, plain, strict=True) if q.params == GREEDY]
     theirs = [generate(reference, question.prompt, NEW_TOKENS) for question, _ in greedy]
-    identity.check([question for question, _ in greedy], [text for _, text in greedy], theirs)
+    found = divergences(reference, [q for q, _ in greedy], [text for _, text in greedy], theirs)
+    check_near_ties(found, len(greedy) * NEW_TOKENS)
+
+
+def test_sharing_steps_changes_no_bit_of_plain_text(
+    asked: list[Question], plain: list[Text], plain_bf16: list[Text], verifier: BatchedVerifier,
+    verifier_bf16: BatchedVerifier,
+) -> None:  # fmt: skip
+    assert answer_all(asked, verifier, [], off) == plain
+    assert answer_all(asked, verifier_bf16, [], off) == plain_bf16
 
 
 @pytest.mark.parametrize(("strategy", "num_drafters"), COMPOSITIONS)
 def test_greedy_and_sampled_text_is_the_targets_own(
     strategy: str,
     num_drafters: int,
-    identity: Identity,
     asked: list[Question],
     plain: list[Text],
     verifier: BatchedVerifier,
     drafters: list[BatchedDrafter],
 ) -> None:
-    ours = answer_all(asked, verifier, rotated(drafters, num_drafters), STRATEGIES[strategy])
-    identity.check(asked, ours, plain)
+    assert answer_all(asked, verifier, rotated(drafters, num_drafters), STRATEGIES[strategy]) == plain
+
+
+@pytest.mark.parametrize(
+    ("strategy", "num_drafters"), [("single", 1), ("confidence", 2), ("entropy", 3), ("merged", 3)]
+)
+def test_in_bfloat16_too(
+    strategy: str,
+    num_drafters: int,
+    asked: list[Question],
+    plain_bf16: list[Text],
+    verifier_bf16: BatchedVerifier,
+    drafters: list[BatchedDrafter],
+) -> None:
+    ours = answer_all(asked, verifier_bf16, rotated(drafters, num_drafters), STRATEGIES[strategy])
+    assert ours == plain_bf16
 
 
 def test_duplicate_proposals_and_the_concatenated_merge_change_no_text(
-    identity: Identity,
-    asked: list[Question],
-    plain: list[Text],
-    verifier: BatchedVerifier,
-    drafters: list[BatchedDrafter],
+    asked: list[Question], plain: list[Text], verifier: BatchedVerifier, drafters: list[BatchedDrafter]
 ) -> None:
     twice = [drafters[0], drafters[0], drafters[1]]
-    identity.check(asked, answer_all(asked, verifier, twice, concatenated), plain)
+    assert answer_all(asked, verifier, twice, concatenated) == plain

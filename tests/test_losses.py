@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from taps.models.alignment import aligned_mask, aligned_passes
-from taps.models.attention import PackedStep, Segment
-from taps.models.cache import SlotCache
+from taps.models.cache import Kept, PagedCache
 from taps.models.draft_head import DraftHead
+from taps.models.drafting_head import DraftingHead
+from taps.models.step import Segment, Step
 from taps.training import losses
 from taps.training.losses import DraftLoss, LossWeights, draft_loss
 from tests.tiny import HIDDEN, VOCAB, tiny_head
@@ -102,14 +104,15 @@ def test_the_mask_of_a_third_pass_worked_by_hand() -> None:
 
 def drafted_chain(head: DraftHead, tokens: Tensor, features: Tensor, root: int, depth: int) -> list[Tensor]:
     """Features predicted by drafting the recorded tokens from pair `root` on, pair by pair, as serving does."""
-    cache = SlotCache(1, 64)
-    slot = cache.acquire()
+    cache, drafting = PagedCache(1, 64), DraftingHead(copy.deepcopy(head))
+    sequence = cache.open()
 
     def extend(pairs: slice, inputs: Tensor) -> Tensor:
         count = len(inputs)
-        step = PackedStep(cache, [Segment(slot, 0, torch.arange(count), None)], inputs.dtype, inputs.device)
-        hidden: Tensor = head(tokens[None, pairs], inputs[None], step.positions(), step)[0]
-        cache.commit(slot, range(count))
+        cache.reserve(sequence, count)
+        step = Step([Segment(sequence, count)], inputs.device)
+        hidden = drafting(tokens[pairs], inputs, step, cache)
+        cache.commit([Kept(sequence, range(count))])
         return hidden[-1]
 
     chain = [extend(slice(0, root + 1), features[: root + 1])]

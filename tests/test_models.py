@@ -23,10 +23,10 @@ from transformers import (
 
 from taps.engine.scheduling import StepBudget
 from taps.engine.target import PrefillJob, Target, VerifyJob
-from taps.models.attention import PackedStep, Segment
-from taps.models.cache import CacheFull, SlotCache
+from taps.models.cache import CachedSequence, CacheFull, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.pretrained import UnservableTarget, load_config, load_tokenizer
+from taps.models.step import Segment, Step
 from taps.sampling import InvalidLogits, SamplingParams
 from taps.tree import ProposalTree
 from taps.verdict import PromptTooLong, Verdict
@@ -102,23 +102,23 @@ def test_greedy_decoding_through_trees_equals_generate(family: str) -> None:
 def test_a_tree_gives_the_logits_of_each_of_its_paths(family: str) -> None:
     model = CausalLM(build(FAMILIES[family]))
     prompt, tree = tokens(20), random_tree(random.Random(5), 10, root=3, vocab_size=VOCAB)
-    cache = SlotCache(1, 128)
-    slot = cache.acquire()
-    forward(model, cache, slot, ProposalTree(tuple(prompt), tuple(range(-1, 19)), (0.0,) * 20, (0,) * 20))
-    cache.commit(slot, range(20))
-    together = forward(model, cache, slot, tree)
+    cache = PagedCache(1, 128)
+    sequence = cache.open()
+    forward(model, cache, sequence, ProposalTree(tuple(prompt), tuple(range(-1, 19)), (0.0,) * 20, (0,) * 20))
+    cache.commit([Kept(sequence, range(20))])
+    together = forward(model, cache, sequence, tree)
     for node in range(len(tree)):
-        alone = SlotCache(1, 128)
+        alone = PagedCache(1, 128)
         path = [*prompt, 3, *tree.token_path(node)]
         chain = ProposalTree(tuple(path), tuple(range(-1, len(path) - 1)), (0.0,) * len(path), (0,) * len(path))
-        assert torch.allclose(together[node], forward(model, alone, alone.acquire(), chain)[-1], atol=5e-5)
+        assert torch.allclose(together[node], forward(model, alone, alone.open(), chain)[-1], atol=5e-5)
 
 
-def forward(model: CausalLM, cache: SlotCache, slot: int, tree: ProposalTree) -> torch.Tensor:
-    visible = None if tree.is_chain else tree.ancestry
-    segment = Segment(slot, 0, torch.tensor(tree.depths), visible)
-    step = PackedStep(cache, [segment], model.dtype, model.device)
-    return model.extend(tree.tokens, step, range(len(tree)))[1]
+def forward(model: CausalLM, cache: PagedCache, sequence: CachedSequence, tree: ProposalTree) -> torch.Tensor:
+    cache.reserve(sequence, len(tree))
+    paths = None if tree.is_chain else [tree.path(node) for node in range(len(tree))]
+    step = Step([Segment(sequence, len(tree), paths)], model.device)
+    return model.extend(tree.tokens, step, cache, range(len(tree)))[1]
 
 
 def test_sessions_in_one_pass_get_what_they_get_alone() -> None:
@@ -172,7 +172,7 @@ def test_slots_are_bounded_and_come_back() -> None:
     with pytest.raises(CacheFull):
         target.open(GREEDY)
     target.close(session)
-    assert target.open(GREEDY).slot == session.slot
+    target.close(target.open(GREEDY))
 
 
 @pytest.mark.parametrize(

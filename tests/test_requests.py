@@ -18,7 +18,7 @@ from deployments.schema import parse_chat, parse_completion
 from taps.sampling import LEAST_TEMPERATURE, SamplingParams
 
 MODEL = "SmolLM2-135M-Instruct"
-TARGET = TargetDescription(vocab_size=1000, fingerprint="", max_tokens=100)
+TARGET = TargetDescription(vocab_size=1000, fingerprint="", max_tokens=100, numerics="table exact")
 UP = Drafters(["chat", "math"], ["code"])
 
 

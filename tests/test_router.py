@@ -77,7 +77,11 @@ async def test_the_router_is_up_once_its_verifier_says_what_it_serves() -> None:
     assert not starting.done()
     handle.up.set()
     router = await starting
-    assert (await ask(router, "GET", "/health")).json() == {"status": "ok", "drafters": ["math"]}
+    assert (await ask(router, "GET", "/health")).json() == {
+        "status": "ok",
+        "drafters": ["math"],
+        "numerics": TARGET.numerics,
+    }
     (card,) = (await ask(router, "GET", "/v1/models")).json()["data"]
     assert (card["id"], card["max_model_len"]) == (MODEL, TARGET.max_tokens)
 

@@ -35,6 +35,7 @@ class Step:
     draft_ms: float  # waiting for drafters
     verify_ms: float  # waiting for the verifier
     drafted: tuple[int, ...] = ()  # owner bits of the drafted nodes that were checked
+    numerics: str = ""  # of the verifier, at a prefill
 
 
 async def decode(
@@ -73,7 +74,7 @@ async def _decode_on(
     started = time.perf_counter()
     verdict = await verifier.prefill(context.tokens, context.num_generated, context.feature_window)
     context.restart(verdict)
-    yield Step(verdict, True, 0.0, (time.perf_counter() - started) * 1e3)
+    yield Step(verdict, True, 0.0, (time.perf_counter() - started) * 1e3, numerics=verifier.numerics)
     pass_s = math.inf  # unknown before the first
     while True:
         started = time.perf_counter()

@@ -31,6 +31,8 @@ class DrafterSession(Protocol):
 class VerifierSession(Protocol):
     """One session's side of the verifier."""
 
+    numerics: str  # verifiers of the same go on with the same bits
+
     async def prefill(self, tokens: Sequence[int], num_generated: int, feature_window: int) -> Verdict:
         """Append tokens, the last `num_generated` of them generated before; decide one more token."""
         ...

@@ -15,19 +15,19 @@ from taps.context import ContextDelta
 from taps.drafting.drafter import DRAFT_LEN, RESERVED_ROWS, DraftJob, InvalidAsk
 from taps.drafting.growth import Growth
 from taps.engine.scheduling import MAX_SESSIONS
-from taps.models.attention import PackedStep, Segment
-from taps.models.cache import SlotCache
+from taps.models.cache import CachedSequence, Kept, PagedCache
 from taps.models.draft_head import DraftHead
-from taps.models.onednn import pack_linears
+from taps.models.drafting_head import DraftingHead
+from taps.models.step import Segment, Step
 from taps.sampling import SamplingParams, gumbel_noise, shape_logits
 from taps.tree import ROOT, ProposalTree
 
 
-@dataclass
+@dataclass(eq=False)
 class EagleSession:
-    """One sequence: its cache slot, and the position whose pair comes next."""
+    """One sequence: its pages, and the position whose pair comes next."""
 
-    slot: int
+    sequence: CachedSequence
     next_position: int = 0
 
 
@@ -40,36 +40,31 @@ class _Growing:
         self.sampling = job.ask.sampling
         self.position = job.delta.end  # absolute position of the root's children
         self.hidden: dict[int, Tensor] = {}  # node -> [H] predicted feature at the node
-        self.row_of: dict[int, int] = {}  # node -> its row among the drafted ones in the cache
-        self.seen: dict[int, set[int]] = {ROOT: set()}  # node -> drafted rows it attends to
+        self.num_rows = 0  # drafted ones in the cache
+        self.paths: dict[int, tuple[int, ...]] = {ROOT: ()}  # node -> the drafted rows it attends to
 
-    def add_rows(self) -> Tensor:
-        """Give the frontier nodes their cache rows. [n, drafted + n] bool: which of them each attends to."""
-        first = len(self.row_of)
-        for i, node in enumerate(self.growth.frontier):
-            self.row_of[node] = first + i
-            self.seen[node] = self.seen[self.growth.parent(node)] | {first + i}
-        visible = torch.zeros(len(self.growth.frontier), len(self.row_of), dtype=torch.bool)
-        for i, node in enumerate(self.growth.frontier):
-            visible[i, list(self.seen[node])] = True
-        return visible
+    def add_rows(self) -> Segment:
+        """The frontier nodes' rows, behind those drafted before."""
+        first, frontier = self.num_rows, self.growth.frontier
+        for i, node in enumerate(frontier):
+            self.paths[node] = (*self.paths[self.growth.parent(node)], first + i)
+        self.num_rows += len(frontier)
+        paths = [self.paths[node] for node in frontier]
+        return Segment(self.session.sequence, len(frontier), paths, first)
 
 
 class EagleDrafter:
     """A draft head with a KV cache for its sessions."""
 
     def __init__(self, head: DraftHead, max_sessions: int = MAX_SESSIONS, max_len: int = DRAFT_LEN) -> None:
-        self._cache = SlotCache(max_sessions, max_len)
-        self._dtype = head.fc.weight.dtype
-        self._device = head.fc.weight.device
-        self._head = head.eval()
-        pack_linears(head)
+        self._cache = PagedCache(max_sessions, max_len)
+        self._head = DraftingHead(head)
 
     def open(self) -> EagleSession:
-        return EagleSession(self._cache.acquire())
+        return EagleSession(self._cache.open())
 
     def close(self, session: EagleSession) -> None:
-        self._cache.release(session.slot)
+        self._cache.close(session.sequence)
 
     @torch.inference_mode()
     def step(self, jobs: Sequence[DraftJob]) -> list[ProposalTree | Exception | None]:
@@ -83,7 +78,7 @@ class EagleDrafter:
     def _misfit(self, job: DraftJob) -> InvalidAsk | None:
         """Why a job cannot share a forward with others, which it would make fail."""
         delta, ask = job.delta, job.ask
-        vocab_size, hidden = self._head.embeddings.shape
+        vocab_size, hidden = self._head.vocab_size, self._head.hidden_size
         if not delta.tokens or not all(0 <= token < vocab_size for token in delta.tokens):
             return InvalidAsk(f"news have tokens, of ids below {vocab_size}")
         news = delta.end - 1 - delta.feature_start
@@ -101,26 +96,25 @@ class EagleDrafter:
     def _grow(self, jobs: Sequence[DraftJob]) -> list[ProposalTree]:
         growing = [_Growing(job) for job in jobs]
         self._expand(growing, self._take_in(jobs))
-        level = 0
         while active := [g for g in growing if g.growth.frontier]:
-            level += 1
-            self._expand(active, self._forward_level(active, level))
+            self._expand(active, self._forward_level(active))
         return [g.growth.tree() for g in growing]
 
     def _take_in(self, jobs: Sequence[DraftJob]) -> Tensor:
         """Append the new pairs to the cache. [jobs, H] predicted features at the roots."""
-        tokens, features, segments, start = [], [], [], 0
+        tokens: list[int] = []
+        features, segments = [], []
         for job in jobs:
             session, delta = job.session, job.delta
             pairs = self._pairs(session, delta)
-            tokens.append(delta.tokens[len(delta.tokens) - pairs :])
+            tokens += delta.tokens[len(delta.tokens) - pairs :]
             features.append(delta.features[len(delta.features) - pairs :])
-            segments.append(Segment(session.slot, start, torch.arange(pairs), None))
-            start += pairs
-        hidden = self._forward([t for part in tokens for t in part], torch.cat(features), segments)
-        for segment in segments:
-            self._cache.commit(segment.slot, range(segment.num_rows))
-        return hidden[[s.start + s.num_rows - 1 for s in segments]]
+            segments.append(Segment(session.sequence, pairs))
+            self._cache.reserve(session.sequence, pairs + RESERVED_ROWS)
+        step = Step(segments, self._head.device)
+        hidden = self._forward(tokens, torch.cat(features), step)
+        self._cache.commit([Kept(s.sequence, range(s.num_rows)) for s in segments])
+        return hidden[[start - 1 for start in step.starts[1:]]]
 
     def _pairs(self, session: EagleSession, delta: ContextDelta) -> int:
         """How many of the newest pairs are new; forgets the session's past where the news do not join it.
@@ -130,8 +124,8 @@ class EagleDrafter:
         last = delta.end - 1
         joins = delta.feature_start <= session.next_position < last
         first = session.next_position if joins else delta.feature_start
-        if not joins or self._cache.length[session.slot] + last - first > self.max_tokens:
-            self._cache.length[session.slot] = 0
+        if not joins or session.sequence.length + last - first > self.max_tokens:
+            self._cache.forget(session.sequence)
             first = max(delta.feature_start, last - self.max_tokens)
         session.next_position = last
         return last - first
@@ -141,30 +135,21 @@ class EagleDrafter:
         """Tokens of a session that the cache holds, leaving rows for the drafted levels."""
         return self._cache.max_len - RESERVED_ROWS
 
-    def _forward_level(self, active: Sequence[_Growing], level: int) -> Tensor:
+    def _forward_level(self, active: Sequence[_Growing]) -> Tensor:
         """Predicted features [rows, H] at the frontier nodes of every tree."""
-        tokens, features, segments, start = [], [], [], 0
-        for g in active:
-            drafted = len(g.row_of)
-            visible = g.add_rows()
-            n = len(g.growth.frontier)
-            tokens += [g.growth.token(node) for node in g.growth.frontier]
-            features += [g.hidden[g.growth.parent(node)] for node in g.growth.frontier]
-            depths = torch.full((n,), level - 1)
-            segments.append(Segment(g.session.slot, start, depths, visible, drafted))
-            start += n
-        return self._forward(tokens, torch.stack(features), segments)
+        tokens = [g.growth.token(node) for g in active for node in g.growth.frontier]
+        features = [g.hidden[g.growth.parent(node)] for g in active for node in g.growth.frontier]
+        step = Step([g.add_rows() for g in active], self._head.device)
+        return self._forward(tokens, torch.stack(features), step)
 
-    def _forward(self, tokens: Sequence[int], features: Tensor, segments: Sequence[Segment]) -> Tensor:
-        step = PackedStep(self._cache, segments, self._dtype, self._device)
-        ids = torch.tensor([tokens], device=self._device)
-        inputs = features.to(self._device, self._dtype)[None]
-        hidden: Tensor = self._head(ids, inputs, step.positions(), step)[0]
-        return hidden
+    def _forward(self, tokens: Sequence[int], features: Tensor, step: Step) -> Tensor:
+        device = self._head.device
+        inputs = features.to(device, self._head.dtype)
+        return self._head(torch.tensor(tokens, device=device), inputs, step, self._cache)
 
     def _expand(self, active: Sequence[_Growing], hidden: Tensor) -> None:
         """Add the children of every frontier; hidden [rows, H] are the features at the frontier nodes."""
-        logits = self._head.lm_head(hidden).float()
+        logits = self._head.logits(hidden).float()
         row = 0
         for g in active:
             n = len(g.growth.frontier)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from taps.engine.scheduling import MAX_LEN, MAX_SESSIONS, StepBudget, share_nodes, share_prefill
 from taps.engine.verification import accept
-from taps.models.attention import PackedStep, Segment
-from taps.models.cache import SlotCache
+from taps.models.cache import CachedSequence, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
+from taps.models.probe import Probe
+from taps.models.step import Segment, Step
 from taps.sampling import InvalidLogits, SamplingParams, sample
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
@@ -25,9 +26,9 @@ from taps.verdict import PromptTooLong, Verdict
 
 @dataclass
 class TargetSession:
-    """One sequence being decoded: its cache slot, its sampling, and the tokens it generated."""
+    """One sequence being decoded: its place in the cache, its sampling, and the tokens it generated."""
 
-    slot: int
+    sequence: CachedSequence
     params: SamplingParams
     generated: Counter[int] = field(default_factory=Counter)
 
@@ -76,7 +77,18 @@ class Target:
     ) -> None:
         self.model = model
         self.budget = budget or StepBudget()
-        self.cache = SlotCache(max_sessions, min(max_len, model.max_positions))
+        self.cache = PagedCache(max_sessions, min(max_len, model.max_positions))
+        self.inexact_because: str | None = "it was not probed"
+
+    def probe(self) -> None:
+        """Find out whether bits depend on who shares a step; call it in the thread that steps, before them."""
+        self.inexact_because = Probe(self.model).fault()
+
+    @property
+    def numerics(self) -> str:
+        """Sessions on targets of the same numerics go on with the same bits, where these are exact."""
+        exact = "exact" if self.inexact_because is None else "inexact"
+        return f"{self.model.numerics} {exact}"
 
     @property
     def max_tokens(self) -> int:
@@ -84,11 +96,11 @@ class Target:
         return self.cache.max_len - self.budget.tree_nodes - 1
 
     def open(self, params: SamplingParams) -> TargetSession:
-        """A session with a slot of its own; raises `CacheFull`. Free it with `close`."""
-        return TargetSession(self.cache.acquire(), params)
+        """A session with a place of its own; raises `CacheFull`. Free it with `close`."""
+        return TargetSession(self.cache.open(), params)
 
     def close(self, session: TargetSession) -> None:
-        self.cache.release(session.slot)
+        self.cache.close(session.sequence)
 
     @torch.inference_mode()
     def step(self, jobs: Sequence[Job]) -> list[Verdict | Exception | None]:
@@ -113,7 +125,7 @@ class Target:
         return [results[job] for job in jobs]
 
     def _misfit(self, job: Job) -> ValueError | None:
-        length = self.cache.length[job.session.slot]
+        length = job.session.sequence.length
         if isinstance(job, PrefillJob) and not job.tokens:
             return ValueError("a prompt needs at least one token")
         if isinstance(job, VerifyJob) and not all(0 <= t < self.model.vocab_size for t in job.tree.tokens):
@@ -148,21 +160,16 @@ class Target:
 
     def _forward(self, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]:
         """Features [rows, H] of every row and logits [kept, V] of the rows that need them."""
-        segments: list[Segment] = []
         tokens: list[int] = []
         keep: list[int] = []
         for piece in pieces:
-            tree = piece.tree
-            visible = None if tree.is_chain else tree.ancestry
-            segments.append(
-                Segment(piece.job.session.slot, piece.rows.start, torch.tensor(tree.depths), visible)
-            )
-            tokens += tree.tokens
+            tokens += piece.tree.tokens
             if piece.logits_start >= 0:
                 first = piece.rows.start if isinstance(piece.job, VerifyJob) else piece.rows.stop - 1
                 keep += range(first, piece.rows.stop)
-        step = PackedStep(self.cache, segments, self.model.dtype, self.model.device)
-        return self.model.extend(tokens, step, keep)
+            self.cache.reserve(piece.job.session.sequence, len(piece.tree))
+        step = Step([_segment(piece) for piece in pieces], self.model.device)
+        return self.model.extend(tokens, step, self.cache, keep)
 
     def _try_to_finish(
         self, piece: _Piece, features: Tensor, logits: Tensor
@@ -178,7 +185,7 @@ class Target:
         if isinstance(piece.job, PrefillJob):
             return self._finish_prefill(piece.job, piece, features[piece.rows], logits)
         session = piece.job.session
-        position = self.cache.length[session.slot] + 1
+        position = session.sequence.length + 1
 
         def decide(node: int, accepted: Sequence[int]) -> int:
             counts: Mapping[int, int] = session.generated
@@ -187,7 +194,7 @@ class Target:
             return sample(logits[piece.logits_start + node], session.params, position + len(accepted), counts)
 
         path, tokens, owners = accept(piece.tree, decide)
-        self.cache.commit(session.slot, path)
+        self.cache.commit([Kept(session.sequence, path)])
         session.generated.update(tokens)
         return _Outcome(tokens, owners, features[piece.rows][list(path)].clone())
 
@@ -199,13 +206,13 @@ class Target:
             session.generated.update(job.generated)
         n = len(piece.tree)
         job.done += n
-        self.cache.commit(session.slot, range(n))
+        self.cache.commit([Kept(session.sequence, range(n))])
         wanted = min(n, job.feature_window - (len(job.tokens) - job.done))
         if wanted > 0:
             job.features.append(features[n - wanted :].clone())
         if job.done < len(job.tokens):
             return None
-        position = self.cache.length[session.slot]
+        position = session.sequence.length
         token = sample(logits[piece.logits_start], session.params, position, session.generated)
         session.generated.update((token,))
         return _Outcome((token,), (), torch.cat(job.features))
@@ -217,6 +224,12 @@ class Target:
         num_nodes = len(piece.tree) - 1 if verified else 0
         depth = max(piece.tree.depths) if verified else 0
         return Verdict(tokens, owners, features, num_nodes, depth, batch_size)
+
+
+def _segment(piece: _Piece) -> Segment:
+    tree = piece.tree
+    paths = None if tree.is_chain else [tree.path(node) for node in range(len(tree))]
+    return Segment(piece.job.session.sequence, len(tree), paths)
 
 
 class _Outcome(NamedTuple):

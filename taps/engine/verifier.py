@@ -28,10 +28,11 @@ class BatchedVerifier:
     async def session(self, params: SamplingParams) -> AsyncIterator[BatchedVerifierSession]:
         """A session that owns a cache slot until the block ends. Raises `CacheFull`."""
         async with self._batcher.holding(lambda: self.target.open(params), self.target.close) as state:
-            yield BatchedVerifierSession(self._batcher, state)
+            yield BatchedVerifierSession(self._batcher, state, self.target.numerics)
 
     async def warm_up(self) -> None:
-        """Run a short session: what is set up on first use is not set up in a user's time."""
+        """Probe the target and run a short session: what is set up on first use is not in a user's time."""
+        await self._batcher.between_steps(self.target.probe)
         async with self.session(SamplingParams()) as session:
             (root,) = (await session.prefill([0] * 16, 0, 1)).tokens
             nodes = [(token, parent, -1.0, 0) for token, parent in ((0, 0), (1, 0), (2, 1))]
@@ -48,7 +49,8 @@ class BatchedVerifier:
 class BatchedVerifierSession:
     """Implements `taps.decoding.sessions.VerifierSession`."""
 
-    def __init__(self, batcher: Batcher[Job, Verdict], state: TargetSession) -> None:
+    def __init__(self, batcher: Batcher[Job, Verdict], state: TargetSession, numerics: str) -> None:
+        self.numerics = numerics
         self._batcher = batcher
         self._state = state
 

@@ -21,7 +21,7 @@ _RIDGE = 0.01  # of each input's own variance
 
 
 class HeadAttention(Protocol):
-    """What a head's rows attend to: a `PackedStep` in drafting, an `Alignment` in training."""
+    """What a head's rows attend to: a `Packed` in drafting, an `Alignment` in training."""
 
     attention_name: str  # registered with transformers
 
@@ -56,7 +56,7 @@ class DraftHead(nn.Module):
             layer.input_layernorm = nn.Identity()
         self.layers = nn.ModuleList([layer])
         self._add_biases(tensors)
-        self._rotary = LlamaRotaryEmbedding(config)
+        self.rotary = LlamaRotaryEmbedding(config)
         self.embeddings: Tensor
         self.register_buffer("embeddings", embeddings, persistent=False)
         rows = lm_head if draft_vocab is None else lm_head[draft_vocab]
@@ -108,7 +108,7 @@ class DraftHead(nn.Module):
         out: Tensor = self.layers[0](
             x,
             attention_mask=attention.layer_masks(),
-            position_embeddings=self._rotary(x, positions),
+            position_embeddings=self.rotary(x, positions),
             packed=attention,
         )
         return out

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from taps.models.attention import PackedStep, Segment
-from taps.models.cache import SlotCache
+from taps.models.cache import PagedCache
 from taps.models.causal_lm import CausalLM
+from taps.models.step import Segment, Step
 from taps.recording.shards import Recording
 
 
@@ -22,14 +22,11 @@ class TargetFeatures:
     def __call__(self, recordings: Sequence[Recording]) -> list[Tensor]:
         """[n - 1, H] bfloat16 of each recording, on the CPU."""
         lengths = [len(r.tokens) - 1 for r in recordings]
-        cache = SlotCache(len(recordings), max(lengths))
-        starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-        segments = [
-            Segment(cache.acquire(), start, torch.arange(length), None)
-            for start, length in zip(starts, lengths, strict=False)
-        ]
+        cache = PagedCache(len(recordings), max(lengths))
+        segments = [Segment(cache.open(), length) for length in lengths]
+        for segment in segments:
+            cache.reserve(segment.sequence, segment.num_rows)
         tokens = [token for r in recordings for token in r.tokens[:-1].tolist()]
-        step = PackedStep(cache, segments, self._model.dtype, self._model.device)
-        features, _ = self._model.extend(tokens, step, [])
-        kept = features.to(torch.bfloat16).cpu()
-        return [kept[start : start + length] for start, length in zip(starts, lengths, strict=False)]
+        step = Step(segments, self._model.device)
+        features, _ = self._model.extend(tokens, step, cache, [])
+        return list(torch.split(features.to(torch.bfloat16).cpu(), lengths))

@@ -1,0 +1,97 @@
+"""A decoder layer's operations through the CPU kernel, or through torch where it cannot be had.
+
+Knows the kernel's calls and what they are given; nothing of models.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from taps.models.cache import PagedCache
+from taps.models.cpu_kernel.build import KernelUnavailable
+from taps.models.cpu_kernel.kernel import CpuKernel, cpu_kernel
+from taps.models.cpu_kernel.paged import MAX_HEAD_DIM, AttentionLayer, AttentionStep
+from taps.models.operations import HeadNorms, Heads, Operations, Rope
+from taps.models.reference import ReferenceOperations
+from taps.models.step import Step
+
+_HEAD_STEP = 16
+logger = logging.getLogger(__name__)
+
+
+class KernelOperations:
+    """Implements `taps.models.operations.Operations`."""
+
+    def __init__(self, kernel: CpuKernel, dtype: torch.dtype) -> None:
+        self.numerics = f"{kernel.numerics} torch {torch.__version__} {str(dtype).removeprefix('torch.')}"
+        self._kernel = kernel
+        self._layers: WeakKeyDictionary[PagedCache, dict[int, AttentionLayer]] = WeakKeyDictionary()
+        self._step: tuple[Step, AttentionStep] | None = None
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        self._kernel.rms_norm(x, weight, out, eps)
+        return out
+
+    def gate(self, gate_up: Tensor) -> Tensor:
+        out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+        self._kernel.swiglu(gate_up, out)
+        return out
+
+    def attend(
+        self, layer: int, qkv: Tensor, step: Step, cache: PagedCache, heads: Heads, rope: Rope,
+        norms: HeadNorms | None,
+    ) -> Tensor:  # fmt: skip
+        out = qkv.new_empty(len(qkv), heads.queries * heads.dim)
+        described = self._layer(layer, qkv, cache, heads, norms)
+        self._kernel.attend(described, self._described(step, rope), qkv, out)
+        return out
+
+    def _layer(
+        self, layer: int, qkv: Tensor, cache: PagedCache, heads: Heads, norms: HeadNorms | None
+    ) -> AttentionLayer:
+        """Made once for each cache."""
+        known = self._layers.setdefault(cache, {})
+        if layer not in known:
+            keys, values = cache.layer(layer, qkv, heads.keys, heads.dim, heads.dim)
+            known[layer] = (
+                AttentionLayer(keys, values, heads.queries, heads.scale)
+                if norms is None
+                else AttentionLayer(keys, values, heads.queries, heads.scale, norms.query, norms.key, norms.eps)
+            )
+        return known[layer]
+
+    def _described(self, step: Step, rope: Rope) -> AttentionStep:
+        """Made once for all layers of a step."""
+        if self._step is None or self._step[0] is not step:
+            cos, sin = rope.cos[step.positions], rope.sin[step.positions]
+            self._step = step, AttentionStep(*step.layout, cos, sin)
+        return self._step[1]
+
+
+def cpu_operations(dtype: torch.dtype, head_dim: int) -> Operations:
+    """The kernel's where it is to be had and computes heads of this size, else torch's."""
+    kernel = _kernel()
+    if kernel is None or head_dim % _HEAD_STEP or head_dim > MAX_HEAD_DIM:
+        return ReferenceOperations(dtype)
+    return KernelOperations(kernel, dtype)
+
+
+def describe_kernel() -> str:
+    """Build the kernel where it was not built yet; what there is, in words."""
+    kernel = _kernel()
+    return "no CPU kernel: torch computes attention" if kernel is None else f"CPU kernel: {kernel.numerics}"
+
+
+@functools.cache
+def _kernel() -> CpuKernel | None:
+    try:
+        return cpu_kernel()
+    except KernelUnavailable as error:
+        logger.warning("attention runs in torch alone, several times slower a step: %s", error)
+        return None

@@ -1,0 +1,116 @@
+"""The rows of one forward: many sequences' newest tokens, packed side by side, and what each row may see.
+
+A row sees its sequence's committed positions and its own path behind them. A chain is prefill or plain
+decoding, a tree is verification, and levels added one after the other are draft growth.
+
+Knows sequences and paths; nothing of models or of how attention is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from taps.models.cache import PAGE, CachedSequence
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sequence's rows in a forward."""
+
+    sequence: CachedSequence
+    num_rows: int
+    # Each row's path as offsets behind the committed positions, itself last; None is a chain.
+    paths: Sequence[Sequence[int]] | None = None
+    drafted: int = 0  # rows there already behind the committed positions: the levels before
+
+    @property
+    def offsets(self) -> range:
+        """Of the rows, behind the committed positions."""
+        return range(self.drafted, self.drafted + self.num_rows)
+
+    def path(self, row: int) -> Sequence[int]:
+        return range(row + 1) if self.paths is None else self.paths[row]
+
+
+class Layout(NamedTuple):
+    """A step's segments: int32 tensors on the CPU."""
+
+    table: Tensor  # [segments, pages] pages of each sequence, filled up with 0
+    committed: Tensor  # [segments] positions
+    drafted: Tensor  # [segments] rows there already behind them
+    starts: Tensor  # [segments + 1] a segment's rows are from starts[i] to starts[i + 1]
+    path_ends: Tensor  # [rows + 1] a row's path is from path_ends[i] to path_ends[i + 1]
+    path_offsets: Tensor  # [n]
+    is_chain: Tensor  # [segments] 1 where no paths are listed
+
+
+class Step:
+    """The segments of one forward, and the tensors that attention reads of them."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        self.segments = segments
+        self.device = device
+        self._elsewhere: dict[torch.device, Step] = {}
+        for s in segments:
+            assert len(s.sequence.pages) * PAGE >= s.sequence.length + s.offsets.stop, (
+                "pages are reserved first"
+            )
+        self.starts = [0, *accumulate(s.num_rows for s in segments)]
+
+    @property
+    def num_rows(self) -> int:
+        return self.starts[-1]
+
+    def to(self, device: torch.device) -> Step:
+        """The same step with its tensors on another device; itself where they are."""
+        if device == self.device:
+            return self
+        return self._elsewhere.setdefault(device, Step(self.segments, device))
+
+    @property
+    def num_positions(self) -> int:
+        """More than any row's position."""
+        return max(s.sequence.length + s.offsets.stop for s in self.segments)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[rows] absolute position of every row."""
+        found: list[int] = []
+        for s in self.segments:
+            c = s.sequence.length
+            found += range(c, c + s.num_rows) if s.paths is None else [c + len(path) - 1 for path in s.paths]
+        return torch.tensor(found, device=self.device)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The same segments in integers, as a kernel reads them."""
+        pages = max(len(s.sequence.pages) for s in self.segments)
+        table = [s.sequence.pages + [0] * (pages - len(s.sequence.pages)) for s in self.segments]
+        path_ends: list[int] = [0]
+        path_offsets: list[int] = []
+        for s in self.segments:
+            for row in range(s.num_rows):
+                path_offsets += () if s.paths is None else s.paths[row]
+                path_ends.append(len(path_offsets))
+        return Layout(
+            _integers(table), _integers([s.sequence.length for s in self.segments]),
+            _integers([s.drafted for s in self.segments]), _integers(self.starts),
+            _integers(path_ends), _integers(path_offsets), _integers([s.paths is None for s in self.segments]),
+        )  # fmt: skip
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[rows] where every row's key and value go: page times 64 and the lane in it."""
+        found = [s.sequence.place(s.sequence.length + offset) for s in self.segments for offset in s.offsets]
+        return torch.tensor(found, device=self.device)
+
+
+def _integers(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
