@@ -91,10 +91,8 @@ class PagedPool:
     def step(self, *items: Item, explicit: bool = False) -> AttentionStep:
         longest = max(len(item.blocks) for item in items)
         chain = [item.parents is None and not explicit for item in items]
-        paths = [path for item in items for path in item.paths()]
         listed = [[] if c else path for item, c in zip(items, chain, strict=True) for path in item.paths()]
         at = [item.committed + len(path) - 1 for item in items for path in item.paths()]
-        assert len(at) == len(paths)
         rope = (self.cos[at], self.sin[at]) if self.rotary else (None, None)
         return AttentionStep(
             ints([[*item.blocks, *[-1] * (longest - len(item.blocks))] for item in items]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -141,6 +142,20 @@ def test_the_number_of_threads_changes_no_bit(kernel: CpuKernel, threads: int, d
         for _ in range(REPEATS):
             assert same_bits(pool.extend(*items), single)
         assert same_bits(pool.extend(Item([20], 0, rows[:1])), single[-1:])
+
+
+def test_calls_from_two_threads_at_once_change_no_bit(kernel: CpuKernel) -> None:
+    """A target and a drafter of one process each compute on a thread of their own."""
+
+    def prefill(seed: int) -> Tensor:
+        with computing_with(2):
+            pool = PagedPool(kernel, 8, 4, 64)
+            rows = pool.rows(300, seed)
+            return torch.stack([pool.extend(Item(BLOCKS, 0, rows)) for _ in range(REPEATS)])
+
+    single = [prefill(seed) for seed in (0, 1)]
+    with ThreadPoolExecutor(2) as threads:
+        assert all(map(same_bits, threads.map(prefill, (0, 1)), single))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -373,11 +373,10 @@ constexpr int panel(int queries) {
   return vectors;
 }
 
-// queries [Q, d] . keys [d, 64] -> scores [Q, 64] in rows of `ld`; each a sum over d in order.
-template <int Q, typename K>
-void score_panel(const float* queries, int d, const K* keys, float* scores, int64_t ld) {
-  constexpr int N = panel(Q);
-  for (int lane = 0; lane < BLOCK; lane += N * LANES) {
+// queries [Q, d] . keys [d, 64] -> scores [Q, lanes] in rows of `ld`; each a sum over d in order.
+template <int Q, int N, typename K>
+void score_panel(const float* queries, int d, const K* keys, int lanes, int lane, float* scores, int64_t ld) {
+  for (; lane + N * LANES <= lanes; lane += N * LANES) {
     Floats sums[Q][N] = {};
     for (int i = 0; i < d; i++) {
       Floats key[N];
@@ -390,6 +389,8 @@ void score_panel(const float* queries, int d, const K* keys, float* scores, int6
     for (int q = 0; q < Q; q++)
       for (int n = 0; n < N; n++) store(scores + q * ld + lane + n * LANES, sums[q][n]);
   }
+  if constexpr (N > 1)
+    if (lane < lanes) score_panel<Q, N / 2>(queries, d, keys, lanes, lane, scores, ld);
 }
 
 // sums [Q, d] += weights [Q, count] (rows of `ld`) . values [count, d]; one position after the other.
@@ -415,9 +416,9 @@ void value_panel(const float* weights, int64_t ld, const V* values, int count, i
 }
 
 template <typename K, int Q = MICRO>
-void score_micro(int count, const float* queries, int d, const K* keys, float* scores, int64_t ld) {
-  if (count == Q) return score_panel<Q>(queries, d, keys, scores, ld);
-  if constexpr (Q > 1) score_micro<K, Q - 1>(count, queries, d, keys, scores, ld);
+void score_micro(int q, const float* queries, int d, const K* keys, int lanes, float* scores, int64_t ld) {
+  if (q == Q) return score_panel<Q, panel(Q)>(queries, d, keys, lanes, 0, scores, ld);
+  if constexpr (Q > 1) score_micro<K, Q - 1>(q, queries, d, keys, lanes, scores, ld);
 }
 
 template <typename V, int Q = MICRO>
@@ -429,10 +430,10 @@ void value_micro(int q, const float* weights, int64_t ld, const V* values, int c
 inline int micro_share(int left) { return ceil_div(left, ceil_div(left, MICRO)); }
 
 template <typename K>
-void add_scores(int queries, const float* q, int d, const K* keys, float* scores, int64_t ld) {
+void add_scores(int queries, const float* q, int d, const K* keys, int lanes, float* scores, int64_t ld) {
   for (int first = 0, n; first < queries; first += n) {
     n = micro_share(queries - first);
-    score_micro(n, q + first * d, d, keys, scores + first * ld, ld);
+    score_micro(n, q + first * d, d, keys, lanes, scores + first * ld, ld);
   }
 }
 
@@ -601,7 +602,8 @@ class Task {
   void score_places() {
     for (int place = 0; place < tile.span; place += BLOCK) {
       prefetch(place + BLOCK < tile.span ? keys_at(place + BLOCK) : values_at(0));
-      add_scores(queries, q, d, keys_at(place), scores + place, ld);
+      const int lanes = std::min<int>(BLOCK, ceil_div(tile.span - place, LANES) * LANES);
+      add_scores(queries, q, d, keys_at(place), lanes, scores + place, ld);
     }
   }
 
