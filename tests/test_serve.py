@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from deployments.config import RouterArgs
 from tests.cluster import MODEL, Cluster
 from tests.prompts import PROMPTS
 
@@ -315,8 +316,10 @@ def test_what_is_scaled_to_zero_is_up_and_starts_with_the_first_request(cluster:
             cluster.num_replicas(last["name"], "Drafter"),
         ]
     assert counts == [0, 0]
-    time.sleep(3)  # the directory looks again
-    health = httpx.get(f"{cluster.url}/health", timeout=10)
-    assert health.status_code == 200
-    assert last["name"] in health.json()["drafters"]
+    looked_again = time.monotonic() + 2 * RouterArgs().discovery_interval_s
+    while time.monotonic() < looked_again:
+        health = httpx.get(f"{cluster.url}/health", timeout=10)
+        assert health.status_code == 200, "it stays so when the directory looks again"
+        assert last["name"] in health.json()["drafters"]
+        time.sleep(0.5)  # polling another process, bounded by the time above
     assert text_of(cluster) == plain

@@ -72,7 +72,9 @@ class Step:
         """The same step with its tensors on another device; itself where they are."""
         if device == self.device:
             return self
-        return self._elsewhere.setdefault(device, Step(self.segments, device))
+        if device not in self._elsewhere:
+            self._elsewhere[device] = Step(self.segments, device)
+        return self._elsewhere[device]
 
     @property
     def num_positions(self) -> int:
