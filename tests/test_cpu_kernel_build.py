@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -154,7 +155,7 @@ def test_the_instruction_set_can_be_chosen_among_the_machines(monkeypatch: pytes
     for level in machine_levels():
         monkeypatch.setenv("TAPS_CPU_ISA", level)
         assert chosen_level() == level
-        assert CpuKernel(chosen_level()).numerics == f"cpu-kernel-1/{level}"
+        assert CpuKernel(chosen_level()).numerics == f"cpu-kernel-2/{level}"
     monkeypatch.setenv("TAPS_CPU_ISA", "mmx")
     with pytest.raises(
         KernelUnavailable, match=f"TAPS_CPU_ISA is mmx, but this machine runs .*{machine_levels()[-1]}"
@@ -163,12 +164,14 @@ def test_the_instruction_set_can_be_chosen_among_the_machines(monkeypatch: pytes
 
 
 def test_a_lesser_processor_is_given_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for machine, capability, levels in (
-        ("x86_64", "AVX512", ["avx512", "avx2", "baseline"]),
-        ("x86_64", "AVX2", ["avx2", "baseline"]),
-        ("x86_64", "DEFAULT", ["baseline"]),
-        ("aarch64", "SVE256", ["neon"]),
+    for machine, capability, bfloat16, levels in (
+        ("x86_64", "AVX512", True, ["avx512bf16", "avx512", "avx2", "baseline"]),
+        ("x86_64", "AVX512", False, ["avx512", "avx2", "baseline"]),
+        ("x86_64", "AVX2", False, ["avx2", "baseline"]),
+        ("x86_64", "DEFAULT", False, ["baseline"]),
+        ("aarch64", "SVE256", False, ["neon"]),
     ):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda said=bfloat16: said)
         monkeypatch.setattr(platform, "machine", lambda said=machine: said)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda said=capability: said)
         assert machine_levels() == levels
@@ -205,36 +208,55 @@ def threads():
     return len(os.listdir("/proc/self/task"))
 
 torch.set_num_threads(3)
-kernel, found, counts = cpu_kernel(), [runtimes()], [threads()]
 gate_up, out = torch.ones(512, 2048), torch.empty(512, 1024)
-kernel.swiglu(gate_up, out)
-counts.append(threads())
-(gate_up * 2).sum()
-counts.append(threads())
+kernel, found, counts = cpu_kernel(), [runtimes()], [threads()]
+for _ in range(2):
+    kernel.swiglu(gate_up, out)
+    counts.append(threads())
 found.append(runtimes())
 print(json.dumps([found, counts]))
 """
 
 
-def test_its_threads_are_torchs_own() -> None:
-    """One OpenMP runtime is mapped, and the team that the kernel started is the one that torch goes on with."""
+def test_it_brings_a_team_of_threads_and_no_second_openmp() -> None:
     done = subprocess.run([sys.executable, "-c", _THREADS], capture_output=True, text=True, check=True)
-    found, (before, kernel, torchs) = json.loads(done.stdout)
+    found, (before, first, second) = json.loads(done.stdout)
     assert found[0] == found[1]
     assert len(found[0]) == 1
-    assert kernel == before + 2
-    assert torchs == kernel
+    assert first == second == before + 2
 
 
-def test_a_torch_without_openmp_means_one_thread(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(torch, "__file__", "/nowhere/torch/__init__.py")
+_FORK = """
+import os, torch
+from taps.models.cpu_kernel.kernel import cpu_kernel
+
+torch.set_num_threads(3)
+gate_up, out, again = torch.randn(512, 2048), torch.empty(512, 1024), torch.empty(512, 1024)
+cpu_kernel().swiglu(gate_up, out)
+if child := os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+cpu_kernel().swiglu(gate_up, again)
+os._exit(0 if torch.equal(out, again) else 1)
+"""
+
+
+def test_a_team_whose_others_never_come_is_not_waited_for() -> None:
+    """Threads that the system has set aside hold nothing up: here they are not even there, after a fork."""
+    subprocess.run([sys.executable, "-c", _FORK], capture_output=True, check=True, timeout=60)
+
+
+def test_callers_at_once_get_what_each_gets_alone() -> None:
     kernel = CpuKernel(chosen_level())
-    assert "computes with one thread" in caplog.text
-    gate_up, out = torch.ones(512, 2048), torch.empty(512, 1024)
-    with computing_with(2):
-        kernel.swiglu(gate_up, out)
-    torch.testing.assert_close(out, torch.full_like(out, torch.nn.functional.silu(torch.tensor(1.0)).item()))
-    monkeypatch.undo()
-    CpuKernel(chosen_level())  # the library is one for the process: its threads come back
+    inputs = [torch.randn(256, 2048, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+
+    def gated(gate_up: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(256, 1024)
+        with computing_with(2):
+            for _ in range(20):
+                kernel.swiglu(gate_up, out)
+        return out
+
+    alone = [gated(each) for each in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(gated, inputs))
+    assert all(map(torch.equal, alone, together))

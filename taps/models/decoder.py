@@ -8,14 +8,14 @@ Knows weights and operations; nothing of sampling or files.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from taps.models.cache import PagedCache
-from taps.models.linear import RowLinear
-from taps.models.operations import HeadNorms, Heads, Operations, Rope
+from taps.models.operations import HeadNorms, Heads, LayerWeights, LinearWeights, Norm, Operations, Rope
 from taps.models.step import Step
 
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -23,47 +23,39 @@ _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROPES = ("default", "linear", "llama3", "yarn")
 
 
-class DecoderLayer:
-    """One layer, over rows [n, H]."""
-
-    def __init__(self, layer: Any, index: int, operations: Operations) -> None:
-        """Args: layer: one of transformers' decoder layers of these families."""
-        attention, mlp = layer.self_attn, layer.mlp
-        self._index = index
-        self._operations = operations
-        self._qkv = RowLinear.joined(attention.q_proj, attention.k_proj, attention.v_proj)
-        self._out = RowLinear.joined(attention.o_proj)
-        self._gate_up = RowLinear.joined(mlp.gate_proj, mlp.up_proj)
-        self._down = RowLinear.joined(mlp.down_proj)
-        self._norms = tuple(_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
-        dim: int = attention.head_dim
-        queries, keys = (linear.weight.shape[0] // dim for linear in (attention.q_proj, attention.k_proj))
-        self._heads = Heads(queries, keys, dim, attention.scaling)
-        self._head_norms = None
-        if hasattr(attention, "q_norm"):
-            (query, eps), (key, _) = _weighted(attention.q_norm), _weighted(attention.k_norm)
-            self._head_norms = HeadNorms(query, key, eps)
-
-    def __call__(self, x: Tensor, step: Step, cache: PagedCache, rope: Rope) -> Tensor:
-        operations = self._operations
-        qkv = self._qkv(self._normed(0, x))
-        attended = operations.attend(self._index, qkv, step, cache, self._heads, rope, self._head_norms)
-        x = x + self._out(attended)
-        out: Tensor = x + self._down(operations.gate(self._gate_up(self._normed(1, x))))
-        return out
-
-    def _normed(self, which: int, x: Tensor) -> Tensor:
-        norm = self._norms[which]
-        return x if norm is None else self._operations.norm(x, *norm)
+def layer_weights(layer: Any) -> LayerWeights:
+    """Of one of transformers' decoder layers of these families."""
+    attention, mlp = layer.self_attn, layer.mlp
+    dim: int = attention.head_dim
+    queries, keys = (linear.weight.shape[0] // dim for linear in (attention.q_proj, attention.k_proj))
+    head_norms = None
+    if hasattr(attention, "q_norm"):
+        (query, eps), (key, _) = norm_of(attention.q_norm), norm_of(attention.k_norm)
+        head_norms = HeadNorms(query, key, eps)
+    return LayerWeights(
+        # A head may have no norm there.
+        None if isinstance(layer.input_layernorm, nn.Identity) else norm_of(layer.input_layernorm),
+        norm_of(layer.post_attention_layernorm),
+        joined(attention.q_proj, attention.k_proj, attention.v_proj), joined(attention.o_proj),
+        joined(mlp.gate_proj, mlp.up_proj), joined(mlp.down_proj),
+        Heads(queries, keys, dim, attention.scaling), head_norms,
+    )  # fmt: skip
 
 
-def _norm(norm: nn.Module) -> tuple[Tensor, float] | None:
-    """Weight and epsilon; None where a head has no norm there."""
-    return None if isinstance(norm, nn.Identity) else _weighted(norm)
+def joined(*linears: nn.Linear) -> LinearWeights:
+    """Several layers over the same input as one: their outputs side by side."""
+    if len(linears) == 1:
+        return LinearWeights(linears[0].weight, linears[0].bias)
+    biases = [linear.bias for linear in linears]
+    bias = None
+    if any(b is not None for b in biases):
+        zeros = (linear.weight.new_zeros(linear.out_features) for linear in linears)
+        bias = torch.cat([z if b is None else b for z, b in zip(zeros, biases, strict=True)])
+    return LinearWeights(torch.cat([linear.weight for linear in linears]), bias)
 
 
-def _weighted(norm: Any) -> tuple[Tensor, float]:
-    return norm.weight.detach(), float(norm.variance_epsilon)
+def norm_of(norm: Any) -> Norm:
+    return Norm(norm.weight.detach(), float(norm.variance_epsilon))
 
 
 class Decoder:
@@ -73,23 +65,25 @@ class Decoder:
         body = model.model
         self.operations = operations
         self._embeddings: Tensor = body.embed_tokens.weight.detach()
-        self._layers: list[DecoderLayer] = []
-        for i, layer in enumerate(body.layers):
-            self._layers.append(DecoderLayer(layer, i, operations))
-            body.layers[i] = nn.Identity()  # its weights are needed once only
-        self._norm = _weighted(body.norm)
-        self._lm_head = RowLinear.joined(model.lm_head)
+        self._layers = operations.layers(_given_up(body.layers))
+        self._norm = norm_of(body.norm)
+        self._lm_head = operations.linear(joined(model.lm_head))
         self.rope = rope_of(body.rotary_emb)
 
     @torch.inference_mode()
     def __call__(self, ids: Tensor, step: Step, cache: PagedCache, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, H] after the final norm, and logits [kept, V]. Args: ids [n]; keep [kept] rows."""
         self.rope.cover(step.num_positions)
-        x = self._embeddings[ids]
-        for layer in self._layers:
-            x = layer(x, step, cache, self.rope)
+        x = self._layers(self._embeddings[ids], step, cache, self.rope)
         features = self.operations.norm(x, *self._norm)
         return features, self._lm_head(features[keep])
+
+
+def _given_up(layers: Any) -> Iterator[LayerWeights]:
+    """Weights layer by layer; the model that was loaded does not keep them."""
+    for i, layer in enumerate(layers):
+        layers[i] = nn.Identity()
+        yield layer_weights(layer)
 
 
 def is_lean(model: Any) -> bool:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from taps.models.attention import Packed
 from taps.models.cache import PagedCache
-from taps.models.decoder import DecoderLayer, head_dim_of, is_lean_config, rope_of
+from taps.models.decoder import head_dim_of, is_lean_config, joined, layer_weights, rope_of
 from taps.models.draft_head import DraftHead
 from taps.models.kernel_operations import cpu_operations
 from taps.models.linear import use_row_linears
-from taps.models.operations import Operations
+from taps.models.operations import Linear, Operations
 from taps.models.step import Step
 
 
@@ -27,26 +27,40 @@ class DraftingHead:
         self.device = head.fc.weight.device
         self.draft_vocab = head.draft_vocab
         self.vocab_size, self.hidden_size = head.embeddings.shape
-        self._head = head.eval()
-        self._layer: DecoderLayer | None = None
-        if self.device.type == "cpu" and is_lean_config(head.config):
-            self._layer = DecoderLayer(
-                head.layers[0], 0, operations or cpu_operations(self.dtype, head_dim_of(head.config))
-            )
-            self._rope = rope_of(head.rotary)
-        use_row_linears(head)
+        lean = self.device.type == "cpu" and is_lean_config(head.config)
+        self._run = _Lean(head.eval(), operations) if lean else _Transformers(head.eval())
 
     def __call__(self, tokens: Tensor, features: Tensor, step: Step, cache: PagedCache) -> Tensor:
         """Predicted features [n, H]. Args: tokens [n]: t_{i+1}; features [n, H]: feature_i."""
-        if self._layer is None:
-            packed = Packed(step, cache)
-            hidden: Tensor = self._head(tokens[None], features[None], step.positions[None], packed)[0]
-            return hidden
-        self._rope.cover(step.num_positions)
-        pairs = torch.cat([F.embedding(tokens, self._head.embeddings), features], dim=-1)
-        return self._layer(self._head.fc(pairs), step, cache, self._rope)
+        return self._run(tokens, features, step, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, draft vocabulary]"""
-        found: Tensor = self._head.lm_head(hidden)
-        return found
+        return self._run.lm_head(hidden)
+
+
+class _Lean:
+    def __init__(self, head: DraftHead, operations: Operations | None) -> None:
+        dtype = head.fc.weight.dtype
+        operations = operations or cpu_operations(dtype, head_dim_of(head.config))
+        self._embeddings = head.embeddings
+        self._layers = operations.layers([layer_weights(head.layers[0])])
+        self._rope = rope_of(head.rotary)
+        self._fc, self.lm_head = operations.linear(joined(head.fc)), operations.linear(joined(head.lm_head))
+
+    def __call__(self, tokens: Tensor, features: Tensor, step: Step, cache: PagedCache) -> Tensor:
+        self._rope.cover(step.num_positions)
+        pairs = torch.cat([F.embedding(tokens, self._embeddings), features], dim=-1)
+        return self._layers(self._fc(pairs), step, cache, self._rope)
+
+
+class _Transformers:
+    def __init__(self, head: DraftHead) -> None:
+        use_row_linears(head)
+        self._head = head
+        self.lm_head: Linear = head.lm_head
+
+    def __call__(self, tokens: Tensor, features: Tensor, step: Step, cache: PagedCache) -> Tensor:
+        packed = Packed(step, cache)
+        hidden: Tensor = self._head(tokens[None], features[None], step.positions[None], packed)[0]
+        return hidden

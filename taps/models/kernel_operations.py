@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterable
+from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,8 +17,20 @@ from torch import Tensor
 from taps.models.cache import PagedCache
 from taps.models.cpu_kernel.build import KernelUnavailable
 from taps.models.cpu_kernel.kernel import CpuKernel, cpu_kernel
+from taps.models.cpu_kernel.layers import PackedLayer, PackedLayers
 from taps.models.cpu_kernel.paged import MAX_HEAD_DIM, AttentionLayer, AttentionStep
-from taps.models.operations import HeadNorms, Heads, Operations, Rope
+from taps.models.layers import ComposedLayers
+from taps.models.linear import RowLinear
+from taps.models.operations import (
+    HeadNorms,
+    Heads,
+    Layers,
+    LayerWeights,
+    Linear,
+    LinearWeights,
+    Operations,
+    Rope,
+)
 from taps.models.reference import ReferenceOperations
 from taps.models.step import Step
 
@@ -48,17 +62,31 @@ class KernelOperations:
         norms: HeadNorms | None,
     ) -> Tensor:  # fmt: skip
         out = qkv.new_empty(len(qkv), heads.queries * heads.dim)
-        described = self._layer(layer, qkv, cache, heads, norms)
-        self._kernel.attend(described, self._described(step, rope), qkv, out)
+        described = self.layer(layer, qkv, cache, heads, norms)
+        self._kernel.attend(described, self.described(step, rope), qkv, out)
         return out
 
-    def _layer(
-        self, layer: int, qkv: Tensor, cache: PagedCache, heads: Heads, norms: HeadNorms | None
+    def linear(self, weights: LinearWeights) -> Linear:
+        return (
+            KernelLinear(self._kernel, weights) if self._kernel.packs(weights.weight) else RowLinear(*weights)
+        )
+
+    def layers(self, weights: Iterable[LayerWeights]) -> Layers:
+        first = next(them := iter(weights))
+        every = chain([first], them)
+        if all(
+            self._kernel.packs(linear.weight) for linear in (first.qkv, first.out, first.gate_up, first.down)
+        ):
+            return KernelLayers(self, self._kernel, every)
+        return ComposedLayers(self, every)
+
+    def layer(
+        self, layer: int, like: Tensor, cache: PagedCache, heads: Heads, norms: HeadNorms | None
     ) -> AttentionLayer:
-        """Made once for each cache."""
+        """Made once for each cache. Args: like: a tensor looked at for its type."""
         known = self._layers.setdefault(cache, {})
         if layer not in known:
-            keys, values = cache.layer(layer, qkv, heads.keys, heads.dim, heads.dim)
+            keys, values = cache.layer(layer, like, heads.keys, heads.dim, heads.dim)
             known[layer] = (
                 AttentionLayer(keys, values, heads.queries, heads.scale)
                 if norms is None
@@ -66,12 +94,56 @@ class KernelOperations:
             )
         return known[layer]
 
-    def _described(self, step: Step, rope: Rope) -> AttentionStep:
+    def described(self, step: Step, rope: Rope) -> AttentionStep:
         """Made once for all layers of a step."""
         if self._step is None or self._step[0] is not step:
             cos, sin = rope.cos[step.positions], rope.sin[step.positions]
             self._step = step, AttentionStep(*step.layout, cos, sin)
         return self._step[1]
+
+
+class KernelLinear:
+    """Implements `taps.models.operations.Linear`."""
+
+    def __init__(self, kernel: CpuKernel, weights: LinearWeights) -> None:
+        self._kernel = kernel
+        self._packed = kernel.pack(*weights)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = x.new_empty(len(x), self._packed.outputs)
+        self._kernel.linear(x, self._packed, out)
+        return out
+
+
+class KernelLayers:
+    """Implements `taps.models.operations.Layers`: all of them in one call."""
+
+    def __init__(
+        self, operations: KernelOperations, kernel: CpuKernel, weights: Iterable[LayerWeights]
+    ) -> None:
+        self._operations = operations
+        self._kernel = kernel
+        self._heads: list[tuple[Heads, HeadNorms | None]] = []
+        self._packed: list[PackedLayer] = []
+        for layer in weights:
+            linears = (kernel.pack(*linear) for linear in (layer.qkv, layer.out, layer.gate_up, layer.down))
+            self._packed.append(PackedLayer(layer.input_norm, layer.mlp_norm, *linears))
+            self._heads.append((layer.heads, layer.head_norms))
+        self._with_cache: WeakKeyDictionary[PagedCache, PackedLayers] = WeakKeyDictionary()
+
+    def __call__(self, x: Tensor, step: Step, cache: PagedCache, rope: Rope) -> Tensor:
+        """x is overwritten."""
+        self._kernel.layers(self._over(cache, x), self._operations.described(step, rope), x)
+        return x
+
+    def _over(self, cache: PagedCache, like: Tensor) -> PackedLayers:
+        """Made once for each cache."""
+        if cache not in self._with_cache:
+            attentions = [
+                self._operations.layer(index, like, cache, *heads) for index, heads in enumerate(self._heads)
+            ]
+            self._with_cache[cache] = PackedLayers(self._packed, attentions)
+        return self._with_cache[cache]
 
 
 def cpu_operations(dtype: torch.dtype, head_dim: int) -> Operations:

@@ -36,16 +36,6 @@ class RowLinear(nn.Module):
             torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS) if self._blocked else weight
         )
 
-    @classmethod
-    def joined(cls, *linears: nn.Linear) -> RowLinear:
-        """Several layers over the same input as one: their outputs side by side."""
-        biases = [linear.bias for linear in linears]
-        bias = None
-        if any(b is not None for b in biases):
-            zeros = (linear.weight.new_zeros(linear.out_features) for linear in linears)
-            bias = torch.cat([z if b is None else b for z, b in zip(zeros, biases, strict=True)])
-        return cls(torch.cat([linear.weight for linear in linears]), bias)
-
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
         if len(rows) == 1:

@@ -5,8 +5,9 @@ The rest of the engine knows neither device nor kernel: it is given the operatio
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,45 @@ class HeadNorms:
     eps: float
 
 
+class Norm(NamedTuple):
+    """An RMS norm."""
+
+    weight: Tensor  # [H]
+    eps: float
+
+
+class LinearWeights(NamedTuple):
+    """A linear layer's, as they were loaded."""
+
+    weight: Tensor  # [out, in]
+    bias: Tensor | None  # [out]
+
+
+class LayerWeights(NamedTuple):
+    """A decoder layer's: queries, keys and values side by side, gate and up side by side."""
+
+    input_norm: Norm | None
+    mlp_norm: Norm
+    qkv: LinearWeights
+    out: LinearWeights
+    gate_up: LinearWeights
+    down: LinearWeights
+    heads: Heads
+    head_norms: HeadNorms | None
+
+
+class Linear(Protocol):
+    """A linear layer over rows [n, in]."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+
+class Layers(Protocol):
+    """Decoder layers over rows [n, H], with the pools of a cache."""
+
+    def __call__(self, x: Tensor, step: Step, cache: PagedCache, rope: Rope, /) -> Tensor: ...
+
+
 class Operations(Protocol):
     """Each gives a row the same bits whatever other rows there are."""
 
@@ -59,6 +99,12 @@ class Operations(Protocol):
         norms: HeadNorms | None,
     ) -> Tensor:  # fmt: skip
         """Rotate, write keys and values to the cache, and attend: [n, heads.width] to [n, queries * d]."""
+        ...
+
+    def linear(self, weights: LinearWeights) -> Linear: ...
+
+    def layers(self, weights: Iterable[LayerWeights]) -> Layers:
+        """Decoder layers, numbered from 0 in a cache. Each one's weights are taken over before the next's."""
         ...
 
 

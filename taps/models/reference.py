@@ -11,7 +11,7 @@ Serves where there is no compiler, and windows, soft-capping and sinks everywher
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from taps.models.cache import PAGE, PagedCache
-from taps.models.operations import HeadNorms, Heads, Rope
+from taps.models.layers import ComposedLayers
+from taps.models.linear import RowLinear
+from taps.models.operations import HeadNorms, Heads, LayerWeights, LinearWeights, Rope
 from taps.models.step import Segment, Step
 
 # A layer type's own rule over (batch, head, query position, key position), elementwise on tensors.
@@ -182,6 +184,12 @@ class ReferenceOperations:
         write(step, key, value, keys, values)
         out = attend(step, query, keys, values, Scoring(heads.scale), self._pairs_of(step))
         return out.reshape(len(qkv), -1)
+
+    def linear(self, weights: LinearWeights) -> RowLinear:
+        return RowLinear(*weights)
+
+    def layers(self, weights: Iterable[LayerWeights]) -> ComposedLayers:
+        return ComposedLayers(self, weights)
 
     def _pairs_of(self, step: Step) -> _Pairs:
         """Made once for all layers of a step."""

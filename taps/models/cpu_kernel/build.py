@@ -24,13 +24,16 @@ _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_S = 300
 # Bits must not hang on what a compiler chooses: products are fused where the source says so and nowhere else.
 _FLAGS = [
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-exceptions"),
 ]
-# Best first. "avx512" is what Skylake servers have; "baseline" is what every other machine has.
+# Best first. "avx512bf16" is what servers have since Cooper Lake and Zen 4, "avx512" since Skylake;
+# "baseline" is what every other machine has.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _LEVELS = {
-    "avx512": [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "avx512bf16": [*_AVX512, "-mavx512bf16"],
+    "avx512": _AVX512,
     "avx2": _AVX2,
     "baseline": [],
     "neon": [],  # what every 64-bit Arm processor has
@@ -50,7 +53,8 @@ def machine_levels() -> list[str]:
         return ["neon"]
     capability = torch.backends.cpu.get_cpu_capability()
     if capability.startswith("AVX512"):
-        return ["avx512", "avx2", "baseline"]
+        best = ["avx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []
+        return [*best, "avx512", "avx2", "baseline"]
     return ["avx2", "baseline"] if capability == "AVX2" else ["baseline"]
 
 

@@ -1,4 +1,4 @@
-// One decoder layer's non-linear work on the CPU: norm, SwiGLU, and attention over a paged cache.
+// One decoder layer's work on the CPU: norm, SwiGLU, attention over a paged cache, linear layers in bfloat16.
 //
 // What a row gets depends on its own sequence alone, bit for bit: not on the rows or sessions beside it, on how
 // they are tiled, on the number of threads, on the blocks its cache lies in. Every sum is in float32 and in an
@@ -7,11 +7,16 @@
 // of what it is with both rounded. Knows nothing of torch, models or sessions' lives. Arrays are dense, in the
 // order of their sizes; kernel.py, which declares these functions, checks that they are.
 
+#include <pthread.h>
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
 #include <vector>
 
 // ---- lanes -------------------------------------------------------------------------------------------------------
@@ -193,31 +198,120 @@ inline Floats exp_negative(Floats x) {
 
 // ---- threads -----------------------------------------------------------------------------------------------------
 
-// Work on the threads of the OpenMP runtime that torch has loaded, by that runtime's own entry point: whichever
-// compiler builds this file, the process keeps one runtime and one team of threads.
+// A team of threads of our own. OpenMP waits at the end of a region for every thread of its team, also for one
+// that has no work and that the system has set aside for another process: beside one busy program a step took ten
+// times as long. Here whoever comes takes the next piece, and only pieces under way are waited for.
 
-// GOMP_parallel of GCC's runtime, which LLVM's and Intel's have too: (function, its argument, threads, flags).
-typedef void (*OpenRegion)(void (*)(void*), void*, unsigned, unsigned);
-inline OpenRegion open_region = nullptr;  // null: one thread
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
 
-// work(i) for every i below count, each by whichever thread is free. The team is whole or there is none:
-// libgomp ends threads that a smaller team leaves over, and starts them anew for the next one.
+class Team {
+ public:
+  // work(data, i) for every i below count, by the caller and up to threads - 1 others. One caller at a time: a
+  // second one works alone.
+  void run(int threads, int64_t pieces, void (*what)(const void*, int64_t), const void* with) {
+    if (!caller.try_lock()) {
+      for (int64_t i = 0; i < pieces; i++) what(with, i);
+      return;
+    }
+    grow(threads - 1);
+    work = what, data = with, count = pieces;
+    done.store(0);
+    helping.store(threads - 1);
+    left.store(pieces);
+    if (asleep.load() > 0) {
+      std::lock_guard<std::mutex> hold(bed);
+      wake.notify_all();
+    }
+    while (take()) {
+    }
+    for (int spins = 1; done.load() != pieces; spins++) pause(spins);
+    caller.unlock();
+  }
+
+ private:
+  static constexpr int MOST = 256, SPINS = 1 << 14, YIELD_AFTER = 1 << 6;  // about 0.2 ms, and 1 us
+
+  std::mutex caller, bed;
+  std::condition_variable wake;
+  std::atomic<int64_t> left{0}, done{0};  // pieces that nobody has taken, and that are finished
+  std::atomic<int> helping{0}, asleep{0};
+  int members = 0;
+  // What the pieces are of. It changes only when none is left or under way, so whoever takes one reads its own.
+  void (*work)(const void*, int64_t) = nullptr;
+  const void* data = nullptr;
+  int64_t count = 0;
+
+  // Whoever else wants to run does.
+  static void pause(int spins) { spins % YIELD_AFTER ? relax() : void(sched_yield()); }
+
+  bool take() {
+    int64_t n = left.load();
+    while (n > 0 && !left.compare_exchange_weak(n, n - 1)) {
+    }
+    if (n <= 0) return false;
+    work(data, count - n);
+    done.fetch_add(1);
+    return true;
+  }
+
+  // Where the system gives no more threads there are fewer; the caller comes through alone, too.
+  void grow(int wanted) {
+    for (; members < std::min(wanted, MOST); members++) {
+      auto* self = new Member{this, members};
+      pthread_t thread;
+      if (pthread_create(&thread, nullptr, &serve, self)) {
+        delete self;
+        return;
+      }
+      pthread_detach(thread);
+    }
+  }
+
+  struct Member {
+    Team* team;
+    int number;
+  };
+
+  // Until the process ends.
+  static void* serve(void* started) {
+    Member self = *static_cast<Member*>(started);
+    delete static_cast<Member*>(started);
+    for (;;) self.team->help(self.number);
+    return nullptr;
+  }
+
+  void help(int number) {
+    for (int spins = 0; spins < SPINS; spins++) {
+      if (number < helping.load() && take()) spins = 0;
+      pause(spins);
+    }
+    std::unique_lock<std::mutex> hold(bed);
+    asleep++;
+    if (left.load() == 0) wake.wait(hold);
+    asleep--;
+  }
+};
+
+// Never destroyed: its members live as long as the process.
+inline Team& team() {
+  static Team& only = *new Team;
+  return only;
+}
+
 template <typename Work>
 void each(int threads, int64_t count, const Work& work) {
-  if (threads < 2 || count < 2 || !open_region) {
+  if (threads < 2 || count < 2) {
     for (int64_t i = 0; i < count; i++) work(i);
     return;
   }
-  struct Queue {
-    std::atomic<int64_t> next;
-    int64_t count;
-    const Work& work;
-  } queue{{0}, count, work};
-  auto serve = [](void* data) {
-    Queue& q = *static_cast<Queue*>(data);
-    for (int64_t i; (i = q.next.fetch_add(1, std::memory_order_relaxed)) < q.count;) q.work(i);
-  };
-  open_region(serve, &queue, threads, 0);
+  auto piece = [](const void* data, int64_t i) { (*static_cast<const Work*>(data))(i); };
+  team().run(std::min<int64_t>(threads, count), count, piece, &work);
 }
 
 // ---- sequences ---------------------------------------------------------------------------------------------------
@@ -654,6 +748,158 @@ void attend(const Step& step, const Layer& layer, const T* qkv, T* out, int thre
   });
 }
 
+// Rows in pieces of about 4,096 elements: smaller ones are done before another thread has begun.
+template <typename Work>
+void each_row(int64_t rows, int64_t width, int threads, const Work& work) {
+  int64_t piece = std::max<int64_t>(1, 4096 / width);
+  each(threads, ceil_div(rows, piece), [&](int64_t i) {
+    for (int64_t r = i * piece; r < std::min(rows, (i + 1) * piece); r++) work(r);
+  });
+}
+
+// ---- linear layers -----------------------------------------------------------------------------------------------
+
+// In bfloat16. Each output is one chain of products in order of the inputs, in a register of its own, however many
+// rows are tiled together. Small steps read weights as fast as memory gives them; libraries reach half of that.
+
+// Mirrored in layers.py.
+struct Linear {
+  const BFloat16* weights;  // [blocks, inputs / 2, columns, 2]; outputs filled up with zeros
+  const float* bias;        // [blocks * columns]
+  int64_t inputs, outputs;
+};
+
+constexpr int COLUMNS = 2 * LANES;                  // of a block
+constexpr int LINEAR_ROWS = REGISTERS * 3 / 8;      // of a tile: two sums a row, and some for what is multiplied
+constexpr int AHEAD = 4096;                         // bytes of weights that are on their way
+
+// Two inputs of every column, or of one row for every column.
+#if defined(__AVX512BF16__)
+typedef __m512bh Pairs;
+inline Pairs pairs_of(Words x) { return (Pairs)x; }
+inline Floats add_products(Floats sum, Pairs x, Pairs w) { return _mm512_dpbf16_ps(sum, x, w); }
+#else
+struct Pairs {
+  Floats first, second;
+};
+inline Pairs pairs_of(Words x) { return {(Floats)(x << 16), (Floats)(x & 0xffff0000u)}; }
+inline Floats add_products(Floats sum, const Pairs& x, const Pairs& w) {
+  return fma(x.second, w.second, fma(x.first, w.first, sum));
+}
+#endif
+
+// R rows [R, inputs] times one block of weights; columns of the output, of which there may be fewer.
+template <int R>
+void linear_tile(const BFloat16* x, const BFloat16* w, const float* bias, int64_t inputs, BFloat16* out,
+                 int64_t outputs, int columns) {
+  Floats low[R], high[R];
+  for (int r = 0; r < R; r++) low[r] = load(bias), high[r] = load(bias + LANES);
+  for (int64_t i = 0; i < inputs; i += 2, w += 2 * COLUMNS) {
+    for (int line = 0; line < 2 * VECTOR_BYTES; line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(w) + AHEAD + line, 0, 3);
+    const Pairs left = pairs_of(read<Words>(w)), right = pairs_of(read<Words>(w + COLUMNS));
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      const Pairs pair = pairs_of(Words{} + read<uint32_t>(x + r * inputs + i));
+      low[r] = add_products(low[r], pair, left);
+      high[r] = add_products(high[r], pair, right);
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    BFloat16 row[COLUMNS];
+    store(row, low[r]);
+    store(row + LANES, high[r]);
+    memcpy(out + r * outputs, row, columns * sizeof(BFloat16));
+  }
+}
+
+template <int R = LINEAR_ROWS>
+void linear_rows(int rows, const BFloat16* x, const BFloat16* w, const float* bias, int64_t inputs, BFloat16* out,
+                 int64_t outputs, int columns) {
+  if (rows == R) return linear_tile<R>(x, w, bias, inputs, out, outputs, columns);
+  if constexpr (R > 1) linear_rows<R - 1>(rows, x, w, bias, inputs, out, outputs, columns);
+}
+
+void linear(const Linear& layer, const BFloat16* x, BFloat16* out, int64_t rows, int threads) {
+  const int64_t tiles = ceil_div(rows, LINEAR_ROWS);
+  each(threads, ceil_div(layer.outputs, COLUMNS), [&](int64_t block) {
+    const int64_t column = block * COLUMNS;
+    const int columns = std::min<int64_t>(COLUMNS, layer.outputs - column);
+    for (int64_t t = 0; t < tiles; t++) {
+      int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
+      linear_rows(count, x + row * layer.inputs, layer.weights + column * layer.inputs, layer.bias + column,
+                  layer.inputs, out + row * layer.outputs + column, layer.outputs, columns);
+    }
+  });
+}
+
+// ---- decoder layers ----------------------------------------------------------------------------------------------
+
+// All layers of a forward in one call: no interpreter between them, and what one wrote is still in the cache. The
+// same operations in the same roundings as one by one.
+
+// Mirrored in layers.py.
+struct DecoderLayer {
+  const Layer* attention;
+  const BFloat16* input_norm;  // [hidden]; null: none
+  const BFloat16* mlp_norm;
+  float input_eps, mlp_eps;
+  Linear qkv, out, gate_up, down;
+};
+
+class Forward {
+ public:
+  Forward(const Step& step, const DecoderLayer& shapes, int threads)
+      : step(step), rows(step.rows), hidden(shapes.qkv.inputs), threads(threads) {
+    const int64_t wide = std::max(shapes.qkv.outputs, shapes.gate_up.outputs);
+    const int64_t narrow = std::max(shapes.out.inputs, shapes.down.inputs);
+    thread_local std::vector<BFloat16> scratch;
+    if (int64_t(scratch.size()) < rows * (2 * hidden + wide + narrow)) scratch.resize(rows * (2 * hidden + wide + narrow));
+    normed = scratch.data();
+    added = normed + rows * hidden;
+    first = added + rows * hidden;
+    second = first + rows * wide;
+  }
+
+  // x [rows, hidden], in place.
+  void run(const DecoderLayer* layers, int count, BFloat16* x) {
+    for (int i = 0; i < count; i++) {
+      const DecoderLayer& layer = layers[i];
+      const BFloat16* in = add_and_norm(x, i > 0, layer.input_norm, layer.input_eps);
+      linear(layer.qkv, in, first, rows, threads);
+      attend<BFloat16>(step, *layer.attention, first, second, threads);
+      linear(layer.out, second, added, rows, threads);
+      linear(layer.gate_up, add_and_norm(x, true, layer.mlp_norm, layer.mlp_eps), first, rows, threads);
+      gate(layer.down.inputs);
+      linear(layer.down, second, added, rows, threads);
+    }
+    add_and_norm(x, true, nullptr, 0);
+  }
+
+ private:
+  const Step& step;
+  const int64_t rows, hidden;
+  const int threads;
+  BFloat16 *normed, *added;  // [rows, hidden]
+  BFloat16 *first, *second;  // wide and narrow rows
+
+  const BFloat16* add_and_norm(BFloat16* x, bool adds, const BFloat16* weight, float eps) {
+    each_row(rows, hidden, threads, [&](int64_t r) {
+      BFloat16* row = x + r * hidden;
+      if (adds) add_row(row, added + r * hidden, hidden);
+      if (weight) norm_row(row, weight, normed + r * hidden, hidden, eps);
+    });
+    return weight ? normed : x;
+  }
+
+  void gate(int64_t width) {
+    each_row(rows, width, threads, [&](int64_t r) {
+      const BFloat16* row = first + 2 * r * width;
+      swiglu_row(row, row + width, second + r * width, width);
+    });
+  }
+};
+
 // ---- the functions that kernel.py calls ----------------------------------------------------------------------
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -667,18 +913,7 @@ void with_dtype(int32_t dtype, const Work& work) {
   work(Float16{});
 }
 
-// Rows in pieces of about 4,096 elements: smaller ones are done before another thread has begun.
-template <typename Work>
-void each_row(int64_t rows, int64_t width, int threads, const Work& work) {
-  int64_t piece = std::max<int64_t>(1, 4096 / width);
-  each(threads, ceil_div(rows, piece), [&](int64_t i) {
-    for (int64_t r = i * piece; r < std::min(rows, (i + 1) * piece); r++) work(r);
-  });
-}
-
 }  // namespace
-
-EXPORT void taps_use_threads(OpenRegion region) { open_region = region; }
 
 EXPORT void taps_rms_norm(void* x, const void* residual, const void* weight, void* out, int64_t rows,
                           int64_t width, float eps, int32_t dtype, int32_t threads) {
@@ -701,6 +936,21 @@ EXPORT void taps_swiglu(const void* gate_up, void* out, int64_t rows, int64_t wi
       swiglu_row(gate, gate + width, static_cast<T*>(out) + r * width, width);
     });
   });
+}
+
+// Columns of a block of packed weights.
+EXPORT int64_t taps_linear_columns() { return COLUMNS; }
+
+EXPORT void taps_linear(const Linear* layer, const void* x, void* out, int64_t rows, int32_t threads) {
+  linear(*layer, static_cast<const BFloat16*>(x), static_cast<BFloat16*>(out), rows, threads);
+}
+
+// x [rows, hidden] in place. Returns a Fault; nothing is touched if there is one.
+EXPORT int32_t taps_layers(const Step* step, const DecoderLayer* layers, int32_t count, void* x, int32_t threads) {
+  for (int i = 0; i < count; i++)
+    if (Fault fault = find_fault(*step, *layers[i].attention)) return fault;
+  Forward(*step, *layers, threads).run(layers, count, static_cast<BFloat16*>(x));
+  return NONE;
 }
 
 // Returns a Fault; nothing is touched if there is one.

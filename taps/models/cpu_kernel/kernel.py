@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from taps.models.cpu_kernel.build import chosen_level, load_library
+from taps.models.cpu_kernel.layers import PackedLayers, PackedLinear
 from taps.models.cpu_kernel.paged import FAULTS, AttentionLayer, AttentionStep
 from taps.models.cpu_kernel.tensors import dtype_number, require
+from taps.models.memory import HugePages
 
-_VERSION = "cpu-kernel-1"  # changes with the order or the roundings of any sum
+_VERSION = "cpu-kernel-2"  # changes with the order or the roundings of any sum
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-_log = logging.getLogger(__name__)
 
 
 class CpuKernel:
@@ -33,6 +32,7 @@ class CpuKernel:
         """Raises `KernelUnavailable`. Args: level: one of `machine_levels()`."""
         library = load_library(level)
         self.numerics = f"{_VERSION}/{level}"
+        self._memory = HugePages()
         self._rms_norm = library.taps_rms_norm
         self._rms_norm.argtypes = [_POINTER] * 4 + [_LONG, _LONG, _FLOAT, _INT, _INT]
         self._rms_norm.restype = None
@@ -42,9 +42,14 @@ class CpuKernel:
         self._attend = library.taps_attend
         self._attend.argtypes = [_POINTER] * 4 + [_INT]
         self._attend.restype = _INT
-        library.taps_use_threads.argtypes = [_POINTER]
-        library.taps_use_threads.restype = None
-        library.taps_use_threads(_parallel_region())
+        self._linear = library.taps_linear
+        self._linear.argtypes = [_POINTER] * 3 + [_LONG, _INT]
+        self._linear.restype = None
+        self._layers = library.taps_layers
+        self._layers.argtypes = [_POINTER, _POINTER, _INT, _POINTER, _INT]
+        self._layers.restype = _INT
+        library.taps_linear_columns.restype = _LONG
+        self._columns: int = library.taps_linear_columns()
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, out: Tensor, eps: float, residual: Tensor | None = None
@@ -78,6 +83,29 @@ class CpuKernel:
         threads = torch.get_num_threads()
         self._swiglu(gate_up.data_ptr(), out.data_ptr(), rows, width, number, threads)
 
+    def packs(self, weight: Tensor) -> bool:
+        """Whether it has linear layers of such a weight [out, in], and with them whole decoder layers."""
+        return weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
+
+    def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+        """A weight [out, in] that it `packs`, and its bias [out], as `linear` reads them."""
+        return PackedLinear(weight, bias, self._columns, self._memory)
+
+    def linear(self, x: Tensor, layer: PackedLinear, out: Tensor) -> None:
+        """out = x W^T + b, each output summed in order of the inputs. Args: x: [R, in]. out: [R, out]."""
+        rows = len(x)
+        require("x", x, torch.bfloat16, (rows, layer.inputs))
+        require("out", out, torch.bfloat16, (rows, layer.outputs))
+        self._linear(layer.address, x.data_ptr(), out.data_ptr(), rows, torch.get_num_threads())
+
+    def layers(self, layers: PackedLayers, step: AttentionStep, x: Tensor) -> None:
+        """All of the layers, x [R, H] in place: what the operations give one by one."""
+        require("x", x, torch.bfloat16, (step.rows, layers.hidden))
+        threads = torch.get_num_threads()
+        fault = self._layers(step.address, layers.address, layers.count, x.data_ptr(), threads)
+        if fault:
+            raise ValueError(FAULTS[fault])
+
     def attend(self, layer: AttentionLayer, step: AttentionStep, qkv: Tensor, out: Tensor) -> None:
         """Rope, cache write and attention of one layer: a row sees the committed prefix and its own path.
 
@@ -102,13 +130,3 @@ def _rows(name: str, tensor: Tensor) -> tuple[int, int]:
     if len(shape) != 2 or not shape[1]:
         raise ValueError(f"{name} is {list(shape)}; it must be rows of at least one element each")
     return shape[0], shape[1]
-
-
-def _parallel_region() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that torch itself is linked to, by whatever name."""
-    try:
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(torch_cpu.GOMP_parallel, _POINTER).value
-    except (OSError, AttributeError) as error:
-        _log.warning("the CPU kernel computes with one thread: torch's OpenMP runtime is not found: %s", error)
-        return None

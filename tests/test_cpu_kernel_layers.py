@@ -1,0 +1,128 @@
+"""The kernel's linear layers and whole decoder layers in bfloat16: right, and a row's bits its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from taps.engine.threads import computing_with
+from taps.models.cache import PagedCache
+from taps.models.cpu_kernel.kernel import cpu_kernel
+from taps.models.kernel_operations import KernelLayers, KernelOperations
+from taps.models.layers import ComposedLayers
+from taps.models.operations import HeadNorms, Heads, LayerWeights, LinearWeights, Norm, Rope
+from taps.models.step import Segment, Step
+
+KERNEL = cpu_kernel()
+SHAPES = [(960, 576), (576, 1536), (970, 64), (1, 2), (33, 130), (64, 6)]
+
+
+def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return (noise * scale).to(torch.bfloat16)
+
+
+def product(x: Tensor, weights: LinearWeights) -> Tensor:
+    out = x.new_empty(len(x), len(weights.weight))
+    KERNEL.linear(x, KERNEL.pack(*weights), out)
+    return out
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_linear_layer_is_right_to_the_rounding_of_its_type(outputs: int, inputs: int, biased: bool) -> None:
+    weights = LinearWeights(drawn(outputs, inputs, seed=1), drawn(outputs, seed=2) if biased else None)
+    x = drawn(37, inputs, seed=3)
+    exact = x.double() @ weights.weight.double().T
+    if weights.bias is not None:
+        exact += weights.bias.double()
+    bound = 2**-8 * exact.abs() + 1e-5 * (x.double().abs() @ weights.weight.double().abs().T) + 1e-30
+    assert ((product(x, weights).double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
+def test_a_row_of_a_linear_layer_has_the_same_bits_whatever_rows_there_are(threads: int) -> None:
+    weights = LinearWeights(drawn(970, 576, seed=1), drawn(970, seed=2))
+    x = drawn(300, 576, seed=3)
+    whole = product(x, weights)
+    packed = KERNEL.pack(*weights)
+    with computing_with(threads):
+        for rows in (*range(1, 27), 64, 299, 300):
+            out = x.new_empty(rows, 970)
+            KERNEL.linear(x[300 - rows :], packed, out)
+            assert torch.equal(out, whole[300 - rows :]), f"{rows} rows"
+
+
+def test_a_row_that_is_not_a_number_is_no_other_rows_matter() -> None:
+    weights = LinearWeights(drawn(64, 64, seed=1), None)
+    x = drawn(13, 64, seed=3)
+    clean = product(x, weights)
+    x[5] = torch.nan
+    found = product(x, weights)
+    assert found[5].isnan().all()
+    others = [row for row in range(13) if row != 5]
+    assert torch.equal(found[others], clean[others])
+
+
+@pytest.mark.parametrize("x", [drawn(2, 62), drawn(2, 64).float(), drawn(64, 2).T, drawn(64)])
+def test_rows_that_do_not_fit_are_refused(x: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"x is .* it must be torch.bfloat16 \[\d+, 64\], contiguous"):
+        KERNEL.linear(x, KERNEL.pack(drawn(32, 64)), x.new_empty(len(x), 32, dtype=torch.bfloat16))
+
+
+def layer_weights(seed: int, heads: Heads, hidden: int, width: int, plain: bool) -> LayerWeights:
+    def linear(outputs: int, inputs: int, number: int) -> LinearWeights:
+        bias = None if plain else drawn(outputs, seed=seed + number + 50)
+        return LinearWeights(drawn(outputs, inputs, seed=seed + number, scale=inputs**-0.5), bias)
+
+    return LayerWeights(
+        None if plain and seed == 0 else Norm(drawn(hidden, seed=seed + 1), 1e-5),
+        Norm(drawn(hidden, seed=seed + 2), 1e-6),
+        linear(heads.width, hidden, 3), linear(hidden, heads.queries * heads.dim, 4),
+        linear(2 * width, hidden, 5), linear(hidden, width, 6), heads,
+        None if plain else HeadNorms(drawn(heads.dim, seed=seed + 7), drawn(heads.dim, seed=seed + 8), 1e-6),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_layers_in_one_call_are_the_operations_one_by_one_to_the_bit(plain: bool, threads: int) -> None:
+    """Two sequences, one with a tree, over what is cached already."""
+    heads, hidden, width = Heads(4, 2, 32, 32**-0.5), 96, 160
+    operations = KernelOperations(KERNEL, torch.bfloat16)
+    weights = [layer_weights(100 * i, heads, hidden, width, plain) for i in range(3)]
+    fused = operations.layers(weights)
+    assert isinstance(fused, KernelLayers)
+    rope = Rope(1e4 ** -(torch.arange(16).float() / 16))
+    rope.cover(200)
+
+    def run(layers: KernelLayers | ComposedLayers) -> list[Tensor]:
+        cache, found = PagedCache(2, 200), []
+        one, other = cache.open(), cache.open()
+        for sequence, rows in ((one, 70), (other, 9)):
+            cache.reserve(sequence, rows + 8)
+            found.append(
+                layers(
+                    drawn(rows, hidden, seed=rows),
+                    Step([Segment(sequence, rows)], torch.device("cpu")),
+                    cache,
+                    rope,
+                )
+            )
+            sequence.length += rows
+        tree = Segment(one, 4, [(0,), (0, 1), (0, 2), (0, 2, 3)])
+        step = Step([tree, Segment(other, 1)], torch.device("cpu"))
+        return [*found, layers(drawn(5, hidden, seed=5), step, cache, rope)]
+
+    with computing_with(threads):
+        pairs = zip(run(fused), run(ComposedLayers(operations, weights)), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_layers_that_do_not_join_are_refused() -> None:
+    heads = Heads(4, 2, 32, 0.2)
+    weights = layer_weights(0, heads, 96, 160, True)
+    operations = KernelOperations(KERNEL, torch.bfloat16)
+    with pytest.raises(ValueError, match="do not join"):
+        operations.layers([weights._replace(down=LinearWeights(drawn(96, 158), None))])
