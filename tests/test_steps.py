@@ -29,7 +29,7 @@ from taps.evaluation.step_work import (
     last_logits,
     write_texts,
 )
-from taps.evaluation.steps import Case, Timing, Work, fits, steps_table, tabulated, target_cases
+from taps.evaluation.steps import Case, Timing, Work, fits, in_rounds, steps_table, tabulated, target_cases
 from taps.models.causal_lm import CausalLM
 from taps.models.checkpoints import save_head
 from taps.sampling import SamplingParams, sample
@@ -205,6 +205,25 @@ def test_ratios_are_of_medians_to_the_floor_and_to_the_plain_step() -> None:
     rows = tabulated([case("verify", 4, 1, [8.0]), case("verify", 1, 1, [4.0, 90.0, 3.0])])
     assert [(r["ms"], r["times_floor"], r["times_plain"]) for r in rows] == [(8.0, 4.0, 2.0), (4.0, 2.0, 1.0)]
     assert [(r["floor_ms"], r["bound"]) for r in rows] == [(2.0, "memory")] * 2
+
+
+def test_every_case_has_its_turn_in_every_round_and_the_first_round_does_not_count() -> None:
+    turns: list[int] = []
+
+    def work(number: int) -> Work:
+        def run() -> Timing:
+            turns.append(number)
+            return Timing(10.0 * number + turns.count(number), Cost(1, 1))
+
+        return Work(Case("verify", "", 1, 1, number), RATES, run)
+
+    found = in_rounds([work(number) for number in range(5)], 3)
+    assert [[t.ms for t in timings] for _, timings in found] == [
+        [10 * n + i for i in (2, 3, 4)] for n in range(5)
+    ]
+    rounds = [tuple(turns[i : i + 5]) for i in range(0, 20, 5)]
+    assert [sorted(order) for order in rounds] == [list(range(5))] * 4
+    assert len(set(rounds)) > 1, "the order changes"
 
 
 def test_every_shape_is_verified_at_the_contexts_named_and_longer_ones_do_not_fit() -> None:

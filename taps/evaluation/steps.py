@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from random import Random
 from statistics import mean, median
 from typing import Any, NamedTuple
 
@@ -132,7 +133,7 @@ def measure(target: str, heads: Sequence[Path], plan: StepsPlan) -> dict[str, An
         cases = target_cases(plan.contexts)
         fitting = [case for case in cases if fits(case, engine.model.max_positions)]
         works = _works(engine, loaded, fitting)
-        rows = tabulated(_in_rounds(works, plan.repeats))
+        rows = tabulated(in_rounds(works, plan.repeats))
         numerics = _numerics(engine.model)
     return {
         "steps": rows,
@@ -259,11 +260,17 @@ def _decision(logits: torch.Tensor, temperature: float, position: int) -> Callab
     return lambda: Timing(timed(lambda: decide(logits, params, position))[0], cost)
 
 
-def _in_rounds(works: Sequence[Work], repeats: int) -> list[tuple[Work, list[Timing]]]:
+def in_rounds(works: Sequence[Work], repeats: int) -> list[tuple[Work, list[Timing]]]:
     """Every case once a round; the first round warms up."""
     print(f"timing {len(works)} steps in turn, {repeats} times each", file=sys.stderr, flush=True)
-    rounds = [[work.run() for work in works] for _ in range(1 + repeats)]
+    rounds = [_round(works, number) for number in range(1 + repeats)]
     return [(work, [timings[i] for timings in rounds[1:]]) for i, work in enumerate(works)]
+
+
+def _round(works: Sequence[Work], number: int) -> dict[int, Timing]:
+    """In an order of its own: what a case finds in the processor's caches is not always the same."""
+    order = Random(number).sample(range(len(works)), len(works))
+    return {i: works[i].run() for i in order}
 
 
 def tabulated(found: Sequence[tuple[Work, Sequence[Timing]]]) -> list[dict[str, Any]]:
@@ -283,7 +290,7 @@ def _row(work: Work, timings: Sequence[Timing], plain: float) -> dict[str, Any]:
         "floor_ms": round(floor.ms, 4),
         "bound": floor.bound,
         "times_floor": round(ms / floor.ms, 3),
-        "times_plain": round(ms / plain, 3),
+        "times_plain": round(ms / plain, 4),
         "all_ms": [round(x, 4) for x in every],
     }
 
@@ -301,13 +308,13 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         f"{row['kind']} {row['detail']}".strip(), f"{row['sessions']} x {row['rows']}", f"{row['context']:,}",
         f"{row['ms']:.2f}", f"{low:.2f} to {high:.2f}", _short(row["floor_ms"]), row["bound"],
-        _short(row["times_floor"]), f"{row['times_plain']:.2f}",
+        f"{row['times_floor']:.1f}", _short(row["times_plain"]),
     ]  # fmt: skip
 
 
 def _short(x: float) -> str:
-    """Of numbers from thousandths to thousands."""
-    return f"{x:.3f}" if x < 0.1 else f"{x:.2f}" if x < 10 else f"{x:,.0f}"
+    """Of numbers that may be thousandths."""
+    return f"{x:.3f}" if x < 0.1 else f"{x:.2f}"
 
 
 def _heading(result: Mapping[str, Any]) -> list[str]:
@@ -317,7 +324,7 @@ def _heading(result: Mapping[str, Any]) -> list[str]:
     busy = ": others compute here too, which slows steps" if made["load"][0] > _QUIET else ""
     return [
         f"target {where['target']} in {plan['dtype']} on {made['device']}, medians of {plan['repeats']}; "
-        f"threads: {where['threads']}, to draft 1",
+        f"threads: {where['threads']}, and 1 to draft",
         f"numerics {where['numerics']}",
         f"memory {floor['gb_per_s']} GB/s, compute {floor['gflop_per_s']:.0f} GFLOP/s; the linear weights are "
         f"{floor['linear_bytes'] / 1e6:.0f} MB, read in {floor['memory_ms']:.2f} ms",
