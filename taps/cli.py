@@ -26,14 +26,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_bench(
         commands.add_parser("bench", help="speed of specialists against plain decoding, in this process")
     )
+    _add_bench_steps(
+        commands.add_parser("bench steps", help="milliseconds per step of the engine, each beside its floor")
+    )
     _add_report(commands.add_parser("report", help="tables and plots from result files"))
-    args = parser.parse_args(arguments)
+    args = parser.parse_args(_commands_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         args.run(args)
     except (EmbeddedTargetError, ValueError, OSError) as error:
         print(f"taps: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _commands_joined(arguments: Sequence[str]) -> list[str]:
+    """`bench steps` is one command: below `bench` argparse would ask for the options of both."""
+    return ["bench steps", *arguments[2:]] if [*arguments[:2]] == ["bench", "steps"] else [*arguments]
 
 
 def _prepare(_: argparse.Namespace) -> None:
@@ -196,6 +204,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "`taps bench steps` measures the engine's single steps instead."
     _add_measuring(parser, questions=10, trees="what is served")
     parser.set_defaults(run=_bench)
 
@@ -207,6 +216,41 @@ def _bench(args: argparse.Namespace) -> None:
     refuse_unwritable(args.out)
     plan = LivePlan(**_named(LivePlan, args))
     write_result(measure(args.target, args.heads, args.alone, args.data or args.benchmark, plan), args.out)
+
+
+def _add_bench_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
+    parser.add_argument(
+        "--head", "--heads", nargs="+", type=Path, default=[Path("specialists/math")],
+        help="specialists that draft (default: specialists/math)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16", help="default: %(default)s"
+    )
+    parser.add_argument("--threads", type=_count, help="torch threads of the target (default: torch's choice)")
+    parser.add_argument("--repeats", type=_count, default=15, help="of every step (default: %(default)s)")
+    parser.add_argument(
+        "--contexts", nargs="+", type=_count, metavar="POSITIONS",
+        help="verify every number of sessions and rows at each of these lengths "
+        "(default: all at 200, 1 x 8 at 1500, 16 x 1 at 600)",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="a result file, JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_bench_steps)
+
+
+def _bench_steps(args: argparse.Namespace) -> None:
+    import json
+
+    from taps.evaluation.steps import StepsPlan, measure, steps_table
+    from taps.provenance import refuse_unwritable, write_result
+
+    if args.out is not None:
+        refuse_unwritable(args.out)
+    result = measure(args.target, args.head, StepsPlan(**_named(StepsPlan, args)))
+    if args.out is not None:
+        write_result(result, args.out)
+    print(json.dumps(result, indent=1) if args.json else steps_table(result))
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
