@@ -4,23 +4,27 @@
 position, token id). Whoever computes the same logits at the same position draws the same token, in any
 process and on any device: this is what makes speculative output equal plain sampling.
 
-Knows logits and token counts; nothing of trees, models or sessions.
+Many rows are decided at once, each as if it were alone: no operation here adds up along a row in an order
+that depends on the other rows or on the threads. Knows logits and token counts; nothing of trees, models
+or sessions.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-_SIGN32 = -(1 << 31)
 _MASK64 = 0xFFFFFFFFFFFFFFFF
-# Tokens this close to the best, nats, are the first to be given noise.
-_NEAR = 5.0
-_NUCLEUS_CANDIDATES = 1024
+_FIRST_LOOK = 256  # best tokens, where most nuclei end
+_BLOCK = 64  # tokens that are looked at one by one only if the best of them matters
+_T = TypeVar("_T")
+_LOG2_E = 1 / math.log(2)
 # Below it logits divided by the temperature overflow; such a request means greedy decoding.
 LEAST_TEMPERATURE = 1e-3
 
@@ -67,108 +71,274 @@ def _signed32(x: int) -> int:
     return (x & 0x7FFFFFFF) - (x & 0x80000000)
 
 
-def _mix32(x: Tensor) -> Tensor:
-    """A 32-bit finaliser with low bias, in place on int32; a mask makes each shift a logical one."""
-    x ^= (x >> 16) & 0xFFFF
+def _fold(x: int) -> int:
+    """The lowest 32 bits of `x`, signed, their upper half xored into the lower one."""
+    return _signed32(x ^ ((x & 0xFFFFFFFF) >> 16))
+
+
+def _fold_(x: Tensor) -> Tensor:
+    """`_fold` in place on int32; the mask makes the shift a logical one."""
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def _noise_keys(params: Sequence[SamplingParams], positions: Sequence[int], device: torch.device) -> Tensor:
+    """[2, n, 1] int32: what each row's hash starts from, and what it takes in halfway; both folded."""
+    keys = [
+        _splitmix64(_splitmix64(_splitmix64(p.seed & _MASK64) ^ p.choice) ^ position)
+        for p, position in zip(params, positions, strict=True)
+    ]
+    halves = [[_fold(key) for key in keys], [_fold(key >> 32) for key in keys]]
+    return torch.tensor(halves, dtype=torch.int32, device=device)[..., None]
+
+
+def _half_mix_(x: Tensor, scratch: Tensor) -> Tensor:
+    """The inner part of a 32-bit finaliser of low bias, in place on int32."""
     x *= 0x7FEB352D
-    x ^= (x >> 15) & 0x1FFFF
+    x ^= torch.bitwise_right_shift(x, 15, out=scratch).bitwise_and_(0x1FFFF)
     x *= _signed32(0x846CA68B)
-    x ^= (x >> 16) & 0xFFFF
     return x
 
 
-def _hash32(seed: int, choice: int, position: int, token_ids: Tensor) -> Tensor:
-    """[n] int32, to be read as unsigned: 32 random bits for each of `token_ids` [n]."""
-    key = _splitmix64(_splitmix64(_splitmix64(seed & _MASK64) ^ choice) ^ position)
-    hashed = _mix32(token_ids.to(torch.int32) ^ _signed32(key))
-    hashed ^= _signed32(key >> 32)
-    return _mix32(hashed)
+def _hash_but_folded(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """[n, m] int32: random bits for each row and token; to be folded, then to be read as unsigned.
+
+    The hash is fold, half mix, fold, xor with the second key, fold, half mix, fold. Folding distributes
+    over xor and undoes itself: with folded keys and ids two folds are left out here, and the last one
+    changes the lower 16 bits alone.
+
+    Args: keys [2, n, 1] of `_noise_keys`; token_ids [m].
+    """
+    start, halfway = keys
+    hashed = start ^ _fold_(token_ids.to(torch.int32, copy=True))
+    scratch = torch.empty_like(hashed)
+    _half_mix_(hashed, scratch)
+    hashed ^= halfway
+    return _half_mix_(hashed, scratch)
 
 
 def _gumbel(hashed: Tensor) -> Tensor:
-    """Standard Gumbel noise [n] float64, increasing in the unsigned value of `hashed`."""
+    """Standard Gumbel noise, float64, increasing in the unsigned value of the folded int32 hash."""
     uniform = (hashed.long() & 0xFFFFFFFF).double().add_(0.5).mul_(2.0**-32)
     return uniform.log_().neg_().log_().neg_()
 
 
-def _may_exceed(hashed: Tensor, noise: float) -> Tensor:
-    """[n] bool: false where the noise of `hashed` is certainly below `noise`."""
-    uniform = math.exp(-math.exp(-noise))
-    least = min(max(math.floor(uniform * 2.0**32) - 2, 0), (1 << 32) - 1)
-    return (hashed ^ _SIGN32) >= least + _SIGN32
+def gumbel_rows(params: Sequence[SamplingParams], positions: Sequence[int], token_ids: Tensor) -> Tensor:
+    """Standard Gumbel noise for `token_ids` in every row, of its seed and choice and at its position.
+
+    The integer hash gives the same bits on every device. Args: params [n]; positions [n], absolute;
+    token_ids [m], any integers. Returns [n, m] float64.
+    """
+    keys = _noise_keys(params, positions, token_ids.device)
+    return _gumbel(_fold_(_hash_but_folded(keys, token_ids)))
 
 
 def gumbel_noise(seed: int, choice: int, position: int, token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise for `token_ids` at one absolute position.
+    """`gumbel_rows` of one row. Args: token_ids [m] int64. Returns [m] float64."""
+    return gumbel_rows([SamplingParams(seed=seed, choice=choice)], [position], token_ids)[0]
 
-    The integer hash gives the same bits on every device. Args: token_ids [n] int64. Returns [n] float64.
+
+def shape_rows(logits: Tensor, params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]]) -> Tensor:
+    """Penalties, temperature, top-k and top-p, in this order; excluded tokens get -inf.
+
+    Args: logits [n, V], any float type; params [n]; counts [n]: how often each token was generated so far
+    (the prompt does not count). Returns [n, V] float32, unnormalised log-probabilities; the logits are left
+    alone, or returned where nothing changes them. At temperature 0 only penalties apply. Tokens that tie
+    with the last one kept are kept too, so the result does not depend on a sort's order.
     """
-    return _gumbel(_hash32(seed, choice, position, token_ids))
+    shaped = _penalised(logits.float(), params, counts)
+    temperatures = [p.temperature or 1.0 for p in params]
+    if any(temperature != 1.0 for temperature in temperatures):
+        shaped = shaped / _column(temperatures, shaped, torch.float32)
+    shaped = _cut(shaped, params, [0 < p.top_k < shaped.shape[1] for p in params], _top_k_edges)
+    return _cut(shaped, params, [p.top_p < 1.0 for p in params], _nucleus_edges)
 
 
 def shape_logits(logits: Tensor, params: SamplingParams, counts: Mapping[int, int]) -> Tensor:
-    """Penalties, temperature, top-k and top-p, in this order; excluded tokens get -inf.
+    """`shape_rows` of one row. Args: logits [V]. Returns [V] float32."""
+    return shape_rows(logits[None], [params], [counts])[0]
 
-    Args: logits [V], any float type; counts: how often each token was generated so far (the prompt does
-    not count). Returns [V] float32, unnormalised log-probabilities. At temperature 0 only penalties apply.
-    Tokens that tie with the last one kept are kept too, so the result does not depend on a sort's order.
-    """
-    shaped = logits.float()
-    if params.penalised and counts:
-        ids = torch.tensor(list(counts), device=logits.device)
-        times = torch.tensor(list(counts.values()), device=logits.device, dtype=torch.float32)
-        penalty = params.frequency_penalty * times + params.presence_penalty
-        shaped = shaped.index_add(0, ids, penalty, alpha=-1.0)
-    if params.greedy:
+
+def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, 1] on the device of `like`."""
+    return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
+
+
+def _pick(values: Sequence[_T], chosen: Sequence[int]) -> list[_T]:
+    return [values[row] for row in chosen]
+
+
+def _take(rows: Tensor, chosen: Sequence[int]) -> Tensor:
+    """The chosen rows; no copy where that is all of them."""
+    return rows if len(chosen) == len(rows) else rows[torch.tensor(chosen, device=rows.device)]
+
+
+def _penalised(logits: Tensor, params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]]) -> Tensor:
+    rows: list[int] = []
+    tokens: list[int] = []
+    times: list[int] = []
+    for row, (p, counted) in enumerate(zip(params, counts, strict=True)):
+        if p.penalised:
+            rows += [row] * len(counted)
+            tokens += counted.keys()
+            times += counted.values()
+    if not rows:
+        return logits
+    row, token, number = torch.tensor([rows, tokens, times], device=logits.device)
+    frequency = _column([p.frequency_penalty for p in params], logits, torch.float32)[row, 0]
+    presence = _column([p.presence_penalty for p in params], logits, torch.float32)[row, 0]
+    return logits.index_put((row, token), -(frequency * number + presence), accumulate=True)
+
+
+def _cut(
+    shaped: Tensor,
+    params: Sequence[SamplingParams],
+    wanted: Sequence[bool],
+    edges: Callable[[Tensor, Sequence[SamplingParams]], Tensor],
+) -> Tensor:
+    """Exclude what is below its row's edge, in the rows that want it and are not greedy."""
+    chosen = [row for row, p in enumerate(params) if wanted[row] and not p.greedy]
+    if not chosen:
         return shaped
-    shaped = shaped / params.temperature
-    if 0 < params.top_k < shaped.numel():
-        edge = shaped.topk(params.top_k).values[-1]
-        shaped = shaped.masked_fill(shaped < edge, -math.inf)
-    if params.top_p < 1.0:
-        shaped = shaped.masked_fill(shaped < _nucleus_edge(shaped, params.top_p), -math.inf)
-    return shaped
+    rows = _take(shaped, chosen)
+    rows = torch.where(rows < edges(rows, _pick(params, chosen)), -math.inf, rows)
+    if len(chosen) == len(shaped):
+        return rows
+    return shaped.index_copy(0, torch.tensor(chosen, device=shaped.device), rows)
 
 
-def _nucleus_edge(shaped: Tensor, top_p: float) -> Tensor:
-    """The smallest log-weight in the nucleus: the fewest best tokens whose mass reaches `top_p`."""
-    total = shaped.logsumexp(0)
-    for candidates in (min(_NUCLEUS_CANDIDATES, shaped.numel()), shaped.numel()):
-        best = shaped.topk(candidates).values
-        mass = (best - total).exp().cumsum(0)
-        if candidates == shaped.numel() or mass[-1] >= top_p:
-            break
-    inside = int((mass < top_p).sum())
-    return best[min(inside, candidates - 1)]
+def _top_k_edges(shaped: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[n, 1] the smallest of each row's `top_k` best."""
+    best = shaped.topk(max(p.top_k for p in params)).values
+    return best.gather(1, _column([p.top_k - 1 for p in params], shaped, torch.int64))
 
 
-def first_argmax(values: Tensor, largest: Tensor | None = None) -> int:
-    """Index of the largest value, if known already; the lowest index among equals, on every device."""
-    largest = values.max() if largest is None else largest
-    return int((values == largest).nonzero()[0, 0])
+def _nucleus_edges(shaped: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """[n, 1] the smallest log-weight in each nucleus: the fewest best tokens whose mass reaches `top_p`."""
+    top_p = _column([p.top_p for p in params], shaped, torch.float64)
+    best = shaped.amax(-1, keepdim=True)
+    weights = (shaped.double() - best).exp_()  # in float64, or an ulp of an exponential decides
+    total = weights.cumsum(-1)[:, -1:]
+    look = min(_FIRST_LOOK, shaped.shape[1])
+    edges, reached = _edges_among(shaped.topk(look).values, best, top_p * total, look)
+    if look == shaped.shape[1] or not len(short := (~reached).nonzero()[:, 0]):
+        return edges
+    # All tokens lighter than this together are less than the nucleus may lack.
+    least = total[short] * (1.0 - top_p[short]) / (2 * shaped.shape[1])
+    num_heavy = (weights[short] >= least).sum(-1, keepdim=True).clamp_(min=1)
+    heaviest = shaped[short].topk(int(num_heavy.max())).values
+    found, _ = _edges_among(heaviest, best[short], (top_p * total)[short], num_heavy)
+    return edges.index_copy(0, short, found)
+
+
+def _edges_among(heaviest: Tensor, best: Tensor, wanted: Tensor, limit: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Where the mass of the tokens [n, m], heaviest first, reaches the wanted one [n, 1]; and whether, [n].
+
+    Where it does not, the edge is the last of the row's first `limit`.
+    """
+    inside = ((heaviest.double() - best).exp_().cumsum(-1) < wanted).sum(-1, keepdim=True)
+    edges = heaviest.gather(1, torch.clamp(inside, max=limit - 1))
+    return edges, (inside < heaviest.shape[1])[:, 0]
+
+
+class _Found(NamedTuple):
+    """The tokens that may be the ones decided in some rows, by row and id."""
+
+    best: Tensor  # [n] the best shaped logit of each row; no finite number where no token can be decided
+    rows: Tensor  # [c]
+    ids: Tensor  # [c]
+    scores: Tensor  # [c] the first of the highest in its row wins
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """[n, V] as [n, blocks, size]."""
+    return values.reshape(len(values), -1, math.gcd(values.shape[1], _BLOCK))
+
+
+def _find_best(shaped: Tensor) -> _Found:
+    """The first of the best tokens of each row."""
+    blocks, rows = _blocks(shaped), torch.arange(len(shaped), device=shaped.device)
+    block = blocks.amax(-1).argmax(-1)  # both times the first of equals
+    lane = blocks[rows, block].argmax(-1)
+    best = blocks[rows, block, lane]
+    return _Found(best, rows, block * blocks.shape[2] + lane, best)
+
+
+def _find_at_least(values: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [c] and columns [c], in order, where values [n, V] reach their row's limit [n, 1]."""
+    blocks = _blocks(values)
+    row, block = (blocks.amax(-1) >= limits).nonzero().unbind(1)
+    at, lane = (blocks[row, block] >= limits[row]).nonzero().unbind(1)
+    return row[at], block[at] * blocks.shape[2] + lane
+
+
+def _find_drawn(shaped: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> _Found:
+    """The tokens that come near the best sum of log-weight and noise.
+
+    That sum is highest where E / p is lowest, E = -log u the exponential variate of the noise. From the
+    upper 16 bits of the hash, single precision gives an E' with E' <= E < 2.07 (E' + 2 ** -15.4), in bits:
+    so what has E' / p above 2.2 times the least (E' + 2 ** -15) / p is not the one. About three tokens of
+    a row stay, and these are compared exactly.
+    """
+    best = shaped.amax(-1, keepdim=True)
+    token_ids = torch.arange(shaped.shape[1], dtype=torch.int32, device=shaped.device)
+    hashed = _hash_but_folded(_noise_keys(params, positions, shaped.device), token_ids)
+    negative = ((hashed >> 16).bitwise_and_(0xFFFF)).float().add_(1).mul_(2.0**-16).log2_()  # -E'
+    # 1 / p, p relative to the best; finite, for 0 * inf is not a number.
+    rarity = (best - shaped).mul_(_LOG2_E).clamp_(max=127.0).exp2_()
+    limits = (negative - 2.0**-15).mul_(rarity).amax(-1, keepdim=True).mul_(2.2)
+    rows, ids = _find_at_least(negative.mul_(rarity), limits)
+    scores = shaped[rows, ids].double() + _gumbel(_fold_(hashed[rows, ids]))
+    return _Found(best[:, 0], rows, ids, scores)
+
+
+def sample_rows(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    counts: Sequence[Mapping[int, int]],
+) -> list[int | InvalidLogits]:
+    """The token the target decides in each row, or why none can be; no row's answer depends on the others.
+
+    Args: logits [n, V], any float type; params [n]; positions [n], absolute, of the tokens decided;
+    counts [n]: generated tokens on the way there. Ties go to the lowest token id.
+    """
+    greedy = [row for row, p in enumerate(params) if p.greedy]
+    drawn = [row for row, p in enumerate(params) if not p.greedy]
+    found = []
+    if greedy:
+        shaped = shape_rows(_take(logits, greedy), _pick(params, greedy), _pick(counts, greedy))
+        found.append(_find_best(shaped))
+    if drawn:
+        shaped = shape_rows(_take(logits, drawn), _pick(params, drawn), _pick(counts, drawn))
+        found.append(_find_drawn(shaped, _pick(params, drawn), _pick(positions, drawn)))
+    decided = dict(zip(greedy + drawn, _winners(found), strict=True))
+    return [_token(*decided[row], position) for row, position in enumerate(positions)]
+
+
+def _winners(found: Sequence[_Found]) -> list[tuple[int, float]]:
+    """The winning token and the best logit of each row, one `_Found` after the other; reads the device once."""
+    parts = [part for one in found for part in one]
+    values = iter(torch.cat([part.double() for part in parts]).tolist() if parts else ())
+    winners: list[tuple[int, float]] = []
+    for one in found:
+        best, rows, ids, scores = (list(islice(values, len(part))) for part in one)
+        tokens, leads = [0] * len(best), [-math.inf] * len(best)
+        for row, token, score in zip(map(int, rows), map(int, ids), scores, strict=True):
+            if score > leads[row]:
+                tokens[row], leads[row] = token, score
+        winners += zip(tokens, best, strict=True)
+    return winners
+
+
+def _token(winner: int, best: float, position: int) -> int | InvalidLogits:
+    if math.isfinite(best):
+        return winner
+    return InvalidLogits(f"the best logit at position {position} is {best:g}: has the target overflowed?")
 
 
 def sample(logits: Tensor, params: SamplingParams, position: int, counts: Mapping[int, int]) -> int:
-    """The token the target decides at absolute `position`.
-
-    Args: logits [V]; counts: generated tokens on the way here. Ties go to the lowest token id.
-    Raises InvalidLogits.
-    """
-    shaped = shape_logits(logits, params, counts)
-    best = shaped.max()  # NaN if any logit is
-    if not math.isfinite(best):
-        raise InvalidLogits(f"the best logit at position {position} is {best:g}: has the target overflowed?")
-    if params.greedy:
-        return first_argmax(shaped, best)
-    hashed = _hash32(
-        params.seed,
-        params.choice,
-        position,
-        torch.arange(shaped.numel(), dtype=torch.int32, device=shaped.device),
-    )
-    likely = shaped >= (edge := best - _NEAR)
-    near = likely.nonzero()[:, 0]
-    lead = (shaped[near].double() + _gumbel(hashed[near])).max()
-    # Of the others few have noise enough to pass the leader; leaving the rest out changes nothing.
-    candidates = (likely | _may_exceed(hashed, float(lead - edge))).nonzero()[:, 0]
-    return int(candidates[first_argmax(shaped[candidates].double() + _gumbel(hashed[candidates]))])
+    """`sample_rows` of one row. Args: logits [V]. Raises InvalidLogits."""
+    (decided,) = sample_rows(logits[None], [params], [position], [counts])
+    if isinstance(decided, InvalidLogits):
+        raise decided
+    return decided

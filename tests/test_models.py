@@ -27,7 +27,7 @@ from taps.models.cache import CachedSequence, CacheFull, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.pretrained import UnservableTarget, load_config, load_tokenizer
 from taps.models.step import Segment, Step
-from taps.sampling import InvalidLogits, SamplingParams
+from taps.sampling import InvalidLogits, SamplingParams, sample_rows
 from taps.tree import ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 from tests.fakes import random_tree
@@ -164,6 +164,78 @@ def test_what_cannot_be_sampled_fails_alone() -> None:
     failed, answered = target.step([frozen, PrefillJob(target.open(GREEDY), tokens(6))])
     assert isinstance(failed, InvalidLogits)
     assert isinstance(answered, Verdict)
+
+
+def decode_together(target: Target, prompts: list[list[int]], trees: int, late: bool) -> list[list[int]]:
+    """Decode sessions in shared passes with trees they would have alone; the last one may join later."""
+    params = [GREEDY, SamplingParams(seed=1), SamplingParams(0.8, top_p=0.9, presence_penalty=0.5, seed=2)]
+    sessions = [target.open(own) for own in params[: len(prompts)]]
+    decided: list[list[int]] = [[] for _ in prompts]
+    while any(len(own) < trees for own in decided):
+        jobs: dict[int, PrefillJob | VerifyJob] = {}
+        for i, own in enumerate(decided):
+            tree = random_tree(random.Random(f"{i} {own}"), 12, root=own[-1] if own else 0, vocab_size=VOCAB)
+            if own:
+                jobs[i] = VerifyJob(sessions[i], tree)
+            elif not late or i == 0 or decided[i - 1]:
+                jobs[i] = PrefillJob(sessions[i], prompts[i])
+        for i, outcome in zip(jobs, target.step(list(jobs.values())), strict=True):
+            assert isinstance(outcome, Verdict)
+            decided[i] += outcome.tokens
+    return [own[:trees] for own in decided]
+
+
+def test_prompts_and_trees_decided_in_one_pass_decide_what_they_do_apart() -> None:
+    model = CausalLM(build(FAMILIES["llama"]))
+    prompts = [tokens(n, seed=n) for n in (9, 5, 21)]
+    budget = StepBudget(prefill_tokens=64, tree_nodes=64)
+    together = decode_together(Target(model, 3, 256, budget), prompts, 10, late=False)
+    assert decode_together(Target(model, 3, 256, budget), prompts, 10, late=True) == together
+
+
+def test_a_pass_is_decided_once_a_level_however_many_sessions_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels: list[int] = []
+
+    def counted(logits: torch.Tensor, *others: Any) -> list[int | InvalidLogits]:
+        levels.append(len(logits))
+        return sample_rows(logits, *others)
+
+    monkeypatch.setattr("taps.engine.target.sample_rows", counted)
+    target = Target(CausalLM(build(FAMILIES["llama"])), 8, 64, StepBudget(tree_nodes=8))
+    sessions = [target.open(GREEDY) for _ in range(5)]
+    roots = [run(target, PrefillJob(session, tokens(6))).tokens[0] for session in sessions]
+    levels.clear()
+    trees = [ProposalTree.root_only(root) for root in roots]
+    jobs: list[PrefillJob | VerifyJob] = [VerifyJob(*one) for one in zip(sessions, trees, strict=True)]
+    verdicts = target.step([*jobs, PrefillJob(target.open(GREEDY), tokens(7))])
+    assert levels == [6]
+    assert all(isinstance(verdict, Verdict) for verdict in verdicts)
+
+
+def test_a_tree_that_cannot_be_decided_leaves_its_session_and_the_others_as_they_were() -> None:
+    target = Target(CausalLM(build(FAMILIES["llama"])), 2, 64, StepBudget(tree_nodes=8))
+    fine, spoilt = target.open(GREEDY), target.open(GREEDY)
+    roots = [run(target, PrefillJob(session, tokens(6))).tokens[0] for session in (fine, spoilt)]
+    trees = [ProposalTree.root_only(root) for root in roots]
+    jobs = [VerifyJob(fine, trees[0]), VerifyJob(spoilt, trees[1])]
+    spoilt.params = SamplingParams(temperature=1e-40)
+    answered, failed = target.step(jobs)
+    assert isinstance(answered, Verdict)
+    assert isinstance(failed, InvalidLogits)
+    assert (fine.sequence.length, spoilt.sequence.length) == (7, 6)
+    spoilt.params = GREEDY
+    assert run(target, jobs[1]).tokens == answered.tokens
+
+
+def test_features_of_a_verdict_keep_alive_the_accepted_rows_alone() -> None:
+    target = Target(CausalLM(build(FAMILIES["llama"])), 2, 64, StepBudget(tree_nodes=8))
+    sessions = [target.open(GREEDY) for _ in range(2)]
+    roots = [run(target, PrefillJob(session, tokens(6))).tokens[0] for session in sessions]
+    trees = [random_tree(random.Random(3), 8, root=root, vocab_size=VOCAB) for root in roots]
+    verdicts = target.step([VerifyJob(*one) for one in zip(sessions, trees, strict=True)])
+    features = [verdict.features for verdict in verdicts if isinstance(verdict, Verdict)]
+    assert [len(own) for own in features] == [session.sequence.length - 6 for session in sessions]
+    assert features[0].untyped_storage().nbytes() <= sum(own.nbytes for own in features)
 
 
 def test_slots_are_bounded_and_come_back() -> None:

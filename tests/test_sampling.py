@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from taps.sampling import InvalidLogits, SamplingParams, first_argmax, gumbel_noise, sample, shape_logits
+from taps.sampling import InvalidLogits, SamplingParams, gumbel_noise, sample, shape_logits
 from tests.fakes import chi_square_p
 
 LOGITS = torch.tensor([1.0, 0.2, -0.5, 2.0, 0.7, -3.0, 1.5, 0.0])
@@ -51,7 +51,10 @@ def test_greedy_takes_the_best_token_and_ties_go_to_the_lowest_id() -> None:
     greedy = SamplingParams(temperature=0.0)
     assert sample(torch.tensor([0.0, 3.0, 1.0, 3.0]), greedy, 0, {}) == 1
     assert sample(torch.zeros(5), greedy, 0, {}) == 0
-    assert first_argmax(torch.tensor([-math.inf, -1.0, -1.0])) == 1
+    assert sample(torch.tensor([-math.inf, -1.0, -1.0]), greedy, 0, {}) == 1
+    late = torch.full((200,), -1.0)
+    late[[130, 131, 199]] = 2.0
+    assert sample(late, greedy, 0, {}) == sample(late[:197], greedy, 0, {}) == 130
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
@@ -144,16 +147,16 @@ def test_leaving_out_hopeless_tokens_changes_no_draw(spread: float) -> None:
     for position in range(200):
         logits = random_logits(400, spread, seed=position)
         noise = gumbel_noise(3, 0, position, torch.arange(400))
-        assert sample(logits, params, position, {}) == first_argmax(
-            shape_logits(logits, params, {}).double() + noise
+        assert sample(logits, params, position, {}) == int(
+            (shape_logits(logits, params, {}).double() + noise).argmax()
         )
 
 
 def test_the_luckiest_token_still_beats_the_unluckiest_best_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The noise lies between those of u = 2**-33 and u = 1 - 2**-33: no token within that reach is left out."""
     lowest, highest = -math.log(-math.log(2.0**-33)), -math.log(-math.log1p(-(2.0**-33)))
-    extremes = torch.tensor([0, -1], dtype=torch.int32)  # the lowest and the highest hash there is
-    monkeypatch.setattr("taps.sampling._hash32", lambda *args: extremes[args[-1].long()])
+    hashed = torch.tensor([[0, -1 << 16]], dtype=torch.int32)  # once folded, the lowest and the highest
+    monkeypatch.setattr("taps.sampling._hash_but_folded", lambda _, ids: hashed[:, ids.long()])
     assert sample(torch.tensor([0.0, lowest - highest + 1e-3]), SamplingParams(), 0, {}) == 1
     assert sample(torch.tensor([0.0, lowest - highest - 1e-3]), SamplingParams(), 0, {}) == 0
 
@@ -211,6 +214,15 @@ def test_top_p_is_exact_when_the_nucleus_is_larger_than_the_first_look() -> None
     nucleus = kept(shape_logits(logits, SamplingParams(top_p=0.9), {}))
     assert len(nucleus) == size > 1024
     assert set(nucleus) == set(logits.topk(size).indices.tolist())
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 0.999, 1 - 1e-7])
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+def test_the_nucleus_is_that_of_double_precision(top_p: float, spread: float) -> None:
+    logits = random_logits(20_000, spread)
+    mass = logits.double().softmax(0).sort(descending=True).values.cumsum(0)
+    size = int((mass < top_p).sum()) + 1
+    assert len(kept(shape_logits(logits, SamplingParams(top_p=top_p), {}))) == size
 
 
 @pytest.mark.parametrize(("top_k", "survivors"), [(0, 8), (1, 1), (3, 3), (8, 8), (100, 8)])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 
 from taps.composing import concatenated
-from taps.engine.verification import accept
+from taps.engine.verification import Acceptance, Asked, accept, accept_all
 from taps.tree import ProposalTree
 from tests.fakes import chain, random_tree
 
@@ -82,3 +83,46 @@ def test_the_kept_path_is_a_chain_of_the_tree_that_spells_the_accepted_tokens(se
     assert len(owners) == len(tokens) - 1
     paths = {tree.token_path(node) for node in range(len(tree))}
     assert tokens not in paths, "a drafted token was taken for the bonus"
+
+
+def says_at_random(seed: int, tree: int, _: int, tokens: Sequence[int]) -> int:
+    return random.Random(f"{seed} {tree} {list(tokens)}").randrange(2)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_trees_walked_together_end_as_each_would_alone(seed: int) -> None:
+    rng = random.Random(seed)
+    trees = [
+        concatenated([random_tree(rng, num_nodes=15, vocab_size=2) for _ in range(rng.randrange(1, 3))], root=0)
+        for _ in range(rng.randrange(5))
+    ]
+    together = accept_all(trees, lambda asked: [says_at_random(seed, *one) for one in asked])
+    for index, tree in enumerate(trees):
+        assert together[index] == accept(tree, partial(says_at_random, seed, index))
+
+
+def test_a_level_of_all_trees_is_one_question_and_ended_trees_are_asked_no_more() -> None:
+    levels: list[list[Asked]] = []
+
+    def decide(asked: Sequence[Asked]) -> list[int]:
+        levels.append(list(asked))
+        return [5] * len(asked)
+
+    accept_all([chain(5, 5), ProposalTree.root_only(1), chain(7), chain(5)], decide)
+    assert levels == [
+        [(0, 0, ()), (1, 0, ()), (2, 0, ()), (3, 0, ())],
+        [(0, 1, (5,)), (3, 1, (5,))],
+        [(0, 2, (5, 5))],
+    ]
+
+
+def test_an_exception_is_the_outcome_of_its_tree_alone() -> None:
+    lost = ArithmeticError("no number")
+
+    def decide(asked: Sequence[Asked]) -> list[int | Exception]:
+        return [lost if one.tree == 1 and one.node == 1 else 5 for one in asked]
+
+    first, failed, last = accept_all([chain(5), chain(5, 5), chain(5, 5, 5)], decide)
+    assert failed is lost
+    assert first == Acceptance((0, 1), (5, 5), (1,))
+    assert last == Acceptance((0, 1, 2, 3), (5, 5, 5, 5), (1, 1, 1))

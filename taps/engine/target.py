@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from taps.engine.scheduling import MAX_LEN, MAX_SESSIONS, StepBudget, share_nodes, share_prefill
-from taps.engine.verification import accept
+from taps.engine.verification import Acceptance, Asked, accept_all
 from taps.models.cache import CachedSequence, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.probe import Probe
 from taps.models.step import Segment, Step
-from taps.sampling import InvalidLogits, SamplingParams, sample
+from taps.sampling import InvalidLogits, SamplingParams, sample_rows
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 
@@ -115,7 +115,7 @@ class Target:
         pieces = self._plan(fitting)
         if pieces:
             features, logits = self._forward(pieces)
-            outcomes = [self._try_to_finish(piece, features, logits) for piece in pieces]
+            outcomes = self._finish(pieces, features, logits)
             sharing = sum(isinstance(piece.job, VerifyJob) for piece in pieces)
             for piece, outcome in zip(pieces, outcomes, strict=True):
                 if isinstance(outcome, _Outcome):
@@ -171,51 +171,47 @@ class Target:
         step = Step([_segment(piece) for piece in pieces], self.model.device)
         return self.model.extend(tokens, step, self.cache, keep)
 
-    def _try_to_finish(
-        self, piece: _Piece, features: Tensor, logits: Tensor
-    ) -> _Outcome | InvalidLogits | None:
-        """One session's logits that cannot be sampled are that session's answer, not the whole step's."""
-        try:
-            return self._finish(piece, features, logits)
-        except InvalidLogits as error:
-            return error
+    def _finish(
+        self, pieces: Sequence[_Piece], features: Tensor, logits: Tensor
+    ) -> list[_Outcome | Exception | None]:
+        """Decide, commit and take the features; None for prompts that go on.
 
-    def _finish(self, piece: _Piece, features: Tensor, logits: Tensor) -> _Outcome | None:
-        """Sample, accept and commit; None while the prompt goes on."""
-        if isinstance(piece.job, PrefillJob):
-            return self._finish_prefill(piece.job, piece, features[piece.rows], logits)
-        session = piece.job.session
-        position = session.sequence.length + 1
+        One session's logits that cannot be sampled are that session's answer, not the whole step's.
+        """
+        for piece in pieces:
+            if isinstance(piece.job, PrefillJob):
+                _take_in(piece.job, piece, features)
+        decided = self._decide(pieces, logits)
+        kept = [_kept_rows(piece, decision) for piece, decision in zip(pieces, decided, strict=True)]
+        sequences = [piece.job.session.sequence for piece in pieces]
+        self.cache.commit([Kept(*one) for one in zip(sequences, kept, strict=True)])
+        outcomes: list[_Outcome | Exception | None] = []
+        for piece, decision, own in zip(pieces, decided, _checked(pieces, kept, features), strict=True):
+            if isinstance(decision, Acceptance):
+                job = piece.job
+                job.session.generated.update(decision.tokens)
+                newest = torch.cat(job.features) if isinstance(job, PrefillJob) else own
+                outcomes.append(_Outcome(decision.tokens, decision.owners, newest))
+            else:
+                outcomes.append(decision)
+        return outcomes
 
-        def decide(node: int, accepted: Sequence[int]) -> int:
-            counts: Mapping[int, int] = session.generated
-            if session.params.penalised and accepted:
-                counts = session.generated + Counter(accepted)
-            return sample(logits[piece.logits_start + node], session.params, position + len(accepted), counts)
+    def _decide(self, pieces: Sequence[_Piece], logits: Tensor) -> list[Acceptance | Exception | None]:
+        """What the target decides in each piece that has logits: all of them together, level by level."""
+        ends = [piece for piece in pieces if piece.logits_start >= 0]
 
-        path, tokens, owners = accept(piece.tree, decide)
-        self.cache.commit([Kept(session.sequence, path)])
-        session.generated.update(tokens)
-        return _Outcome(tokens, owners, features[piece.rows][list(path)].clone())
+        def decide(asked: Sequence[Asked]) -> list[int | InvalidLogits]:
+            at = [ends[one.tree] for one in asked]
+            rows = [piece.logits_start + one.node for piece, one in zip(at, asked, strict=True)]
+            return sample_rows(
+                logits[torch.tensor(rows, device=logits.device)],
+                [piece.job.session.params for piece in at],
+                [_next_position(piece) + len(one.tokens) for piece, one in zip(at, asked, strict=True)],
+                [_counts(piece.job.session, one.tokens) for piece, one in zip(at, asked, strict=True)],
+            )
 
-    def _finish_prefill(
-        self, job: PrefillJob, piece: _Piece, features: Tensor, logits: Tensor
-    ) -> _Outcome | None:
-        session = job.session
-        if job.done == 0:
-            session.generated.update(job.generated)
-        n = len(piece.tree)
-        job.done += n
-        self.cache.commit([Kept(session.sequence, range(n))])
-        wanted = min(n, job.feature_window - (len(job.tokens) - job.done))
-        if wanted > 0:
-            job.features.append(features[n - wanted :].clone())
-        if job.done < len(job.tokens):
-            return None
-        position = session.sequence.length
-        token = sample(logits[piece.logits_start], session.params, position, session.generated)
-        session.generated.update((token,))
-        return _Outcome((token,), (), torch.cat(job.features))
+        answers = iter(accept_all([_decided_tree(piece) for piece in ends], decide))
+        return [next(answers) if piece.logits_start >= 0 else None for piece in pieces]
 
     def _verdict(
         self, piece: _Piece, tokens: tuple[int, ...], owners: tuple[int, ...], features: Tensor, batch_size: int
@@ -230,6 +226,51 @@ def _segment(piece: _Piece) -> Segment:
     tree = piece.tree
     paths = None if tree.is_chain else [tree.path(node) for node in range(len(tree))]
     return Segment(piece.job.session.sequence, len(tree), paths)
+
+
+def _take_in(job: PrefillJob, piece: _Piece, features: Tensor) -> None:
+    """Count a chunk of the prompt as done and keep the newest of its features."""
+    if job.done == 0:
+        job.session.generated.update(job.generated)
+    n = len(piece.tree)
+    job.done += n
+    wanted = min(n, job.feature_window - (len(job.tokens) - job.done))
+    if wanted > 0:
+        job.features.append(features[piece.rows][n - wanted :].clone())
+
+
+def _decided_tree(piece: _Piece) -> ProposalTree:
+    """What is walked: a prompt that ends here is a root whose only decision is the bonus."""
+    return piece.tree if isinstance(piece.job, VerifyJob) else ProposalTree.root_only(piece.tree.tokens[-1])
+
+
+def _next_position(piece: _Piece) -> int:
+    """Absolute position of the token after the root of what is walked."""
+    return piece.job.session.sequence.length + (1 if isinstance(piece.job, VerifyJob) else len(piece.tree))
+
+
+def _counts(session: TargetSession, accepted: Sequence[int]) -> Mapping[int, int]:
+    """How often each token was generated, those accepted in this step included where it matters."""
+    if session.params.penalised and accepted:
+        return session.generated + Counter(accepted)
+    return session.generated
+
+
+def _kept_rows(piece: _Piece, decision: Acceptance | Exception | None) -> Sequence[int]:
+    """Offsets of the piece's rows that the cache keeps."""
+    if isinstance(piece.job, PrefillJob):
+        return range(len(piece.tree))
+    return decision.path if isinstance(decision, Acceptance) else ()
+
+
+def _checked(pieces: Sequence[_Piece], kept: Sequence[Sequence[int]], features: Tensor) -> Sequence[Tensor]:
+    """[m, H] features of each tree's kept rows, none for prompts: copies that keep no other rows alive."""
+    rows = [
+        [piece.rows.start + offset for offset in path] if isinstance(piece.job, VerifyJob) else []
+        for piece, path in zip(pieces, kept, strict=True)
+    ]
+    index = torch.tensor([row for own in rows for row in own], dtype=torch.int64, device=features.device)
+    return features[index].split_with_sizes([len(own) for own in rows])
 
 
 class _Outcome(NamedTuple):
