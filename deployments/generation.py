@@ -40,7 +40,7 @@ class Generator:
 
     async def steps(self, job: Generation, specialists: dict[str, Specialist]) -> AsyncGenerator[Step, None]:
         """The steps of one answer, until closed. Drafters join when their leases are there."""
-        context = Context(job.prompt, self._args.feature_window)
+        context = Context(job.state, self._args.feature_window)
         panel = Panel((), self._args.propose_deadline_s, self._args.propose_patience)
         chosen = [(index, specialists[name]) for index, name in enumerate(job.drafters) if name in specialists]
         keepers: list[asyncio.Task[None]] = []
@@ -48,7 +48,7 @@ class Generator:
         @asynccontextmanager
         async def open_verifier() -> AsyncIterator[RemoteVerifierSession]:
             waits = self._args.lease_deadline_s, self._args.verify_deadline_s
-            async with verifier_session(self._pool, self._verifier, job.params, *waits) as verifier:
+            async with verifier_session(self._pool, self._verifier, *waits) as verifier:
                 # An answer that still waits for its verifier holds no drafter.
                 if not keepers:
                     keepers.extend(asyncio.create_task(self._keep_on(panel, s, i)) for i, s in chosen)

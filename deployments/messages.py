@@ -15,10 +15,11 @@ from taps.drafting.drafter import Ask, InvalidAsk
 from taps.models.cache import CacheFull
 from taps.peers import PeerGone
 from taps.sampling import InvalidLogits, SamplingParams
+from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 
-VERSION = 2
+VERSION = 3
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 # Errors that travel by name: the far side raises the same type.
 _ERRORS: dict[str, type[Exception]] = {
@@ -96,6 +97,18 @@ def to_verdict(message: Mapping[str, Any]) -> Verdict:
         depth=message["depth"],
         batch_size=message["batch_size"],
     )
+
+
+def from_prefill(state: SessionState, feature_window: int) -> Message:
+    return {"state": asdict(state), "feature_window": feature_window}
+
+
+def to_prefill(message: Mapping[str, Any]) -> tuple[SessionState, int]:
+    state = dict(message["state"])
+    for name in ("tokens", "end_tokens"):
+        state[name] = tuple(state[name])
+    state["sampling"] = SamplingParams(**state["sampling"])
+    return SessionState(**state), message["feature_window"]
 
 
 def from_propose(delta: ContextDelta, ask: Ask) -> Message:

@@ -17,7 +17,7 @@ class RequestRecord:
     """What one request came to."""
 
     def __init__(self, request_id: str, job: Generation) -> None:
-        self.prompt_tokens = len(job.prompt)
+        self.prompt_tokens = len(job.state.tokens)
         self.new_tokens = 0
         self.strategy = job.strategy
         self.drafters = job.drafters

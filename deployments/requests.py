@@ -20,6 +20,7 @@ from deployments.schema import ChatRequest, CompletionRequest, TapsOptions, comp
 from taps.decoding.delivery import Delivery, end_tokens
 from taps.drafting.drafter import Ask
 from taps.sampling import LEAST_TEMPERATURE, SamplingParams
+from taps.session import SessionState
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _SEED_MASK = 0xFFFFFFFFFFFFFFFF
@@ -31,9 +32,7 @@ _MOST_DRAFTERS = 64  # of one answer: each has a bit in its nodes' owners
 class Generation:
     """One answer to generate."""
 
-    prompt: tuple[int, ...]
-    params: SamplingParams
-    max_tokens: int
+    state: SessionState  # the prompt, and what was asked for
     stop: tuple[str, ...]
     strategy: str
     drafters: tuple[str, ...]  # names, in the order their nodes are marked
@@ -54,7 +53,7 @@ class RequestReader:
         self._args = args
         self._target = target
         self._tokenizer: Any = AutoTokenizer.from_pretrained(target_path)
-        self._end_tokens = end_tokens(target_path, self._tokenizer)
+        self._end_tokens = tuple(sorted(end_tokens(target_path, self._tokenizer)))
         self._longest_token = max(map(len, self._tokenizer.get_vocab()))
 
     def read_chat(self, request: ChatRequest, drafters: Drafters) -> Generation:
@@ -77,7 +76,7 @@ class RequestReader:
 
     def delivery(self, job: Generation) -> Delivery:
         """The text of `job`'s answer, as its tokens come."""
-        return Delivery(self._tokenizer, job.max_tokens, self._end_tokens, job.stop)
+        return Delivery(self._tokenizer, job.state.max_tokens, frozenset(job.state.end_tokens), job.stop)
 
     def _tokenize(self, request: CompletionRequest) -> list[int]:
         if isinstance(request.prompt, str):
@@ -119,9 +118,9 @@ class RequestReader:
             raise self._too_long(f"{len(prompt)}{wanted}", where)
         tree, params = self._tree(request.options), _sampling(request)
         return Generation(
-            tuple(prompt),
-            params,
-            max_tokens or room,
+            SessionState(
+                tuple(prompt), 0, params, max_tokens or room, self._end_tokens, request.cache_salt or ""
+            ),
             request.stop_strings,
             tree.strategy,
             self._choose(tree.strategy, request.options.drafters, drafters),

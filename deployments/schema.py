@@ -108,6 +108,8 @@ class _Request(_Body):
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    # vLLM's: what is cached of a request is used again by those of the same salt alone.
+    cache_salt: Annotated[str, Field(max_length=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     taps: TapsOptions | None = None

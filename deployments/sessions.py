@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import asdict
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
@@ -12,9 +11,11 @@ from ray.serve.handle import DeploymentHandle
 from deployments.channel import ChannelPool, Handler, Stream
 from deployments.messages import (
     Message,
+    from_prefill,
     from_propose,
     from_tree,
     from_verdict,
+    to_prefill,
     to_propose,
     to_tree,
     to_verdict,
@@ -23,7 +24,8 @@ from taps.context import ContextDelta
 from taps.decoding.sessions import DrafterSession, VerifierSession
 from taps.drafting.drafter import Ask, InvalidAsk
 from taps.peers import PeerGone
-from taps.sampling import InvalidLogits, SamplingParams
+from taps.sampling import InvalidLogits
+from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 
@@ -36,9 +38,8 @@ class RemoteVerifierSession:
         self._stream = stream
         self._timeout_s = timeout_s
 
-    async def prefill(self, tokens: Sequence[int], num_generated: int, feature_window: int) -> Verdict:
-        prompt = {"tokens": tokens, "num_generated": num_generated, "feature_window": feature_window}
-        return await self._ask({"prefill": prompt})
+    async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
+        return await self._ask(from_prefill(state, feature_window))
 
     async def verify(self, tree: ProposalTree) -> Verdict:
         return await self._ask({"tree": from_tree(tree)})
@@ -67,7 +68,7 @@ def answering_verifier(session: VerifierSession) -> Handler:
     async def answer(message: Message) -> Message:
         if "tree" in message:
             return from_verdict(await session.verify(to_tree(message["tree"])))
-        return from_verdict(await session.prefill(**message["prefill"]))
+        return from_verdict(await session.prefill(*to_prefill(message)))
 
     return answer
 
@@ -92,11 +93,10 @@ def _left_out_on_failure() -> Iterator[None]:
 
 @asynccontextmanager
 async def verifier_session(
-    pool: ChannelPool, handle: DeploymentHandle[Any], params: SamplingParams,
-    lease_timeout_s: float, step_timeout_s: float,
-) -> AsyncIterator[RemoteVerifierSession]:  # fmt: skip
+    pool: ChannelPool, handle: DeploymentHandle[Any], lease_timeout_s: float, step_timeout_s: float
+) -> AsyncIterator[RemoteVerifierSession]:
     """A session on a leased verifier replica. Raises `PeerBusy` when none has room, or `PeerGone`."""
-    async with pool.session(handle, {"sampling": asdict(params)}, lease_timeout_s) as stream:
+    async with pool.session(handle, {}, lease_timeout_s) as stream:
         yield RemoteVerifierSession(stream, step_timeout_s)
 
 

@@ -16,7 +16,6 @@ from deployments.messages import Message
 from deployments.priority import take_normal_priority
 from deployments.sessions import answering_verifier
 from taps.engine.scheduling import MAX_SESSIONS
-from taps.sampling import SamplingParams
 
 logger = logging.getLogger("ray.serve")
 
@@ -55,6 +54,5 @@ class Verifier:
 
     @asynccontextmanager
     async def _open_session(self, hello: Message) -> AsyncIterator[Handler]:
-        params = SamplingParams(**hello["sampling"])
-        async with self._verifier.session(params) as session:
+        async with self._verifier.session() as session:
             yield answering_verifier(session)

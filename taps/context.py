@@ -6,12 +6,12 @@ Knows positions; nothing of who reads them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from taps.session import SessionState
 from taps.verdict import Verdict
 
 
@@ -41,9 +41,10 @@ class ContextDelta:
 class Context:
     """Tokens of one session and a bounded window of features."""
 
-    def __init__(self, prompt: Sequence[int], feature_window: int) -> None:
-        self.tokens = list(prompt)
-        self.prompt_length = len(prompt)
+    def __init__(self, begun: SessionState, feature_window: int) -> None:
+        self._begun = begun
+        self.tokens = list(begun.tokens)
+        self.prompt_length = len(begun.tokens) - begun.num_generated
         self.feature_window = feature_window
         self._features: deque[Tensor] = deque()
         self._num_features = 0
@@ -55,6 +56,10 @@ class Context:
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    def state(self) -> SessionState:
+        """What another verifier goes on from."""
+        return replace(self._begun, tokens=tuple(self.tokens), num_generated=self.num_generated)
 
     def extend(self, verdict: Verdict) -> None:
         """Take in what the target decided."""

@@ -24,6 +24,7 @@ from taps.drafting.drafter import Ask
 from taps.engine.verification import accept
 from taps.peers import PeerBusy, PeerGone
 from taps.sampling import SamplingParams, sample
+from taps.session import SessionState
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
 
@@ -104,21 +105,20 @@ class TableTarget:
 class TableVerifier:
     """Implements `VerifierSession` over a table; lost after `lives` passes, if that is given."""
 
-    def __init__(
-        self, target: TableTarget, params: SamplingParams, tree_nodes: int = 1 << 30, lives: int | None = None
-    ) -> None:
+    def __init__(self, target: TableTarget, tree_nodes: int = 1 << 30, lives: int | None = None) -> None:
         self._target = target
-        self._params = params
+        self._params = SamplingParams()
         self._tree_nodes = tree_nodes
         self._lives = lives
         self._tokens: list[int] = []
         self._prompt_length = 0
         self.numerics = "table"
 
-    async def prefill(self, tokens: Sequence[int], num_generated: int, feature_window: int) -> Verdict:
+    async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
         await self._live()
+        tokens, self._params = state.tokens, state.sampling
         self._tokens = list(tokens)
-        self._prompt_length = len(tokens) - num_generated
+        self._prompt_length = len(tokens) - state.num_generated
         token = self._decide([])
         self._tokens.append(token)
         return make_verdict([token], range(max(0, len(tokens) - feature_window), len(tokens)))
@@ -156,7 +156,7 @@ class VerifierPool:
         tree_nodes: int = 1 << 30, busy: Collection[int] = (),
     ) -> None:  # fmt: skip
         self._target = target
-        self._params = params
+        self.params = params
         self._lives = iter(lives)
         self._tree_nodes = tree_nodes
         self._busy = busy
@@ -170,7 +170,7 @@ class VerifierPool:
             raise PeerBusy("no room")
         self.num_open += 1
         try:
-            yield TableVerifier(self._target, self._params, self._tree_nodes, next(self._lives, None))
+            yield TableVerifier(self._target, self._tree_nodes, next(self._lives, None))
         finally:
             self.num_open -= 1
 
@@ -271,7 +271,7 @@ async def run_steps(
     context: Context | None = None,
 ) -> list[Step]:
     """Decode after `PROMPT` until at least `num_tokens` tokens are there."""
-    context = context or Context(PROMPT, feature_window=8)
+    context = context or Context(SessionState(tuple(PROMPT), sampling=pool.params), feature_window=8)
     steps = []
     async with aclosing(
         decode(context, pool.open, panel, compose, ask or Ask(num_nodes=8, depth=2))

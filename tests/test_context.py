@@ -8,11 +8,12 @@ import weakref
 import pytest
 
 from taps.context import Context
+from taps.session import SessionState
 from tests.fakes import make_verdict, positions_of
 
 
 def prefilled(prompt_length: int, window: int) -> Context:
-    context = Context(range(100, 100 + prompt_length), window)
+    context = Context(SessionState(tuple(range(100, 100 + prompt_length))), window)
     context.restart(make_verdict([1], range(max(0, prompt_length - window), prompt_length)))
     return context
 
@@ -59,7 +60,7 @@ def test_features_end_before_the_root_and_reach_back_as_far_as_known_or_the_wind
 
 
 def test_a_verifier_that_returns_fewer_features_than_the_window_sets_where_they_start() -> None:
-    context = Context(range(10), feature_window=8)
+    context = Context(SessionState(tuple(range(10))), feature_window=8)
     context.restart(make_verdict([1], range(7, 10)))
     assert context.since(0).feature_start == 7
     assert positions_of(context.since(0).features) == [7, 8, 9]
@@ -83,7 +84,7 @@ def test_a_drafter_that_missed_the_restart_is_told_the_tokens_decided_since() ->
 
 
 def test_generated_tokens_are_those_after_the_prompt() -> None:
-    context = Context([7, 8, 9], feature_window=4)
+    context = Context(SessionState((7, 8, 9)), feature_window=4)
     assert context.num_generated == 0
     assert context.root == 9
     context.restart(make_verdict([1], range(3)))
@@ -93,7 +94,7 @@ def test_generated_tokens_are_those_after_the_prompt() -> None:
 
 
 def test_features_older_than_the_window_are_freed() -> None:
-    context = Context([7], feature_window=4)
+    context = Context(SessionState((7,)), feature_window=4)
     verdict = make_verdict([1], [0])
     oldest = weakref.ref(verdict.features)
     context.restart(verdict)
@@ -106,6 +107,6 @@ def test_features_older_than_the_window_are_freed() -> None:
 
 def test_the_callers_prompt_is_not_changed() -> None:
     prompt = [1, 2]
-    context = Context(prompt, feature_window=4)
+    context = Context(SessionState(tuple(prompt)), feature_window=4)
     context.restart(make_verdict([3], range(2)))
     assert prompt == [1, 2]

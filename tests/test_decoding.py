@@ -15,6 +15,7 @@ from taps.decoding.panel import Panel
 from taps.drafting.drafter import Ask
 from taps.peers import PeerBusy, PeerGone
 from taps.sampling import SamplingParams
+from taps.session import SessionState
 from tests.fakes import (
     PROMPT,
     ScriptedDrafter,
@@ -58,7 +59,7 @@ def good(index: int = 0) -> ScriptedDrafter:
 
 def mid_answer() -> Context:
     """A context after the prefill, with one token decided."""
-    context = Context(PROMPT, feature_window=8)
+    context = Context(SessionState(tuple(PROMPT)), feature_window=8)
     context.restart(make_verdict([4], range(len(PROMPT))))
     return context
 

@@ -18,6 +18,7 @@ from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
 from taps.engine.verifier import BatchedVerifier
 from taps.sampling import SamplingParams
+from taps.session import SessionState
 from tests.divergence import Divergence, first_divergence
 from tests.prompts import PROMPTS
 
@@ -66,9 +67,9 @@ async def answer(
     compose: Compose,
     new_tokens: int,
 ) -> Text:
-    context = Context(question.prompt, 512)
+    context = Context(SessionState(question.prompt, sampling=question.params), 512)
     ask = Ask(num_nodes=6, depth=3, top_k=3, sampling=question.params)
-    steps = decode_in_process(context, verifier, drafters, compose, ask, question.params)
+    steps = decode_in_process(context, verifier, drafters, compose, ask)
     async with aclosing(steps):
         async for _ in steps:
             if context.num_generated >= new_tokens:

@@ -20,6 +20,7 @@ from taps.decoding.loop import Step
 from taps.drafting.drafter import Ask
 from taps.peers import PeerBusy, PeerGone
 from taps.sampling import SamplingParams
+from taps.session import SessionState
 from tests.fakes import PROMPT, ScriptedDrafter, TableTarget, TableVerifier, foresight, until
 from tests.replicas import PATIENCE_S, Replica, running
 
@@ -37,14 +38,12 @@ def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def verifier(hello: Message) -> Handler:
-    return answering_verifier(TableVerifier(TARGET, SamplingParams(**hello["sampling"])))
+    return answering_verifier(TableVerifier(TARGET))
 
 
 def lost_after(passes: int) -> Callable[[Message], Handler]:
     """A verifier that every session loses after so many passes."""
-    return lambda hello: answering_verifier(
-        TableVerifier(TARGET, SamplingParams(**hello["sampling"]), lives=passes)
-    )
+    return lambda hello: answering_verifier(TableVerifier(TARGET, lives=passes))
 
 
 def drafter(_: Message) -> Handler:
@@ -53,7 +52,7 @@ def drafter(_: Message) -> Handler:
 
 def job(*drafters: str) -> Generation:
     ask = Ask(num_nodes=6, depth=2, top_k=2)
-    return Generation(PROMPT, PARAMS, NEW_TOKENS, (), "merged", drafters, ask)
+    return Generation(SessionState(PROMPT, 0, PARAMS, NEW_TOKENS), (), "merged", drafters, ask)
 
 
 def specialists(**replicas: Replica) -> dict[str, Specialist]:

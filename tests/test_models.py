@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,15 @@ from transformers import (
     Qwen3Config,
 )
 
+from taps.engine.jobs import PrefillJob, VerifyJob
 from taps.engine.scheduling import StepBudget
-from taps.engine.target import PrefillJob, Target, VerifyJob
+from taps.engine.target import Target
 from taps.models.cache import CachedSequence, CacheFull, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.pretrained import UnservableTarget, load_config, load_tokenizer
 from taps.models.step import Segment, Step
 from taps.sampling import InvalidLogits, SamplingParams, sample_rows
+from taps.session import SessionState
 from taps.tree import ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 from tests.fakes import random_tree
@@ -52,6 +56,11 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "gpt-oss with sinks": GptOssConfig(**SIZES, sliding_window=12, num_local_experts=4, num_experts_per_tok=2),
 }
 GREEDY = SamplingParams(temperature=0.0)
+FROZEN = SamplingParams(temperature=1e-40)
+
+
+def state(prompt: Sequence[int], sampling: SamplingParams = GREEDY) -> SessionState:
+    return SessionState(tuple(prompt), sampling=sampling)
 
 
 def build(config: PreTrainedConfig) -> Any:
@@ -68,8 +77,8 @@ def tokens(n: int, seed: int = 0) -> list[int]:
 def greedy(target: Target, prompt: list[int], new_tokens: int, seed: int) -> list[int]:
     """Decode with random trees, which propose rightly now and then."""
     rng = random.Random(seed)
-    session = target.open(GREEDY)
-    verdict = run(target, PrefillJob(session, prompt))
+    session = target.open()
+    verdict = run(target, PrefillJob(session, state(prompt)))
     decided = list(verdict.tokens)
     while len(decided) < new_tokens:
         tree = random_tree(rng, num_nodes=12, root=decided[-1], vocab_size=VOCAB)
@@ -127,9 +136,9 @@ def test_sessions_in_one_pass_get_what_they_get_alone() -> None:
     alone = []
     for prompt in prompts:
         target = Target(model, 1, 128)
-        alone.append(run(target, PrefillJob(target.open(GREEDY), prompt)))
+        alone.append(run(target, PrefillJob(target.open(), state(prompt))))
     target = Target(model, 3, 128, StepBudget(prefill_tokens=16, tree_nodes=8))
-    jobs = [PrefillJob(target.open(GREEDY), prompt) for prompt in prompts]
+    jobs = [PrefillJob(target.open(), state(prompt)) for prompt in prompts]
     done: dict[int, Verdict] = {}
     while len(done) < 3:
         waiting = [i for i in range(3) if i not in done]
@@ -144,15 +153,15 @@ def test_sessions_in_one_pass_get_what_they_get_alone() -> None:
 def test_prefill_returns_only_the_newest_features() -> None:
     model = CausalLM(build(FAMILIES["llama"]))
     target = Target(model, 2, 128, StepBudget(prefill_tokens=7))
-    every = run(target, PrefillJob(target.open(GREEDY), tokens(30)))
-    newest = run(target, PrefillJob(target.open(GREEDY), tokens(30), feature_window=10))
+    every = run(target, PrefillJob(target.open(), state(tokens(30))))
+    newest = run(target, PrefillJob(target.open(), state(tokens(30)), feature_window=10))
     assert len(every.features) == 30
     assert torch.allclose(newest.features, every.features[-10:], atol=5e-5)
 
 
 def test_too_long_a_prompt_fails_alone() -> None:
     target = Target(CausalLM(build(FAMILIES["llama"])), 2, 64, StepBudget(tree_nodes=8))
-    long, short = PrefillJob(target.open(GREEDY), tokens(60)), PrefillJob(target.open(GREEDY), tokens(6))
+    long, short = PrefillJob(target.open(), state(tokens(60))), PrefillJob(target.open(), state(tokens(6)))
     failed, answered = target.step([long, short])
     assert isinstance(failed, PromptTooLong)
     assert isinstance(answered, Verdict)
@@ -160,8 +169,8 @@ def test_too_long_a_prompt_fails_alone() -> None:
 
 def test_what_cannot_be_sampled_fails_alone() -> None:
     target = Target(CausalLM(build(FAMILIES["llama"])), 2, 64, StepBudget(tree_nodes=8))
-    frozen = PrefillJob(target.open(SamplingParams(temperature=1e-40)), tokens(6))
-    failed, answered = target.step([frozen, PrefillJob(target.open(GREEDY), tokens(6))])
+    frozen = PrefillJob(target.open(), state(tokens(6), FROZEN))
+    failed, answered = target.step([frozen, PrefillJob(target.open(), state(tokens(6)))])
     assert isinstance(failed, InvalidLogits)
     assert isinstance(answered, Verdict)
 
@@ -169,7 +178,7 @@ def test_what_cannot_be_sampled_fails_alone() -> None:
 def decode_together(target: Target, prompts: list[list[int]], trees: int, late: bool) -> list[list[int]]:
     """Decode sessions in shared passes with trees they would have alone; the last one may join later."""
     params = [GREEDY, SamplingParams(seed=1), SamplingParams(0.8, top_p=0.9, presence_penalty=0.5, seed=2)]
-    sessions = [target.open(own) for own in params[: len(prompts)]]
+    sessions = [target.open() for _ in prompts]
     decided: list[list[int]] = [[] for _ in prompts]
     while any(len(own) < trees for own in decided):
         jobs: dict[int, PrefillJob | VerifyJob] = {}
@@ -178,7 +187,7 @@ def decode_together(target: Target, prompts: list[list[int]], trees: int, late: 
             if own:
                 jobs[i] = VerifyJob(sessions[i], tree)
             elif not late or i == 0 or decided[i - 1]:
-                jobs[i] = PrefillJob(sessions[i], prompts[i])
+                jobs[i] = PrefillJob(sessions[i], state(prompts[i], params[i]))
         for i, outcome in zip(jobs, target.step(list(jobs.values())), strict=True):
             assert isinstance(outcome, Verdict)
             decided[i] += outcome.tokens
@@ -202,35 +211,35 @@ def test_a_pass_is_decided_once_a_level_however_many_sessions_share_it(monkeypat
 
     monkeypatch.setattr("taps.engine.target.sample_rows", counted)
     target = Target(CausalLM(build(FAMILIES["llama"])), 8, 64, StepBudget(tree_nodes=8))
-    sessions = [target.open(GREEDY) for _ in range(5)]
-    roots = [run(target, PrefillJob(session, tokens(6))).tokens[0] for session in sessions]
+    sessions = [target.open() for _ in range(5)]
+    roots = [run(target, PrefillJob(session, state(tokens(6)))).tokens[0] for session in sessions]
     levels.clear()
     trees = [ProposalTree.root_only(root) for root in roots]
     jobs: list[PrefillJob | VerifyJob] = [VerifyJob(*one) for one in zip(sessions, trees, strict=True)]
-    verdicts = target.step([*jobs, PrefillJob(target.open(GREEDY), tokens(7))])
+    verdicts = target.step([*jobs, PrefillJob(target.open(), state(tokens(7)))])
     assert levels == [6]
     assert all(isinstance(verdict, Verdict) for verdict in verdicts)
 
 
 def test_a_tree_that_cannot_be_decided_leaves_its_session_and_the_others_as_they_were() -> None:
     target = Target(CausalLM(build(FAMILIES["llama"])), 2, 64, StepBudget(tree_nodes=8))
-    fine, spoilt = target.open(GREEDY), target.open(GREEDY)
-    roots = [run(target, PrefillJob(session, tokens(6))).tokens[0] for session in (fine, spoilt)]
+    fine, spoilt = target.open(), target.open()
+    roots = [run(target, PrefillJob(session, state(tokens(6)))).tokens[0] for session in (fine, spoilt)]
     trees = [ProposalTree.root_only(root) for root in roots]
     jobs = [VerifyJob(fine, trees[0]), VerifyJob(spoilt, trees[1])]
-    spoilt.params = SamplingParams(temperature=1e-40)
+    spoilt.asked = replace(spoilt.asked, sampling=FROZEN)
     answered, failed = target.step(jobs)
     assert isinstance(answered, Verdict)
     assert isinstance(failed, InvalidLogits)
     assert (fine.sequence.length, spoilt.sequence.length) == (7, 6)
-    spoilt.params = GREEDY
+    spoilt.asked = replace(spoilt.asked, sampling=GREEDY)
     assert run(target, jobs[1]).tokens == answered.tokens
 
 
 def test_features_of_a_verdict_keep_alive_the_accepted_rows_alone() -> None:
     target = Target(CausalLM(build(FAMILIES["llama"])), 2, 64, StepBudget(tree_nodes=8))
-    sessions = [target.open(GREEDY) for _ in range(2)]
-    roots = [run(target, PrefillJob(session, tokens(6))).tokens[0] for session in sessions]
+    sessions = [target.open() for _ in range(2)]
+    roots = [run(target, PrefillJob(session, state(tokens(6)))).tokens[0] for session in sessions]
     trees = [random_tree(random.Random(3), 8, root=root, vocab_size=VOCAB) for root in roots]
     verdicts = target.step([VerifyJob(*one) for one in zip(sessions, trees, strict=True)])
     features = [verdict.features for verdict in verdicts if isinstance(verdict, Verdict)]
@@ -240,11 +249,11 @@ def test_features_of_a_verdict_keep_alive_the_accepted_rows_alone() -> None:
 
 def test_slots_are_bounded_and_come_back() -> None:
     target = Target(CausalLM(build(FAMILIES["llama"])), 1, 64)
-    session = target.open(GREEDY)
+    session = target.open()
     with pytest.raises(CacheFull):
-        target.open(GREEDY)
+        target.open()
     target.close(session)
-    target.close(target.open(GREEDY))
+    target.close(target.open())
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ FILLED_IN: dict[str, Json] = {
         "spaces_between_special_tokens": True, "include_stop_str_in_output": False, "use_beam_search": False,
         "length_penalty": 1.0, "early_stopping": False, "truncate_prompt_tokens": None, "detokenize": True,
         "prompt_logprobs": None, "allowed_token_ids": None, "structured_outputs": None, "guided_json": None,
-        "priority": 0, "cache_salt": "c2FsdA", "kv_transfer_params": None, "return_token_ids": False,
+        "priority": 0, "kv_transfer_params": None, "return_token_ids": False,
     },
     "SGLang": {
         "top_k": -1, "min_p": 0.0, "min_tokens": 0, "regex": None, "ebnf": None, "json_schema": None,

@@ -14,6 +14,7 @@ from deployments.requests import Generation
 from taps.decoding.loop import Step
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams
+from taps.session import SessionState
 from tests.fakes import make_verdict
 
 
@@ -28,7 +29,8 @@ def payload(event: str) -> Json:
 
 def record_of(prompt_tokens: int, new_tokens: int, drafters: tuple[str, ...] = ()) -> RequestRecord:
     """A record that so many tokens were delivered to."""
-    job = Generation((7,) * prompt_tokens, SamplingParams(), 100, (), "merged", drafters, Ask())
+    state = SessionState((7,) * prompt_tokens, 0, SamplingParams(), 100)
+    job = Generation(state, (), "merged", drafters, Ask())
     record = RequestRecord("id", job)
     record.take(Step(make_verdict([1] * new_tokens), True, 0.0, 1.0), new_tokens)
     return record

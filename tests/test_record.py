@@ -12,9 +12,10 @@ from deployments.requests import Generation
 from taps.decoding.loop import Step
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams
+from taps.session import SessionState
 from tests.fakes import make_verdict
 
-JOB = Generation((7,) * 5, SamplingParams(), 100, (), "merged", ("math", "chat"), Ask())
+JOB = Generation(SessionState((7,) * 5, 0, SamplingParams(), 100), (), "merged", ("math", "chat"), Ask())
 PREFILL = Step(make_verdict([1]), True, 0.0, 30.0)
 # Three drafted nodes were checked, two of them accepted: math has both, chat one.
 VERIFY = Step(make_verdict([2, 3, 4], owners=[0b01, 0b11], num_nodes=3, depth=2), False, 2.0, 10.0, (1, 3, 2))

@@ -24,6 +24,7 @@ from taps.evaluation.replay import Strategy, replay
 from taps.models.causal_lm import CausalLM
 from taps.recording.shards import Recording
 from taps.sampling import SamplingParams
+from taps.session import SessionState
 from tests.tiny import VOCAB, tiny_head, tiny_target
 
 NEW_TOKENS = 40
@@ -38,9 +39,9 @@ def make_drafters() -> list[Drafter]:
 async def live(
     drafters: Sequence[BatchedDrafter], compose: Compose, ask: Ask
 ) -> tuple[SpeculationCounts, Recording]:
-    counts, context = SpeculationCounts(), Context(PROMPT, 1 << 20)
+    counts, context = SpeculationCounts(), Context(SessionState(tuple(PROMPT), sampling=PARAMS), 1 << 20)
     verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 1, 256, StepBudget(tree_nodes=64)))
-    steps = decode_in_process(context, verifier, drafters, compose, ask, PARAMS)
+    steps = decode_in_process(context, verifier, drafters, compose, ask)
     async with aclosing(steps):
         async for step in steps:
             room = NEW_TOKENS - (context.num_generated - len(step.verdict.tokens))

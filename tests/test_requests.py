@@ -63,10 +63,10 @@ def read_completion(reader: RequestReader, prompt: object, **fields: Any) -> Gen
 
 def test_where_a_request_is_silent_openais_defaults_hold(reader: RequestReader) -> None:
     job = read_chat(reader, seed=5)
-    assert job.prompt == tuple(map(ord, "hello"))
-    assert job.params == SamplingParams(1.0, 1.0, 0, 0.0, 0.0, seed=5)
-    assert job.max_tokens == 95, "all the room there is"
-    assert read_completion(reader, "hello").max_tokens == 16
+    assert job.state.tokens == tuple(map(ord, "hello"))
+    assert job.state.sampling == SamplingParams(1.0, 1.0, 0, 0.0, 0.0, seed=5)
+    assert job.state.max_tokens == 95, "all the room there is"
+    assert read_completion(reader, "hello").state.max_tokens == 16
     assert job.stop == ()
 
 
@@ -79,8 +79,8 @@ def test_sampling_parameters_arrive(reader: RequestReader) -> None:
         "frequency_penalty": -1,
         "seed": -1,
     }
-    assert read_chat(reader, **fields).params == SamplingParams(0.0, 0.5, 7, 1.0, -1.0, seed=2**64 - 1)
-    assert read_chat(reader, top_k=-1).params.top_k == 0
+    assert read_chat(reader, **fields).state.sampling == SamplingParams(0.0, 0.5, 7, 1.0, -1.0, seed=2**64 - 1)
+    assert read_chat(reader, top_k=-1).state.sampling.top_k == 0
 
 
 @pytest.mark.parametrize(
@@ -89,32 +89,32 @@ def test_sampling_parameters_arrive(reader: RequestReader) -> None:
 def test_whoever_asks_for_the_likeliest_tokens_gets_greedy_decoding(
     reader: RequestReader, fields: Json
 ) -> None:
-    params = read_chat(reader, **fields).params
+    params = read_chat(reader, **fields).state.sampling
     assert params.greedy
     assert params.top_p == 1.0
     assert str(params.temperature) == "0.0"
 
 
 def test_the_least_temperature_is_sampled_with(reader: RequestReader) -> None:
-    assert read_chat(reader, temperature=LEAST_TEMPERATURE).params.temperature == LEAST_TEMPERATURE
+    assert read_chat(reader, temperature=LEAST_TEMPERATURE).state.sampling.temperature == LEAST_TEMPERATURE
 
 
 def test_a_name_reaches_the_chat_template(reader: RequestReader) -> None:
     messages = [{"role": "user", "name": "Ann", "content": "hello"}]
-    assert read_chat(reader, messages=messages).prompt == tuple(map(ord, "Annhello"))
+    assert read_chat(reader, messages=messages).state.tokens == tuple(map(ord, "Annhello"))
 
 
 def test_unseeded_requests_draw_differently(reader: RequestReader) -> None:
-    assert read_chat(reader).params.seed != read_chat(reader).params.seed
+    assert read_chat(reader).state.sampling.seed != read_chat(reader).state.sampling.seed
 
 
 def test_max_completion_tokens_goes_before_max_tokens(reader: RequestReader) -> None:
-    assert read_chat(reader, max_tokens=7).max_tokens == 7
-    assert read_chat(reader, max_tokens=7, max_completion_tokens=9).max_tokens == 9
+    assert read_chat(reader, max_tokens=7).state.max_tokens == 7
+    assert read_chat(reader, max_tokens=7, max_completion_tokens=9).state.max_tokens == 9
 
 
 def test_a_request_that_just_fits_is_taken_and_one_token_more_is_refused(reader: RequestReader) -> None:
-    assert read_completion(reader, "x" * 60, max_tokens=40).max_tokens == 40
+    assert read_completion(reader, "x" * 60, max_tokens=40).state.max_tokens == 40
     for prompt, max_tokens in [("x" * 60, 41), ("x" * 100, 1)]:
         with pytest.raises(RequestError, match="maximum context length is 100") as caught:
             read_completion(reader, prompt, max_tokens=max_tokens)
@@ -123,7 +123,7 @@ def test_a_request_that_just_fits_is_taken_and_one_token_more_is_refused(reader:
 
 @pytest.mark.parametrize("prompt", [[0], [999]])
 def test_token_ids_are_taken_as_they_are(reader: RequestReader, prompt: list[int]) -> None:
-    assert read_completion(reader, prompt).prompt == tuple(prompt)
+    assert read_completion(reader, prompt).state.tokens == tuple(prompt)
 
 
 @pytest.mark.parametrize("prompt", [[1000], [-1]])
@@ -161,7 +161,7 @@ def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(
 
 
 def test_numbers_beyond_what_travels_are_brought_into_range(reader: RequestReader) -> None:
-    assert read_chat(reader, top_k=10**24).params.top_k == 2**31 - 1
+    assert read_chat(reader, top_k=10**24).state.sampling.top_k == 2**31 - 1
     many = [f"drafter-{i}" for i in range(70)]
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
     assert len(reader.read_chat(parse_chat(json.dumps(body).encode(), MODEL), Drafters(many)).drafters) == 64
@@ -205,7 +205,7 @@ def test_drafters_are_told_the_noise_of_the_request_unless_the_configuration_say
     reader: RequestReader, tmp_path: Path
 ) -> None:
     job = read_chat(reader, temperature=0.7, seed=3)
-    assert job.ask.sampling == job.params == SamplingParams(0.7, seed=3)
+    assert job.ask.sampling == job.state.sampling == SamplingParams(0.7, seed=3)
     uncoupled = RequestReader(str(tmp_path), TARGET, RouterArgs(tree=TreeArgs(coupled=False)))
     assert read_chat(uncoupled, temperature=0.7, seed=3).ask.sampling is None
 

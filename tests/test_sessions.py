@@ -22,6 +22,7 @@ from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, InvalidAsk
 from taps.peers import PeerBusy, PeerGone
 from taps.sampling import InvalidLogits, SamplingParams
+from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong
 from tests.fakes import PROMPT, ScriptedDrafter, TableTarget, TableVerifier, chain, foresight, positions_of
@@ -32,7 +33,7 @@ PARAMS = SamplingParams(temperature=0.9, seed=7)
 
 
 def table(hello: Message) -> Handler:
-    return answering_verifier(TableVerifier(TARGET, SamplingParams(**hello["sampling"])))
+    return answering_verifier(TableVerifier(TARGET))
 
 
 def scripted(_: Message) -> Handler:
@@ -49,14 +50,15 @@ def failing(error: Exception) -> Handler:
 @asynccontextmanager
 async def verifying(replica: Replica) -> AsyncIterator[RemoteVerifierSession]:
     waits = PATIENCE_S, PATIENCE_S
-    async with verifier_session(ChannelPool(), replica.handle, PARAMS, *waits) as session:
+    async with verifier_session(ChannelPool(), replica.handle, *waits) as session:
         yield session
 
 
 async def test_a_remote_verifier_decides_what_a_local_one_does() -> None:
-    local = TableVerifier(TARGET, PARAMS)
+    local = TableVerifier(TARGET)
     async with running(table) as (replica,), verifying(replica) as remote:
-        ours, theirs = await remote.prefill(PROMPT, 0, 3), await local.prefill(PROMPT, 0, 3)
+        state = SessionState(tuple(PROMPT), sampling=PARAMS)
+        ours, theirs = await remote.prefill(state, 3), await local.prefill(state, 3)
         for _ in range(5):
             assert (ours.tokens, ours.owners) == (theirs.tokens, theirs.owners)
             assert torch.equal(ours.features, theirs.features)
@@ -70,8 +72,8 @@ async def test_a_resumed_prefill_says_how_much_was_generated() -> None:
     tokens = [*PROMPT, *TARGET.continuation(PROMPT, params, 4)]
     async with running(table) as (replica,):
         waits = PATIENCE_S, PATIENCE_S
-        async with verifier_session(ChannelPool(), replica.handle, params, *waits) as remote:
-            verdict = await remote.prefill(tokens, 4, 2)
+        async with verifier_session(ChannelPool(), replica.handle, *waits) as remote:
+            verdict = await remote.prefill(SessionState(tuple(tokens), 4, params), 2)
     assert [*tokens[len(PROMPT) :], *verdict.tokens] == TARGET.continuation(PROMPT, params, 5)
     assert positions_of(verdict.features) == [len(tokens) - 2, len(tokens) - 1]
 
@@ -118,7 +120,7 @@ async def test_without_a_free_replica_the_peer_is_busy() -> None:
         replica.handle.servers.clear()
         pool, waits = ChannelPool(), (0.1, 1.0)
         with pytest.raises(PeerBusy, match="no replica was free"):
-            await verifier_session(pool, replica.handle, PARAMS, *waits).__aenter__()
+            await verifier_session(pool, replica.handle, *waits).__aenter__()
         with pytest.raises(PeerBusy, match="no replica was free"):
             await drafter_session(pool, replica.handle, "math", 0, *waits).__aenter__()
 

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 from taps.cli import main
 from taps.drafting.drafter import RESERVED_ROWS, Ask, DraftJob
 from taps.drafting.eagle import EagleDrafter
+from taps.engine.batching import Blocked
+from taps.engine.jobs import Job, PrefillJob, VerifyJob
 from taps.engine.scheduling import share_nodes
-from taps.engine.target import Job, PrefillJob, Target, VerifyJob
+from taps.engine.target import Target
 from taps.engine.threads import computing_with
 from taps.evaluation import floors
 from taps.evaluation.floors import Cost, Floor, Rates, TargetSize, floor_of, num_weights, target_size
@@ -117,10 +119,10 @@ class Spy:
     """What a step was asked for, and what came of it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.jobs: list[tuple[int, Job, Verdict | Exception | None]] = []  # with the length before
+        self.jobs: list[tuple[int, Job, Verdict | Exception | Blocked | None]] = []  # with the length before
         original = Target.step
 
-        def step(target: Target, jobs: Sequence[Job]) -> list[Verdict | Exception | None]:
+        def step(target: Target, jobs: Sequence[Job]) -> list[Verdict | Exception | Blocked | None]:
             lengths = [job.session.sequence.length for job in jobs]
             results = original(target, jobs)
             self.jobs += zip(lengths, jobs, results, strict=True)
@@ -153,7 +155,7 @@ def test_a_prefill_is_one_step_behind_as_many_positions(
         prompt, spy = Prefilling(model, texts[0], context, 32), Spy(monkeypatch)
         assert min(prompt.step(), prompt.step()) > 0
         lasts = [
-            (length, len(job.tokens), verdict is not None)
+            (length, len(job.state.tokens) - length, verdict is not None)
             for length, job, verdict in spy.jobs
             if isinstance(job, PrefillJob) and length == context
         ]

@@ -16,7 +16,6 @@ from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask, Drafter
 from taps.engine.target import Target
 from taps.engine.verifier import BatchedVerifier
-from taps.sampling import SamplingParams
 
 _PATIENT_S = 600.0  # drafters of this process are waited for
 
@@ -34,14 +33,14 @@ def in_process(
 
 async def decode_in_process(
     context: Context, verifier: BatchedVerifier, drafters: Sequence[BatchedDrafter], compose: Compose,
-    ask: Ask, params: SamplingParams,
+    ask: Ask,
 ) -> AsyncGenerator[Step, None]:  # fmt: skip
     """The steps of one answer, until the caller closes the generator, which frees its sessions."""
     async with AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(drafters)]
         panel = Panel(sessions, _PATIENT_S)
         stack.push_async_callback(panel.close)
-        steps = decode(context, lambda: verifier.session(params), panel, compose, ask)
+        steps = decode(context, verifier.session, panel, compose, ask)
         async with aclosing(steps):
             async for step in steps:
                 yield step

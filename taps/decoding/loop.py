@@ -72,7 +72,7 @@ async def _decode_on(
 ) -> AsyncGenerator[Step, None]:
     """Decode on one verifier session, fresh at the start."""
     started = time.perf_counter()
-    verdict = await verifier.prefill(context.tokens, context.num_generated, context.feature_window)
+    verdict = await verifier.prefill(context.state(), context.feature_window)
     context.restart(verdict)
     yield Step(verdict, True, 0.0, (time.perf_counter() - started) * 1e3, numerics=verifier.numerics)
     pass_s = math.inf  # unknown before the first

@@ -5,11 +5,11 @@ Two small async protocols; whether a peer lives in this process or on another ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask
+from taps.session import SessionState
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
 
@@ -33,8 +33,8 @@ class VerifierSession(Protocol):
 
     numerics: str  # verifiers of the same go on with the same bits
 
-    async def prefill(self, tokens: Sequence[int], num_generated: int, feature_window: int) -> Verdict:
-        """Append tokens, the last `num_generated` of them generated before; decide one more token."""
+    async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
+        """Take a session up and decide one more token. Features are of that many positions at most."""
         ...
 
     async def verify(self, tree: ProposalTree) -> Verdict:

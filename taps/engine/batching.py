@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from enum import Enum
 from typing import Generic, TypeVar
 
 Job = TypeVar("Job")
@@ -21,16 +22,26 @@ _MOST_FAILURES = 3
 _OVERDUE_S, _OVERDUE_TIMES = 60.0, 20.0
 
 
+class Blocked(Enum):
+    """A job that no further step helps before another one comes or a session ends."""
+
+    BLOCKED = 0
+
+
+BLOCKED = Blocked.BLOCKED
+
+
 class Batcher(Generic[Job, Result]):
     """Runs `step` on all waiting jobs, over and over, in a thread of its own.
 
     `step` returns one entry per job: its result, None to keep it waiting for a further step (a prompt
-    prefilled in chunks), or an exception, which fails that job alone. The queue is bounded by the callers:
+    prefilled in chunks), `BLOCKED` to keep it waiting for others, or an exception, which fails that job alone.
+    The queue is bounded by the callers:
     a session waits for its job before it submits the next.
     """
 
     def __init__(
-        self, step: Callable[[Sequence[Job]], Sequence[Result | Exception | None]], name: str,
+        self, step: Callable[[Sequence[Job]], Sequence[Result | Exception | Blocked | None]], name: str,
         prepare: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         """Args: prepare: called in the worker thread before anything else."""
@@ -38,6 +49,7 @@ class Batcher(Generic[Job, Result]):
         self._waiting: list[tuple[Job, asyncio.Future[Result]]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=prepare)
         self._runner: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()  # of what may let blocked jobs go on
         self._failed_in_a_row = 0
         self._step_began: float | None = None  # while one runs
         self._longest_step_s = 0.0
@@ -60,12 +72,19 @@ class Batcher(Generic[Job, Result]):
         """The job's result. Cancelling the caller takes the job out before the next step."""
         done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((job, done))
+        self._news.set()
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
         return await done
 
     async def between_steps(self, action: Callable[[], T]) -> T:
         """Run `action` in the worker thread, never during a step: for opening and freeing sessions."""
+        try:
+            return await self._in_thread(action)
+        finally:
+            self._news.set()
+
+    async def _in_thread(self, action: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, action)
 
     @asynccontextmanager
@@ -88,24 +107,27 @@ class Batcher(Generic[Job, Result]):
 
     async def _run(self) -> None:
         while jobs := self._take():
+            self._news.clear()
             results = await self._run_step([job for job, _ in jobs])
             for (_, done), result in zip(jobs, results, strict=True):
-                if done.done() or result is None:
+                if done.done() or result is None or result is BLOCKED:
                     continue
                 if isinstance(result, Exception):
                     done.set_exception(result)
                 else:
                     done.set_result(result)
+            if all(result is BLOCKED for result in results):
+                await self._news.wait()
             await asyncio.sleep(0)  # callers with their next job at hand join the very next step
 
     def _take(self) -> list[tuple[Job, asyncio.Future[Result]]]:
         self._waiting = [(job, done) for job, done in self._waiting if not done.done()]
         return list(self._waiting)
 
-    async def _run_step(self, jobs: list[Job]) -> Sequence[Result | Exception | None]:
+    async def _run_step(self, jobs: list[Job]) -> Sequence[Result | Exception | Blocked | None]:
         """A step that raises fails its jobs, not the batcher: the callers decide what to do."""
         try:
-            results = await self.between_steps(lambda: self._timed(jobs))
+            results = await self._in_thread(lambda: self._timed(jobs))
             if len(results) != len(jobs):
                 raise RuntimeError(f"a step of {len(jobs)} jobs gave {len(results)} results")
         except Exception as error:  # whatever a model raises must reach the waiting sessions
@@ -114,7 +136,7 @@ class Batcher(Generic[Job, Result]):
         self._failed_in_a_row = 0
         return results
 
-    def _timed(self, jobs: Sequence[Job]) -> Sequence[Result | Exception | None]:
+    def _timed(self, jobs: Sequence[Job]) -> Sequence[Result | Exception | Blocked | None]:
         """A step in the worker thread; what it takes is what later ones are judged by."""
         self._step_began = began = time.monotonic()
         try:

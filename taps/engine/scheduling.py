@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from taps.tree import ProposalTree
 
+_MEMORY = 0.97  # of the weight that measurements keep from step to step
 MAX_SESSIONS, MAX_LEN = 16, 2048  # by default: sessions of a target, and positions of each
 
 
@@ -19,6 +20,34 @@ class StepBudget:
 
     prefill_tokens: int = 256  # prompt tokens, over all sessions
     tree_nodes: int = 32  # drafted nodes, over all sessions, roots not counted
+    # Beside trees fewer prompt tokens are taken where the step would last longer, as far as was measured.
+    longest_step_s: float = 0.1
+    least_prefill_tokens: int = 16  # that are taken however long it lasts
+
+
+class Pace:
+    """How long steps last by their rows: a line through those that were measured, the newest above all."""
+
+    def __init__(self) -> None:
+        self._weight = self._rows = self._seconds = self._squares = self._products = 0.0
+
+    def observe(self, rows: int, seconds: float) -> None:
+        for name, value in (
+            ("_weight", 1.0), ("_rows", rows), ("_seconds", seconds),
+            ("_squares", rows * rows), ("_products", rows * seconds),
+        ):  # fmt: skip
+            setattr(self, name, _MEMORY * getattr(self, name) + value)
+
+    def rows_within(self, seconds: float) -> int:
+        """Rows of a step that lasts so long; no bound before anything was measured."""
+        if not self._weight:
+            return 1 << 30
+        rows, mean = self._rows / self._weight, self._seconds / self._weight
+        variance = self._squares / self._weight - rows * rows
+        slope = (self._products / self._weight - rows * mean) / variance if variance > 0.5 else 0.0
+        if slope <= 0.0:  # as many rows every time: they cost what they cost
+            slope = mean / rows
+        return max(int(rows + (seconds - mean) / slope), 0)
 
 
 def share_nodes(trees: Sequence[ProposalTree], tree_nodes: int) -> list[ProposalTree]:

@@ -5,55 +5,27 @@ Knows the target's model, cache and sampling; nothing of drafters, asyncio, Ray 
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from taps.engine.scheduling import MAX_LEN, MAX_SESSIONS, StepBudget, share_nodes, share_prefill
-from taps.engine.verification import Acceptance, Asked, accept_all
-from taps.models.cache import CachedSequence, Kept, PagedCache
+from taps.engine.admission import Admission
+from taps.engine.batching import BLOCKED, Blocked
+from taps.engine.jobs import Job, PrefillJob, TargetSession, VerifyJob
+from taps.engine.scheduling import MAX_LEN, MAX_SESSIONS, Pace, StepBudget, share_nodes, share_prefill
+from taps.engine.verification import Acceptance, Asked, Ending, accept_all
+from taps.models.cache import PAGE, CachedSequence, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
+from taps.models.memory import require_memory, zeros
 from taps.models.probe import Probe
 from taps.models.step import Segment, Step
-from taps.sampling import InvalidLogits, SamplingParams, sample_rows
+from taps.sampling import InvalidLogits, sample_rows
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
-
-
-@dataclass
-class TargetSession:
-    """One sequence being decoded: its place in the cache, its sampling, and the tokens it generated."""
-
-    sequence: CachedSequence
-    params: SamplingParams
-    generated: Counter[int] = field(default_factory=Counter)
-
-
-@dataclass(eq=False)
-class PrefillJob:
-    """Append `tokens` to the session; a verdict with one token when all are in the cache."""
-
-    session: TargetSession
-    tokens: Sequence[int]
-    generated: Sequence[int] = ()  # the part of `tokens` that was generated before (a resumed session)
-    feature_window: int = 1 << 30  # return at most this many of the newest features
-    done: int = 0
-    features: list[Tensor] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class VerifyJob:
-    """Check one proposal tree."""
-
-    session: TargetSession
-    tree: ProposalTree
-
-
-Job: TypeAlias = PrefillJob | VerifyJob
 
 
 class _Piece(NamedTuple):
@@ -62,7 +34,11 @@ class _Piece(NamedTuple):
     job: Job
     tree: ProposalTree  # for prefill: the chunk as a chain
     rows: slice
-    logits_start: int  # first of the piece's rows in the logits; -1 when it needs none
+    logits_start: int  # first of the piece's rows in the logits; -1 when nothing is decided
+
+    @property
+    def is_prefill(self) -> bool:
+        return isinstance(self.job, PrefillJob) or self.logits_start < 0
 
 
 class Target:
@@ -74,10 +50,30 @@ class Target:
         max_sessions: int = MAX_SESSIONS,
         max_len: int = MAX_LEN,
         budget: StepBudget | None = None,
+        cache_tokens: int | None = None,
+        overcommit: float = 1.0,
     ) -> None:
+        """Args: cache_tokens: positions of all sessions together, by default what they need at their longest;
+        overcommit: as `Admission` has it. Raises ValueError where the cache is too large for the memory, or too
+        small for a session.
+        """
         self.model = model
         self.budget = budget or StepBudget()
-        self.cache = PagedCache(max_sessions, min(max_len, model.max_positions))
+        max_len = min(max_len, model.max_positions)
+        if cache_tokens is not None and cache_tokens < max_len:
+            raise ValueError(
+                f"a cache of {cache_tokens} tokens does not hold a session of max_len {max_len}: "
+                "raise cache_tokens or lower max_len"
+            )
+        self.cache = PagedCache(max_sessions, max_len, cache_tokens, model.layer_shapes)
+        positions = self.cache.num_pages * PAGE
+        needed = positions * model.bytes_per_position
+        require_memory(
+            needed, model.device, f"a cache of {positions} tokens", "cache_tokens, max_sessions or max_len"
+        )
+        self._features = zeros((positions, model.hidden_size), model.embeddings)
+        self._admission = Admission(self.cache, self.budget.tree_nodes + 1, overcommit)
+        self._pace = Pace()
         self.inexact_because: str | None = "it was not probed"
 
     def probe(self) -> None:
@@ -95,67 +91,99 @@ class Target:
         """Prompt and generated tokens that fit a session, with room for the drafted nodes of a step."""
         return self.cache.max_len - self.budget.tree_nodes - 1
 
-    def open(self, params: SamplingParams) -> TargetSession:
+    @property
+    def num_pauses(self) -> int:
+        """How often a session gave its pages to others, which came before it."""
+        return self._admission.num_pauses
+
+    def open(self) -> TargetSession:
         """A session with a place of its own; raises `CacheFull`. Free it with `close`."""
-        return TargetSession(self.cache.open(), params)
+        return TargetSession(self.cache.open())
 
     def close(self, session: TargetSession) -> None:
+        self._admission.let_out(session)
         self.cache.close(session.sequence)
 
     @torch.inference_mode()
-    def step(self, jobs: Sequence[Job]) -> list[Verdict | Exception | None]:
-        """One forward for all jobs; None for prompts that need further steps."""
-        results: dict[Job, Verdict | Exception | None] = dict.fromkeys(jobs)
+    def step(self, jobs: Sequence[Job]) -> list[Verdict | Exception | Blocked | None]:
+        """One forward for all jobs; None for those that need more, `BLOCKED` for those without room."""
+        results: dict[Job, Verdict | Exception | Blocked | None] = dict.fromkeys(jobs)
         fitting = []
         for job in jobs:
             if (error := self._misfit(job)) is None:
                 fitting.append(job)
             else:
                 results[job] = error
-        pieces = self._plan(fitting)
+        admitted = self._let_in(fitting)
+        results |= {job: BLOCKED for job in fitting if job not in admitted}
+        pieces = self._plan(admitted)
+        results |= {job: BLOCKED for job in admitted if not self._admission.is_in(job.session)}
         if pieces:
+            began = time.perf_counter()
             features, logits = self._forward(pieces)
             outcomes = self._finish(pieces, features, logits)
-            sharing = sum(isinstance(piece.job, VerifyJob) for piece in pieces)
-            for piece, outcome in zip(pieces, outcomes, strict=True):
-                if isinstance(outcome, _Outcome):
-                    results[piece.job] = self._verdict(piece, *outcome, sharing)
-                else:
-                    results[piece.job] = outcome
+            self._pace.observe(pieces[-1].rows.stop, time.perf_counter() - began)
+            results |= {piece.job: outcome for piece, outcome in zip(pieces, outcomes, strict=True)}
         return [results[job] for job in jobs]
 
     def _misfit(self, job: Job) -> ValueError | None:
-        length = job.session.sequence.length
-        if isinstance(job, PrefillJob) and not job.tokens:
-            return ValueError("a prompt needs at least one token")
-        if isinstance(job, VerifyJob) and not all(0 <= t < self.model.vocab_size for t in job.tree.tokens):
-            return InvalidTree("a tree holds token ids outside the vocabulary")
-        if isinstance(job, VerifyJob):
-            fits = length < self.max_tokens
+        if isinstance(job, PrefillJob):
+            if not job.state.tokens:
+                return ValueError("a prompt needs at least one token")
+            fits = len(job.state.tokens) <= self.max_tokens
         else:
-            fits = length + len(job.tokens) - job.done <= self.max_tokens
+            if not all(0 <= t < self.model.vocab_size for t in job.tree.tokens):
+                return InvalidTree("a tree holds token ids outside the vocabulary")
+            if job.tree.tokens[:1] != tuple(job.session.tokens[-1:]):
+                return InvalidTree("a tree grows from the token decided last")
+            fits = len(job.session.tokens) <= self.max_tokens
         if fits:
             return None
         return PromptTooLong(f"a session holds at most {self.max_tokens} tokens on this verifier")
 
+    def _let_in(self, jobs: Sequence[Job]) -> list[Job]:
+        """Those whose sessions have pages or get them: sessions that have begun first, then in turn."""
+        admitted: list[Job] = []
+        for job in sorted(jobs, key=lambda job: isinstance(job, PrefillJob)):
+            session = job.session
+            if isinstance(job, PrefillJob) and session.asked is not job.state:
+                session.take_up(job.state)
+            if not self._admission.let_in(session):
+                break
+            admitted.append(job)
+        return admitted
+
     def _plan(self, jobs: Sequence[Job]) -> list[_Piece]:
         """Every waiting tree, cut to the shared node budget, then prompts as far as the budget goes."""
-        verifies = [job for job in jobs if isinstance(job, VerifyJob)]
-        prefills = [job for job in jobs if isinstance(job, PrefillJob)]
+        verifies = [job for job in jobs if isinstance(job, VerifyJob) and not job.num_missing]
+        prefills = [job for job in jobs if job not in verifies]
         trees = share_nodes([job.tree for job in verifies], self.budget.tree_nodes)
-        counts = share_prefill([len(job.tokens) - job.done for job in prefills], self.budget.prefill_tokens)
+        limit = self.budget.prefill_tokens
+        if verifies:
+            limit = min(limit, self._pace.rows_within(self.budget.longest_step_s) - sum(map(len, trees)))
+            limit = max(limit, self.budget.least_prefill_tokens)
+        counts = share_prefill([job.num_missing for job in prefills], limit)
         shares: list[tuple[Job, ProposalTree, int]] = [
             (job, tree, len(tree)) for job, tree in zip(verifies, trees, strict=True)
         ]
         for job, n in zip(prefills, counts, strict=True):
             if n > 0:
-                ends = job.done + n == len(job.tokens)
-                shares.append((job, _chain(job.tokens[job.done : job.done + n]), int(ends)))
+                ends = isinstance(job, PrefillJob) and n == job.num_missing
+                start = job.session.sequence.length
+                shares.append((job, _chain(job.session.tokens[start : start + n]), int(ends)))
+        return self._with_room(shares)
+
+    def _with_room(self, shares: Sequence[tuple[Job, ProposalTree, int]]) -> list[_Piece]:
+        """The shares whose rows have pages, laid out one after the other. Args: shares: with rows of logits."""
+        for job, tree, _ in shares:
+            if self._admission.is_in(job.session):
+                self._admission.make_room(job.session, len(tree))
         pieces, row, kept = [], 0, 0
-        for share_job, tree, logit_rows in shares:
-            rows = slice(row, row + len(tree))
-            pieces.append(_Piece(share_job, tree, rows, kept if logit_rows else -1))
-            row, kept = rows.stop, kept + logit_rows
+        for job, tree, logit_rows in shares:
+            if self._admission.is_in(job.session):
+                rows = slice(row, row + len(tree))
+                pieces.append(_Piece(job, tree, rows, kept if logit_rows else -1))
+                row, kept = rows.stop, kept + logit_rows
         return pieces
 
     def _forward(self, pieces: Sequence[_Piece]) -> tuple[Tensor, Tensor]:
@@ -165,36 +193,31 @@ class Target:
         for piece in pieces:
             tokens += piece.tree.tokens
             if piece.logits_start >= 0:
-                first = piece.rows.start if isinstance(piece.job, VerifyJob) else piece.rows.stop - 1
-                keep += range(first, piece.rows.stop)
-            self.cache.reserve(piece.job.session.sequence, len(piece.tree))
+                keep += range(piece.rows.stop - 1 if piece.is_prefill else piece.rows.start, piece.rows.stop)
         step = Step([_segment(piece) for piece in pieces], self.model.device)
         return self.model.extend(tokens, step, self.cache, keep)
 
     def _finish(
         self, pieces: Sequence[_Piece], features: Tensor, logits: Tensor
-    ) -> list[_Outcome | Exception | None]:
-        """Decide, commit and take the features; None for prompts that go on.
+    ) -> list[Verdict | Exception | None]:
+        """Decide, commit and keep the features; None for prompts that go on.
 
         One session's logits that cannot be sampled are that session's answer, not the whole step's.
         """
-        for piece in pieces:
-            if isinstance(piece.job, PrefillJob):
-                _take_in(piece.job, piece, features)
         decided = self._decide(pieces, logits)
-        kept = [_kept_rows(piece, decision) for piece, decision in zip(pieces, decided, strict=True)]
-        sequences = [piece.job.session.sequence for piece in pieces]
-        self.cache.commit([Kept(*one) for one in zip(sequences, kept, strict=True)])
-        outcomes: list[_Outcome | Exception | None] = []
-        for piece, decision, own in zip(pieces, decided, _checked(pieces, kept, features), strict=True):
+        kept = [_kept(piece, decision) for piece, decision in zip(pieces, decided, strict=True)]
+        before = [piece.job.session.sequence.length for piece in pieces]
+        self.cache.commit(kept)
+        own = self._keep_features(pieces, kept, before, features)
+        sharing = sum(not piece.is_prefill for piece in pieces)
+        verdicts: list[Verdict | Exception | None] = []
+        for piece, decision, newest in zip(pieces, decided, own, strict=True):
             if isinstance(decision, Acceptance):
-                job = piece.job
-                job.session.generated.update(decision.tokens)
-                newest = torch.cat(job.features) if isinstance(job, PrefillJob) else own
-                outcomes.append(_Outcome(decision.tokens, decision.owners, newest))
+                piece.job.session.extend(decision.tokens)
+                verdicts.append(self._verdict(piece, decision, newest, sharing))
             else:
-                outcomes.append(decision)
-        return outcomes
+                verdicts.append(decision)
+        return verdicts
 
     def _decide(self, pieces: Sequence[_Piece], logits: Tensor) -> list[Acceptance | Exception | None]:
         """What the target decides in each piece that has logits: all of them together, level by level."""
@@ -205,21 +228,43 @@ class Target:
             rows = [piece.logits_start + one.node for piece, one in zip(at, asked, strict=True)]
             return sample_rows(
                 logits[torch.tensor(rows, device=logits.device)],
-                [piece.job.session.params for piece in at],
-                [_next_position(piece) + len(one.tokens) for piece, one in zip(at, asked, strict=True)],
+                [piece.job.session.asked.sampling for piece in at],
+                [len(piece.job.session.tokens) + len(one.tokens) for piece, one in zip(at, asked, strict=True)],
                 [_counts(piece.job.session, one.tokens) for piece, one in zip(at, asked, strict=True)],
             )
 
-        answers = iter(accept_all([_decided_tree(piece) for piece in ends], decide))
+        endings = [Ending(piece.job.session.asked.end_tokens, piece.job.session.num_left) for piece in ends]
+        answers = iter(accept_all([_decided_tree(piece) for piece in ends], decide, endings))
         return [next(answers) if piece.logits_start >= 0 else None for piece in pieces]
 
-    def _verdict(
-        self, piece: _Piece, tokens: tuple[int, ...], owners: tuple[int, ...], features: Tensor, batch_size: int
-    ) -> Verdict:
-        verified = isinstance(piece.job, VerifyJob)
-        num_nodes = len(piece.tree) - 1 if verified else 0
-        depth = max(piece.tree.depths) if verified else 0
-        return Verdict(tokens, owners, features, num_nodes, depth, batch_size)
+    def _keep_features(
+        self, pieces: Sequence[_Piece], kept: Sequence[Kept], before: Sequence[int], features: Tensor
+    ) -> Sequence[Tensor]:
+        """Put the kept rows' features beside their pages. [m, H] of each piece's: copies."""
+        rows = [[piece.rows.start + i for i in one.path] for piece, one in zip(pieces, kept, strict=True)]
+        places = [
+            one.sequence.place(start + i)
+            for one, start in zip(kept, before, strict=True)
+            for i in range(len(one.path))
+        ]
+        device = features.device
+        copies = features[torch.tensor([row for own in rows for row in own], dtype=torch.int64, device=device)]
+        self._features[torch.tensor(places, dtype=torch.int64, device=device)] = copies
+        return copies.split_with_sizes([len(own) for own in rows])
+
+    def _features_of(self, sequence: CachedSequence, window: int) -> Tensor:
+        """[m, H] of the sequence's newest positions, `window` at most: a copy."""
+        positions = range(max(sequence.length - window, 0), sequence.length)
+        places = torch.tensor([sequence.place(i) for i in positions], device=self._features.device)
+        return self._features[places]
+
+    def _verdict(self, piece: _Piece, decision: Acceptance, newest: Tensor, sharing: int) -> Verdict:
+        job = piece.job
+        if isinstance(job, PrefillJob):
+            features = self._features_of(job.session.sequence, job.feature_window)
+            return Verdict(decision.tokens, (), features, 0, 0, sharing)
+        depth = max(piece.tree.depths)
+        return Verdict(decision.tokens, decision.owners, newest, len(piece.tree) - 1, depth, sharing)
 
 
 def _segment(piece: _Piece) -> Segment:
@@ -228,55 +273,26 @@ def _segment(piece: _Piece) -> Segment:
     return Segment(piece.job.session.sequence, len(tree), paths)
 
 
-def _take_in(job: PrefillJob, piece: _Piece, features: Tensor) -> None:
-    """Count a chunk of the prompt as done and keep the newest of its features."""
-    if job.done == 0:
-        job.session.generated.update(job.generated)
-    n = len(piece.tree)
-    job.done += n
-    wanted = min(n, job.feature_window - (len(job.tokens) - job.done))
-    if wanted > 0:
-        job.features.append(features[piece.rows][n - wanted :].clone())
-
-
 def _decided_tree(piece: _Piece) -> ProposalTree:
     """What is walked: a prompt that ends here is a root whose only decision is the bonus."""
-    return piece.tree if isinstance(piece.job, VerifyJob) else ProposalTree.root_only(piece.tree.tokens[-1])
-
-
-def _next_position(piece: _Piece) -> int:
-    """Absolute position of the token after the root of what is walked."""
-    return piece.job.session.sequence.length + (1 if isinstance(piece.job, VerifyJob) else len(piece.tree))
+    return ProposalTree.root_only(piece.tree.tokens[-1]) if piece.is_prefill else piece.tree
 
 
 def _counts(session: TargetSession, accepted: Sequence[int]) -> Mapping[int, int]:
     """How often each token was generated, those accepted in this step included where it matters."""
-    if session.params.penalised and accepted:
+    if session.asked.sampling.penalised and accepted:
         return session.generated + Counter(accepted)
     return session.generated
 
 
-def _kept_rows(piece: _Piece, decision: Acceptance | Exception | None) -> Sequence[int]:
-    """Offsets of the piece's rows that the cache keeps."""
-    if isinstance(piece.job, PrefillJob):
-        return range(len(piece.tree))
-    return decision.path if isinstance(decision, Acceptance) else ()
-
-
-def _checked(pieces: Sequence[_Piece], kept: Sequence[Sequence[int]], features: Tensor) -> Sequence[Tensor]:
-    """[m, H] features of each tree's kept rows, none for prompts: copies that keep no other rows alive."""
-    rows = [
-        [piece.rows.start + offset for offset in path] if isinstance(piece.job, VerifyJob) else []
-        for piece, path in zip(pieces, kept, strict=True)
-    ]
-    index = torch.tensor([row for own in rows for row in own], dtype=torch.int64, device=features.device)
-    return features[index].split_with_sizes([len(own) for own in rows])
-
-
-class _Outcome(NamedTuple):
-    tokens: tuple[int, ...]
-    owners: tuple[int, ...]
-    features: Tensor  # [m, H]
+def _kept(piece: _Piece, decision: Acceptance | Exception | None) -> Kept:
+    """The piece's rows that the cache keeps."""
+    path: Sequence[int] = ()
+    if piece.is_prefill:
+        path = range(len(piece.tree))
+    elif isinstance(decision, Acceptance):
+        path = decision.path
+    return Kept(piece.job.session.sequence, path, [piece.tree.tokens[i] for i in path])
 
 
 def _chain(tokens: Sequence[int]) -> ProposalTree:

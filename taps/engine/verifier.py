@@ -5,13 +5,14 @@ Knows batching and the target; nothing of drafters, Ray or HTTP.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from taps.engine.batching import Batcher
-from taps.engine.target import Job, PrefillJob, Target, TargetSession, VerifyJob
+from taps.engine.jobs import Job, PrefillJob, TargetSession, VerifyJob
+from taps.engine.target import Target
 from taps.engine.threads import computing
-from taps.sampling import SamplingParams
+from taps.session import SessionState
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
 
@@ -25,16 +26,16 @@ class BatchedVerifier:
         self._batcher: Batcher[Job, Verdict] = Batcher(target.step, "verifier", computing(num_threads))
 
     @asynccontextmanager
-    async def session(self, params: SamplingParams) -> AsyncIterator[BatchedVerifierSession]:
+    async def session(self) -> AsyncIterator[BatchedVerifierSession]:
         """A session that owns a cache slot until the block ends. Raises `CacheFull`."""
-        async with self._batcher.holding(lambda: self.target.open(params), self.target.close) as state:
+        async with self._batcher.holding(self.target.open, self.target.close) as state:
             yield BatchedVerifierSession(self._batcher, state, self.target.numerics)
 
     async def warm_up(self) -> None:
         """Probe the target and run a short session: what is set up on first use is not in a user's time."""
         await self._batcher.between_steps(self.target.probe)
-        async with self.session(SamplingParams()) as session:
-            (root,) = (await session.prefill([0] * 16, 0, 1)).tokens
+        async with self.session() as session:
+            (root,) = (await session.prefill(SessionState((0,) * 16), 1)).tokens
             nodes = [(token, parent, -1.0, 0) for token, parent in ((0, 0), (1, 0), (2, 1))]
             await session.verify(ProposalTree.ordered(root, nodes, len(nodes) + 1))
 
@@ -54,11 +55,8 @@ class BatchedVerifierSession:
         self._batcher = batcher
         self._state = state
 
-    async def prefill(self, tokens: Sequence[int], num_generated: int, feature_window: int) -> Verdict:
-        generated = tokens[len(tokens) - num_generated :]
-        return await self._batcher.submit(
-            PrefillJob(self._state, tokens, generated=generated, feature_window=feature_window)
-        )
+    async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
+        return await self._batcher.submit(PrefillJob(self._state, state, feature_window))
 
     async def verify(self, tree: ProposalTree) -> Verdict:
         return await self._batcher.submit(VerifyJob(self._state, tree))

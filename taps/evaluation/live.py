@@ -37,6 +37,7 @@ from taps.provenance import heads_made, made_with, unlike_names
 from taps.recording.answers import prompt_tokens
 from taps.recording.sources import Prompt
 from taps.sampling import SamplingParams
+from taps.session import SessionState
 from taps.tree import ProposalTree
 
 PLAIN = "off"
@@ -83,9 +84,10 @@ async def time_answer(
     ask: Ask, params: SamplingParams, new_tokens: int,
 ) -> Timed:  # fmt: skip
     """Decode one answer of `new_tokens` tokens; end tokens do not end it, so that all answers are as long."""
-    context, counts = Context(prompt, MAX_LEN), SpeculationCounts()
+    state = SessionState(tuple(prompt), sampling=params, max_tokens=new_tokens)
+    context, counts = Context(state, MAX_LEN), SpeculationCounts()
     draft_ms = verify_ms = started = seconds = 0.0
-    async with aclosing(decode_in_process(context, verifier, drafters, compose, ask, params)) as steps:
+    async with aclosing(decode_in_process(context, verifier, drafters, compose, ask)) as steps:
         async for step in steps:
             if step.is_prefill:
                 started = time.perf_counter()

@@ -21,17 +21,19 @@ from torch import Tensor
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, DraftJob
 from taps.drafting.eagle import EagleDrafter, EagleSession
+from taps.engine.batching import Blocked
+from taps.engine.jobs import Job, PrefillJob, TargetSession, VerifyJob
 from taps.engine.scheduling import StepBudget
-from taps.engine.target import Job, PrefillJob, Target, TargetSession, VerifyJob
+from taps.engine.target import Target
 from taps.models.cache import PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.step import Segment, Step
 from taps.sampling import SamplingParams, sample
+from taps.session import SessionState
 from taps.tree import NO_PARENT, ProposalTree
 from taps.verdict import Verdict
 
 DRIFT = 32  # positions
-_GREEDY = SamplingParams(temperature=0.0)
 T = TypeVar("T")
 
 
@@ -41,9 +43,9 @@ class Text(NamedTuple):
     tokens: tuple[int, ...]  # [n + 1]
     features: Tensor  # [n, H]
 
-    def first(self, num_tokens: int) -> list[int]:
+    def first(self, num_tokens: int) -> tuple[int, ...]:
         """So many tokens, from the start again where there are fewer."""
-        return list(islice(cycle(self.tokens), num_tokens))
+        return tuple(islice(cycle(self.tokens), num_tokens))
 
 
 def timed(run: Callable[[], T]) -> tuple[float, T]:
@@ -66,9 +68,10 @@ def stepped(target: Target, jobs: Sequence[Job]) -> list[Verdict | None]:
     return [_taken(result) for result in target.step(jobs)]
 
 
-def _taken(result: T | Exception) -> T:
+def _taken(result: T | Exception | Blocked) -> T:
     if isinstance(result, Exception):
         raise result
+    assert not isinstance(result, Blocked), "there is room for all sessions"
     return result
 
 
@@ -84,9 +87,10 @@ def prefilled(target: Target, jobs: Sequence[PrefillJob]) -> list[Verdict]:
 def write_texts(model: CausalLM, num_texts: int, num_tokens: int) -> list[Text]:
     """Texts of so many tokens and one more, decoded plainly, side by side."""
     target = Target(model, num_texts, num_tokens + 1, StepBudget(tree_nodes=0))
-    sessions = [target.open(SamplingParams(temperature=1.0, choice=i)) for i in range(num_texts)]
+    sessions = [target.open() for _ in range(num_texts)]
     starts = [(7919 * i + 11) % model.vocab_size for i in range(num_texts)]
-    prompts = [PrefillJob(session, [start]) for session, start in zip(sessions, starts, strict=True)]
+    states = [SessionState((start,), sampling=SamplingParams(choice=i)) for i, start in enumerate(starts)]
+    prompts = [PrefillJob(session, state) for session, state in zip(sessions, states, strict=True)]
     steps = [prefilled(target, prompts)]
     for _ in range(num_tokens - 1):
         jobs = [
@@ -150,8 +154,8 @@ class Verifying:
         return chosen
 
     def _opened(self, text: Text) -> _Open:
-        session = self._target.open(_GREEDY)
-        (verdict,) = prefilled(self._target, [PrefillJob(session, text.first(self._context))])
+        session = self._target.open()
+        (verdict,) = prefilled(self._target, [PrefillJob(session, SessionState(text.first(self._context)))])
         return _Open(session, verdict.tokens[-1])
 
 
@@ -164,17 +168,18 @@ class Prefilling:
     """A prompt that goes on behind `context` positions, each time in a session of its own."""
 
     def __init__(self, model: CausalLM, text: Text, context: int, rows: int) -> None:
-        budget = StepBudget(prefill_tokens=rows, tree_nodes=0)
-        self._target = Target(model, 1, context + rows + 1, budget)
-        tokens = text.first(context + rows)
-        self._before, self._tokens = tokens[:context], tokens[context:]
+        self._target = Target(model, 1, context + rows + 1, StepBudget(tree_nodes=0))
+        self._tokens, self._chunks = text.first(context + rows), [n for n in (context, rows) if n]
+        self._number = 0
 
     def step(self) -> float:
         """Milliseconds of one step over the rows, with logits of the last one."""
-        session = self._target.open(_GREEDY)
-        if self._before:
-            prefilled(self._target, [PrefillJob(session, self._before)])
-        ms, _ = timed(lambda: stepped(self._target, [PrefillJob(session, self._tokens)]))
+        session = self._target.open()
+        self._number += 1  # nothing is found again
+        job = PrefillJob(session, SessionState(self._tokens, cache_salt=str(self._number)))
+        for chunk in self._chunks:
+            self._target.budget = StepBudget(prefill_tokens=chunk, tree_nodes=0)
+            ms, _ = timed(lambda: stepped(self._target, [job]))
         self._target.close(session)
         return ms
 

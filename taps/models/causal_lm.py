@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from taps.models.attention import ATTENTION_NAME, Packed
-from taps.models.cache import Kept, PagedCache
+from taps.models.cache import Kept, LayerShape, PagedCache
 from taps.models.decoder import Decoder, head_dim_of, is_lean
 from taps.models.kernel_operations import cpu_operations
 from taps.models.linear import use_row_linears
@@ -47,6 +47,7 @@ class CausalLM:
         untyped = cast(Any, model)
         untyped.eval()
         self.embeddings: Tensor = untyped.get_input_embeddings().weight.detach()  # [V, H]
+        self.layer_shapes: list[LayerShape] = []
         name, own = type(model).__name__, self._own_logits(untyped)
         self._run: _Lean | _Transformers
         if model.device.type == "cpu" and is_lean(untyped):
@@ -72,6 +73,11 @@ class CausalLM:
         Returns features [rows, H] (after the final norm) and logits [len(keep), V] of the rows in `keep`.
         """
         return self._run(torch.tensor(tokens, device=self.device), step, cache, torch.tensor(keep or [0]))
+
+    @property
+    def bytes_per_position(self) -> int:
+        """That a cache takes, the position's feature included."""
+        return (sum(shape.numbers for shape in self.layer_shapes) + self.hidden_size) * self.dtype.itemsize
 
     @property
     def numerics(self) -> str:
@@ -109,7 +115,10 @@ class CausalLM:
             )
 
     def _probe(self) -> tuple[Tensor, list[int] | None]:
-        """Logits of the probe's second half, extended after the first, and the layers that attended then."""
+        """Logits of the probe's second half, extended after the first, and the layers that attended then.
+
+        What the layers keep of a position is learned with it.
+        """
         cache, half = PagedCache(1, _PROBE_TOKENS), _PROBE_TOKENS // 2
         sequence = cache.open()
         cache.reserve(sequence, _PROBE_TOKENS)
@@ -117,6 +126,7 @@ class CausalLM:
             step = Step([Segment(sequence, len(chunk))], self.device)
             _, logits = self.extend(chunk, step, cache, range(len(chunk)))
             cache.commit([Kept(sequence, range(len(chunk)))])
+        self.layer_shapes = cache.shapes
         return logits.float(), self._run.layers_seen
 
 

@@ -1,6 +1,6 @@
 """Full pages found again by the tokens they and all pages before them hold.
 
-A page's name is a hash of its tokens chained to the name before it, so equal names mean equal prefixes and, since
+A page's name is a hash of its tokens chained to the name before it, so equal names mean equal prefixes and, as
 a position's bits depend on its prefix alone, equal content. Knows names and page numbers; nothing of tensors.
 """
 

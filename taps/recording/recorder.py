@@ -49,6 +49,7 @@ from taps.recording.answers import (
 )
 from taps.recording.shards import Recording, save_shard, shards
 from taps.recording.sources import InvalidData, Prompt, load_prompts
+from taps.session import SessionState
 
 _UNBOUNDED = 1 << 30
 _PROGRESS_INTERVAL_S = 10.0
@@ -206,9 +207,10 @@ class AnswerRecorder:
         except LeftOut as error:
             self._left_out.setdefault(str(error), set()).add(question.prompt.id)
             return
-        context = self._answering[question.id] = Context(ids, _UNBOUNDED)
+        state = SessionState(tuple(ids), sampling=question.params, max_tokens=self._recipe.max_new_tokens)
+        context = self._answering[question.id] = Context(state, _UNBOUNDED)
         ask = replace(self._ask, sampling=question.params)
-        steps = decode_in_process(context, self._verifier, self._drafters, merged, ask, question.params)
+        steps = decode_in_process(context, self._verifier, self._drafters, merged, ask)
         async with aclosing(steps):
             async for _ in steps:
                 if (length := self._answer_length(context)) is not None:

@@ -1,0 +1,73 @@
+"""A session on the target and what it may be asked: to take up what was decided so far, or to check a tree.
+
+Knows tokens and trees; nothing of steps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from taps.models.cache import CachedSequence
+from taps.session import SessionState
+from taps.tree import ProposalTree
+
+_NOTHING = SessionState(())
+
+
+@dataclass(eq=False)
+class TargetSession:
+    """One sequence being decoded: its place in the cache, which may lag behind its tokens."""
+
+    sequence: CachedSequence
+    asked: SessionState = _NOTHING  # as it was taken up
+    tokens: list[int] = field(default_factory=list)  # all that are decided
+    generated: Counter[int] = field(default_factory=Counter)  # how often each token was
+    num_generated: int = 0
+
+    def take_up(self, state: SessionState) -> None:
+        self.asked = state
+        self.tokens = list(state.tokens)
+        self.generated = state.counts()
+        self.num_generated = state.num_generated
+
+    def extend(self, tokens: tuple[int, ...]) -> None:
+        self.tokens += tokens
+        self.generated.update(tokens)
+        self.num_generated += len(tokens)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be decided; one always, for whoever asks for it."""
+        return max(self.asked.max_tokens - self.num_generated, 1)
+
+
+@dataclass(eq=False)
+class PrefillJob:
+    """Take a session up where `state` says it is; a verdict with one token when all tokens are in the cache."""
+
+    session: TargetSession
+    state: SessionState
+    feature_window: int = 1 << 30  # return at most this many of the newest features
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens that are to come into the cache before anything is decided, that step's own included."""
+        return len(self.state.tokens) - self.session.sequence.length
+
+
+@dataclass(eq=False)
+class VerifyJob:
+    """Check one proposal tree, whose root is the token decided last."""
+
+    session: TargetSession
+    tree: ProposalTree
+
+    @property
+    def num_missing(self) -> int:
+        """Tokens before the root that a paused session lacks in the cache."""
+        return len(self.session.tokens) - 1 - self.session.sequence.length
+
+
+Job: TypeAlias = PrefillJob | VerifyJob

@@ -1,0 +1,36 @@
+"""What a session is made of and how it goes on: all that any verifier needs to take it up.
+
+Prefill, failover and pausing share it, so a session continues with the same text wherever it does. What later
+shapes or ends an answer becomes a field here. Knows numbers; nothing of who decodes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from taps.sampling import SamplingParams
+
+UNLIMITED = 1 << 30
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class SessionState:
+    """Tokens so far, and what was asked for."""
+
+    tokens: tuple[int, ...]  # the prompt's and the generated ones
+    num_generated: int = 0  # the last of `tokens`
+    sampling: SamplingParams = GREEDY
+    max_tokens: int = UNLIMITED  # that are generated at most, those there included
+    end_tokens: tuple[int, ...] = ()  # after any of these nothing is decided
+    cache_salt: str = ""  # sessions of different salts share nothing that is cached
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still be generated."""
+        return self.max_tokens - self.num_generated
+
+    def counts(self) -> Counter[int]:
+        """How often each token was generated, which penalties count."""
+        return Counter(self.tokens[len(self.tokens) - self.num_generated :])
