@@ -77,7 +77,7 @@ class EagleDrafter:
     def _grow(self, jobs: Sequence[DraftJob]) -> list[ProposalTree]:
         growth = Growth([job.delta.root for job in jobs], [job.ask for job in jobs])
         hidden, counts, level = self._take_in(jobs), [1] * len(jobs), 0
-        while frontier := growth.extend(*self._candidates(jobs, hidden, counts, level)):
+        while (frontier := growth.extend(*self._candidates(jobs, hidden, counts, level))) is not None:
             hidden = self._forward_level(jobs, hidden, frontier)
             counts, level = [len(paths) for paths in frontier.paths], level + 1
         return growth.trees()
@@ -138,9 +138,7 @@ class EagleDrafter:
         logits = self._coupled(self._head.logits(hidden).float(), jobs, counts, level)
         logprobs = logits.log_softmax(-1)
         places, best = _best(logprobs, jobs, counts)
-        # In place: fresh memory costs more than the arithmetic.
-        entropies = logprobs.exp().mul_(logprobs.clamp_min_(-1e4)).sum(-1).neg_()
-        return self._head.draft_vocab[places], best, entropies
+        return self._head.draft_vocab[places], best, _entropies(logprobs)
 
     def _coupled(self, logits: Tensor, jobs: Sequence[DraftJob], counts: Sequence[int], level: int) -> Tensor:
         """Logits [R, D] of jobs that ask for it shaped like the target's and tilted by the noise it will use.
@@ -164,6 +162,13 @@ class EagleDrafter:
 def _sampling(ask: Ask) -> SamplingParams | None:
     """What the drafts are coupled to; greedy decoding has no noise."""
     return None if ask.sampling is None or ask.sampling.greedy else ask.sampling
+
+
+def _entropies(logprobs: Tensor) -> Tensor:
+    """[R] nats. Args: logprobs [R, D], overwritten: fresh memory costs more than the arithmetic."""
+    terms = logprobs.exp().mul_(logprobs.clamp_min_(-1e4))
+    # Several threads sum one long row alone in another order than among others.
+    return terms.expand(max(len(terms), 2), -1).sum(-1)[: len(terms)].neg_()
 
 
 def _best(logprobs: Tensor, jobs: Sequence[DraftJob], counts: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ are extended by their `top_k` children; at the end all nodes are reranked by cum
 below which nothing could enter the tree is not extended.
 
 A level is a fixed number of operations on arrays, whatever the number of trees, and waits for the device once:
-to read the candidates. These are few, and arrays on the host cost a third of what tensors do. Letters: S trees,
-R rows (nodes that are extended), F of them in one tree at most, K children of each.
+to read the candidates. They are few, and operations on the host's own arrays cost less than torch's. Letters:
+S trees, R rows (nodes that are extended), K children of each.
 
 Knows the candidates' probabilities; nothing of how they were computed.
 """
@@ -93,7 +93,7 @@ class Growth:
         return None if level == self._depth else self._advance(level, k)
 
     def _add(self, tokens: _Integers, logprobs: _Floats) -> None:
-        """The children of row r of a tree are its nodes r * K to r * K + K of the new level."""
+        """The new level: its nodes from K r on are the children of a tree's row r."""
         trees, slots, numbers, above, _ = self._rows
         shape, flat = (len(self._trees), int(slots.max()) + 1, tokens.shape[1]), (len(self._trees), -1)
         ids, parents = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -114,8 +114,8 @@ class Growth:
         self._best = np.sort(np.concatenate([self._best, newest.surprisals], 1), 1)[:, : self._best.shape[1]]
         chosen = newest.surprisals.argsort(1, "stable")[:, : self._most]
         surprisals = newest.surprisals[self._trees[:, None], chosen]
-        worst = self._best[self._trees, self._last]
-        going = (surprisals < worst[:, None]) & (np.arange(chosen.shape[1]) < self._widths[level][:, None])
+        lasts = self._best[self._trees, self._last]
+        going = (surprisals < lasts[:, None]) & (np.arange(chosen.shape[1]) < self._widths[level][:, None])
         trees, slots = going.nonzero()
         if not len(trees):
             return None
