@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from taps.context import ContextDelta
+from taps.drafting import growth
 from taps.drafting.drafter import Ask, DraftJob, InvalidAsk
 from taps.drafting.eagle import EagleDrafter
+from taps.engine.threads import computing_with
 from taps.models.alignment import Alignment
-from taps.models.draft_head import DraftHead
+from taps.models.draft_head import DraftHead, draft_config
 from taps.sampling import SamplingParams, gumbel_noise
 from taps.tree import ROOT, ProposalTree
-from tests.tiny import HIDDEN, VOCAB, tiny_head
+from tests.tiny import HIDDEN, VOCAB, tiny_config, tiny_head
 
 ASK = Ask(num_nodes=24, depth=3, top_k=4)
 TOKENS = torch.randint(0, VOCAB, (40,), generator=torch.Generator().manual_seed(1))
@@ -78,15 +84,91 @@ def test_a_session_that_grows_drafts_like_a_fresh_one() -> None:
     assert grown.scores == pytest.approx(fresh.scores, abs=1e-4)
 
 
-def test_sessions_drafted_together_get_what_they_get_alone() -> None:
-    drafter = EagleDrafter(tiny_head())
-    asks = (ASK, Ask(num_nodes=6, depth=1, top_k=2), Ask(num_nodes=12, depth=4, top_k=3))
-    ends = (9, 15, 30)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sessions_drafted_together_get_what_they_get_alone(dtype: torch.dtype) -> None:
+    """In bfloat16 many candidates tie."""
+    drafter = EagleDrafter(tiny_head().to(dtype))
+    asks = (
+        ASK,
+        Ask(num_nodes=6, depth=1, top_k=2),
+        Ask(num_nodes=1, depth=2, top_k=9),
+        Ask(num_nodes=20, depth=2, top_k=3, sampling=SamplingParams(temperature=0.7, seed=4)),
+        Ask(num_nodes=12, depth=4, top_k=3),
+        Ask(num_nodes=150, depth=1, top_k=VOCAB + 20),
+        Ask(num_nodes=9, depth=0, top_k=30, sampling=SamplingParams(temperature=0.0)),
+    )
+    ends = (9, 15, 30, 12, 9, 21, 33)
     alone = [propose(drafter, drafter.open(), delta(0, e), a) for e, a in zip(ends, asks, strict=True)]
     jobs = [DraftJob(drafter.open(), delta(0, e), a) for e, a in zip(ends, asks, strict=True)]
     for one, other in zip(alone, drafter.step(jobs), strict=True):
-        assert isinstance(other, ProposalTree)
-        assert one.tokens == other.tokens
+        assert one == other
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_a_tree_with_its_entropies_does_not_depend_on_who_shares_the_step(num_threads: int) -> None:
+    """Of a vocabulary so large that threads share one row's work."""
+    config = tiny_config()
+    config.vocab_size = 40_000
+    ends = torch.randn(2, config.vocab_size, HIDDEN, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(1)
+    drafter = EagleDrafter(DraftHead(draft_config(config), *ends).eval(), max_sessions=20, max_len=512)
+    with computing_with(num_threads):
+        alone = [propose(drafter, drafter.open(), delta(0, end)) for end in range(5, 15)]
+        together = drafter.step([DraftJob(drafter.open(), delta(0, end), ASK) for end in range(5, 15)])
+    assert together == alone
+
+
+WAITS = {"item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
+
+
+def counting_waits() -> Any:
+    """A context whose `count` is how many operations there were for whose result the host would wait."""
+
+    def dispatch(mode: Any, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operation.overloadpacket.__name__
+        masks = name in ("index", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        mode.count += name in WAITS or masks
+        return operation(*args, **(kwargs or {}))
+
+    return type("Waits", (TorchDispatchMode,), {"__torch_dispatch__": dispatch, "count": 0})()
+
+
+def test_waits_are_counted() -> None:
+    with counting_waits() as waits, torch.inference_mode():
+        x = torch.ones(3)
+        assert x.max().item() == int(x.min())
+        assert len(x.nonzero()) == len(x[x > 0])
+        assert torch.equal(x, x)
+        if x[0] > 1:
+            x[x > 0] = 1
+    assert waits.count == 6
+
+
+def test_the_host_waits_no_oftener_for_more_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a level, to read the candidates, whatever the sessions ask for."""
+    reads = []
+    read = growth._read
+
+    def counted(values: Tensor) -> Any:
+        reads.append(values.shape)
+        return read(values)
+
+    monkeypatch.setattr(growth, "_read", counted)
+    drafter = EagleDrafter(tiny_head())
+    asks = [Ask(num_nodes=200, depth=3, top_k=2 + i % 3) for i in range(8)]
+    counts = []
+    for number in (1, 2, 8):
+        jobs = [DraftJob(drafter.open(), delta(0, 9 + i), ask) for i, ask in enumerate(asks[:number])]
+        reads.clear()
+        with counting_waits() as waits:
+            drafter.step(jobs)
+        assert len(reads) == 4
+        counts.append(waits.count)
+        for job in jobs:
+            drafter.close(job.session)
+    assert counts == [4] * 3, "one in the attention of each forward, and none in growth"
 
 
 @pytest.mark.parametrize(

@@ -5,22 +5,24 @@ Knows the head, its cache and growth; nothing of asyncio, Ray or the verifier.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from taps.context import ContextDelta
-from taps.drafting.drafter import DRAFT_LEN, RESERVED_ROWS, DraftJob, InvalidAsk
-from taps.drafting.growth import Growth
+from taps.drafting.drafter import DRAFT_LEN, RESERVED_ROWS, Ask, DraftJob, InvalidAsk
+from taps.drafting.growth import Frontier, Growth
 from taps.engine.scheduling import MAX_SESSIONS
 from taps.models.cache import CachedSequence, Kept, PagedCache
 from taps.models.draft_head import DraftHead
 from taps.models.drafting_head import DraftingHead
 from taps.models.step import Segment, Step
 from taps.sampling import SamplingParams, gumbel_noise, shape_logits
-from taps.tree import ROOT, ProposalTree
+from taps.tree import ProposalTree
 
 
 @dataclass(eq=False)
@@ -29,28 +31,6 @@ class EagleSession:
 
     sequence: CachedSequence
     next_position: int = 0
-
-
-class _Growing:
-    """One job on its way: the tree so far, and what its next level attends to and is fed with."""
-
-    def __init__(self, job: DraftJob) -> None:
-        self.session: EagleSession = job.session
-        self.growth = Growth(job.delta.root, job.ask)
-        self.sampling = job.ask.sampling
-        self.position = job.delta.end  # absolute position of the root's children
-        self.hidden: dict[int, Tensor] = {}  # node -> [H] predicted feature at the node
-        self.num_rows = 0  # drafted ones in the cache
-        self.paths: dict[int, tuple[int, ...]] = {ROOT: ()}  # node -> the drafted rows it attends to
-
-    def add_rows(self) -> Segment:
-        """The frontier nodes' rows, behind those drafted before."""
-        first, frontier = self.num_rows, self.growth.frontier
-        for i, node in enumerate(frontier):
-            self.paths[node] = (*self.paths[self.growth.parent(node)], first + i)
-        self.num_rows += len(frontier)
-        paths = [self.paths[node] for node in frontier]
-        return Segment(self.session.sequence, len(frontier), paths, first)
 
 
 class EagleDrafter:
@@ -71,6 +51,7 @@ class EagleDrafter:
         """Take in every session's news in one forward, then grow all trees level by level."""
         results: dict[DraftJob, ProposalTree | Exception | None] = {job: self._misfit(job) for job in jobs}
         fitting = [job for job in jobs if results[job] is None]
+        fitting.sort(key=lambda job: job.ask.top_k)  # see `_best`
         if fitting:
             results |= zip(fitting, self._grow(fitting), strict=True)
         return [results[job] for job in jobs]
@@ -94,11 +75,12 @@ class EagleDrafter:
         return None
 
     def _grow(self, jobs: Sequence[DraftJob]) -> list[ProposalTree]:
-        growing = [_Growing(job) for job in jobs]
-        self._expand(growing, self._take_in(jobs))
-        while active := [g for g in growing if g.growth.frontier]:
-            self._expand(active, self._forward_level(active))
-        return [g.growth.tree() for g in growing]
+        growth = Growth([job.delta.root for job in jobs], [job.ask for job in jobs])
+        hidden, counts, level = self._take_in(jobs), [1] * len(jobs), 0
+        while (frontier := growth.extend(*self._candidates(jobs, hidden, counts, level))) is not None:
+            hidden = self._forward_level(jobs, hidden, frontier)
+            counts, level = [len(paths) for paths in frontier.paths], level + 1
+        return growth.trees()
 
     def _take_in(self, jobs: Sequence[DraftJob]) -> Tensor:
         """Append the new pairs to the cache. [jobs, H] predicted features at the roots."""
@@ -112,7 +94,7 @@ class EagleDrafter:
             segments.append(Segment(session.sequence, pairs))
             self._cache.reserve(session.sequence, pairs + RESERVED_ROWS)
         step = Step(segments, self._head.device)
-        hidden = self._forward(tokens, torch.cat(features), step)
+        hidden = self._forward(torch.tensor(tokens), torch.cat(features), step)
         self._cache.commit([Kept(s.sequence, range(s.num_rows)) for s in segments])
         return hidden[[start - 1 for start in step.starts[1:]]]
 
@@ -135,43 +117,74 @@ class EagleDrafter:
         """Tokens of a session that the cache holds, leaving rows for the drafted levels."""
         return self._cache.max_len - RESERVED_ROWS
 
-    def _forward_level(self, active: Sequence[_Growing]) -> Tensor:
-        """Predicted features [rows, H] at the frontier nodes of every tree."""
-        tokens = [g.growth.token(node) for g in active for node in g.growth.frontier]
-        features = [g.hidden[g.growth.parent(node)] for g in active for node in g.growth.frontier]
-        step = Step([g.add_rows() for g in active], self._head.device)
-        return self._forward(tokens, torch.stack(features), step)
+    def _forward_level(self, jobs: Sequence[DraftJob], hidden: Tensor, frontier: Frontier) -> Tensor:
+        """Predicted features [R, H] at the frontier nodes. Args: hidden: those of the frontier before."""
+        segments = [
+            Segment(job.session.sequence, len(paths), paths, drafted=paths[0][-1])
+            for job, paths in zip(jobs, frontier.paths, strict=True)
+            if paths
+        ]
+        features = hidden[frontier.parents.to(hidden.device)]
+        return self._forward(frontier.tokens, features, Step(segments, self._head.device))
 
-    def _forward(self, tokens: Sequence[int], features: Tensor, step: Step) -> Tensor:
+    def _forward(self, tokens: Tensor, features: Tensor, step: Step) -> Tensor:
         device = self._head.device
-        inputs = features.to(device, self._head.dtype)
-        return self._head(torch.tensor(tokens, device=device), inputs, step, self._cache)
+        return self._head(tokens.to(device), features.to(device, self._head.dtype), step, self._cache)
 
-    def _expand(self, active: Sequence[_Growing], hidden: Tensor) -> None:
-        """Add the children of every frontier; hidden [rows, H] are the features at the frontier nodes."""
-        logits = self._head.logits(hidden).float()
-        row = 0
-        for g in active:
-            n = len(g.growth.frontier)
-            for node, feature in zip(g.growth.frontier, hidden[row : row + n], strict=True):
-                g.hidden[node] = feature
-            rows = logits[row : row + n]
-            if g.sampling is not None and not g.sampling.greedy:
-                rows = self._coupled(rows, g.sampling, g.position)
-            g.position += 1
-            logprobs = rows.log_softmax(-1)
-            best = logprobs.topk(min(g.growth.ask.top_k, logprobs.shape[-1]))
-            entropies = -(logprobs.exp() * logprobs.clamp_min(-1e4)).sum(-1)
-            tokens = self._head.draft_vocab[best.indices]
-            g.growth.extend(tokens.tolist(), best.values.tolist(), entropies.tolist())
-            row += n
+    def _candidates(
+        self, jobs: Sequence[DraftJob], hidden: Tensor, counts: Sequence[int], level: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `Growth.extend` takes. Args: hidden [R, H]; counts [jobs]: how many of the rows each has."""
+        logits = self._coupled(self._head.logits(hidden).float(), jobs, counts, level)
+        logprobs = logits.log_softmax(-1)
+        places, best = _best(logprobs, jobs, counts)
+        return self._head.draft_vocab[places], best, _entropies(logprobs)
 
-    def _coupled(self, logits: Tensor, sampling: SamplingParams, position: int) -> Tensor:
-        """Logits [n, D] shaped like the target's and tilted by the noise the target will use at `position`.
+    def _coupled(self, logits: Tensor, jobs: Sequence[DraftJob], counts: Sequence[int], level: int) -> Tensor:
+        """Logits [R, D] of jobs that ask for it shaped like the target's and tilted by the noise it will use.
 
         They rank the token the target will *sample*, not the likeliest one (theory: Daliri et al.
         2408.07978). Penalties are left out: drafting need not be exact.
         """
-        noise = gumbel_noise(sampling.seed, sampling.choice, position, self._head.draft_vocab.long())
-        shaped = torch.stack([shape_logits(row, sampling, {}) for row in logits])
-        return shaped + noise.float()
+        if all(_sampling(job.ask) is None for job in jobs):
+            return logits
+        found = []
+        for rows, job in zip(logits.split_with_sizes(list(counts)), jobs, strict=True):
+            sampling = _sampling(job.ask)
+            if sampling is not None and len(rows):
+                ids = self._head.draft_vocab.long()
+                noise = gumbel_noise(sampling.seed, sampling.choice, job.delta.end + level, ids)
+                rows = torch.stack([shape_logits(row, sampling, {}) for row in rows]) + noise.float()
+            found.append(rows)
+        return torch.cat(found)
+
+
+def _sampling(ask: Ask) -> SamplingParams | None:
+    """What the drafts are coupled to; greedy decoding has no noise."""
+    return None if ask.sampling is None or ask.sampling.greedy else ask.sampling
+
+
+def _entropies(logprobs: Tensor) -> Tensor:
+    """[R] nats. Args: logprobs [R, D], overwritten: fresh memory costs more than the arithmetic."""
+    terms = logprobs.exp().mul_(logprobs.clamp_min_(-1e4))
+    # Several threads sum one long row alone in another order than among others.
+    return terms.expand(max(len(terms), 2), -1).sum(-1)[: len(terms)].neg_()
+
+
+def _best(logprobs: Tensor, jobs: Sequence[DraftJob], counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Places and log-probabilities [R, K] of each row's best, as many as its job asks for, then -inf.
+
+    Which of equals are the best depends on how many are taken, so jobs are sorted by that and it is done once
+    for each number. Args: logprobs [R, D]; counts [jobs]: how many of the rows each has.
+    """
+    rows: dict[int, int] = {}
+    for job, count in zip(jobs, counts, strict=True):
+        top_k = min(job.ask.top_k, logprobs.shape[1])
+        rows[top_k] = rows.get(top_k, 0) + count
+    found = [part.topk(k) for k, part in zip(rows, logprobs.split_with_sizes(list(rows.values())), strict=True)]
+    if len(found) == 1:
+        return found[0].indices, found[0].values
+    most = max(rows)
+    places = [F.pad(part.indices, (0, most - k)) for k, part in zip(rows, found, strict=True)]
+    values = [F.pad(part.values, (0, most - k), value=-math.inf) for k, part in zip(rows, found, strict=True)]
+    return torch.cat(places), torch.cat(values)

@@ -8,11 +8,12 @@ Knows sequences and paths; nothing of models or of how attention is computed.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from typing import Any, NamedTuple
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,25 +88,24 @@ class Step:
         found: list[int] = []
         for s in self.segments:
             c = s.sequence.length
-            found += range(c, c + s.num_rows) if s.paths is None else [c + len(path) - 1 for path in s.paths]
+            found += range(c, c + s.num_rows) if s.paths is None else [c - 1 + n for n in map(len, s.paths)]
         return torch.tensor(found, device=self.device)
 
     @cached_property
     def layout(self) -> Layout:
         """The same segments in integers, as a kernel reads them."""
-        pages = max(len(s.sequence.pages) for s in self.segments)
-        table = [s.sequence.pages + [0] * (pages - len(s.sequence.pages)) for s in self.segments]
-        path_ends: list[int] = [0]
-        path_offsets: list[int] = []
-        for s in self.segments:
-            for row in range(s.num_rows):
-                path_offsets += () if s.paths is None else s.paths[row]
-                path_ends.append(len(path_offsets))
-        return Layout(
-            _integers(table), _integers([s.sequence.length for s in self.segments]),
-            _integers([s.drafted for s in self.segments]), _integers(self.starts),
-            _integers(path_ends), _integers(path_offsets), _integers([s.paths is None for s in self.segments]),
+        segments = self.segments
+        paths: list[Sequence[int]] = []
+        for s in segments:
+            paths += [()] * s.num_rows if s.paths is None else s.paths
+        num_pages = max(len(s.sequence.pages) for s in segments)
+        table = [p for s in segments for p in [*s.sequence.pages, *[0] * (num_pages - len(s.sequence.pages))]]
+        pages, *others = _integers(
+            table, [s.sequence.length for s in segments], [s.drafted for s in segments], self.starts,
+            [0, *accumulate(map(len, paths))], [*chain.from_iterable(paths)],
+            [s.paths is None for s in segments],
         )  # fmt: skip
+        return Layout(pages.view(len(segments), num_pages), *others)
 
     @cached_property
     def places(self) -> Tensor:
@@ -114,5 +114,7 @@ class Step:
         return torch.tensor(found, device=self.device)
 
 
-def _integers(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+def _integers(*fields: Sequence[int]) -> Sequence[Tensor]:
+    """Each as int32 on the CPU. They are made as one tensor: making it costs more than what is in it."""
+    joined = array("i", chain.from_iterable(fields))
+    return torch.frombuffer(joined, dtype=torch.int32).split_with_sizes([len(field) for field in fields])
