@@ -142,16 +142,17 @@ class Target:
         return PromptTooLong(f"a session holds at most {self.max_tokens} tokens on this verifier")
 
     def _let_in(self, jobs: Sequence[Job]) -> list[Job]:
-        """Those whose sessions have pages or get them: sessions that have begun first, then in turn."""
-        admitted: list[Job] = []
-        for job in sorted(jobs, key=lambda job: isinstance(job, PrefillJob)):
+        """Those whose sessions have pages, and those that get them: paused ones first, then others in turn."""
+        there = [job for job in jobs if self._admission.is_in(job.session)]
+        outside = [job for job in jobs if not self._admission.is_in(job.session)]
+        for job in sorted(outside, key=lambda job: isinstance(job, PrefillJob)):
             session = job.session
             if isinstance(job, PrefillJob) and session.asked is not job.state:
                 session.take_up(job.state)
             if not self._admission.let_in(session):
                 break
-            admitted.append(job)
-        return admitted
+            there.append(job)
+        return there
 
     def _plan(self, jobs: Sequence[Job]) -> list[_Piece]:
         """Every waiting tree, cut to the shared node budget, then prompts as far as the budget goes."""
