@@ -23,7 +23,7 @@ from torch import Tensor
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _FIRST_LOOK = 256  # best tokens, where most nuclei end
 _BLOCK = 64  # tokens that are looked at one by one only if the best of them matters
-_CACHED = 1 << 18  # elements that a core computes on without waiting for memory
+_CACHED = 1 << 17  # elements that a core computes on without waiting for memory
 _T = TypeVar("_T")
 _LOG2_E = 1 / math.log(2)
 # Below it logits divided by the temperature overflow; such a request means greedy decoding.
