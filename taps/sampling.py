@@ -23,6 +23,7 @@ from torch import Tensor
 _MASK64 = 0xFFFFFFFFFFFFFFFF
 _FIRST_LOOK = 256  # best tokens, where most nuclei end
 _BLOCK = 64  # tokens that are looked at one by one only if the best of them matters
+_CACHED = 1 << 17  # elements that a core computes on without waiting for memory
 _T = TypeVar("_T")
 _LOG2_E = 1 / math.log(2)
 # Below it logits divided by the temperature overflow; such a request means greedy decoding.
@@ -106,7 +107,7 @@ def _hash_but_folded(keys: Tensor, token_ids: Tensor) -> Tensor:
     over xor and undoes itself: with folded keys and ids two folds are left out here, and the last one
     changes the lower 16 bits alone.
 
-    Args: keys [2, n, 1] of `_noise_keys`; token_ids [m].
+    Args: keys [2, n, 1] of `_noise_keys`; token_ids [m]. Or both of one length: pairs, [m].
     """
     start, halfway = keys
     hashed = start ^ _fold_(token_ids.to(torch.int32, copy=True))
@@ -281,13 +282,19 @@ def _find_drawn(shaped: Tensor, params: Sequence[SamplingParams], positions: Seq
     """
     best = shaped.amax(-1, keepdim=True)
     token_ids = torch.arange(shaped.shape[1], dtype=torch.int32, device=shaped.device)
-    hashed = _hash_but_folded(_noise_keys(params, positions, shaped.device), token_ids)
-    negative = ((hashed >> 16).bitwise_and_(0xFFFF)).float().add_(1).mul_(2.0**-16).log2_()  # -E'
-    # 1 / p, p relative to the best; finite, for 0 * inf is not a number.
-    rarity = (best - shaped).mul_(_LOG2_E).clamp_(max=127.0).exp2_()
-    limits = (negative - 2.0**-15).mul_(rarity).amax(-1, keepdim=True).mul_(2.2)
-    rows, ids = _find_at_least(negative.mul_(rarity), limits)
-    scores = shaped[rows, ids].double() + _gumbel(_fold_(hashed[rows, ids]))
+    keys = _noise_keys(params, positions, shaped.device)
+    times, limits = torch.empty_like(shaped), torch.empty_like(best)
+    few = max(1, _CACHED // shaped.shape[1]) if shaped.device.type == "cpu" else len(shaped)
+    for start in range(0, len(shaped), few):
+        part = slice(start, start + few)
+        hashed = _hash_but_folded(keys[:, part], token_ids)
+        negative = (hashed >> 16).bitwise_and_(0xFFFF).float().add_(1).mul_(2.0**-16).log2_()  # -E'
+        # 1 / p, p relative to the best; finite, for 0 * inf is not a number.
+        rarity = (best[part] - shaped[part]).mul_(_LOG2_E).clamp_(max=127.0).exp2_()
+        torch.mul(negative, rarity, out=times[part])
+        limits[part] = negative.sub_(2.0**-15).mul_(rarity).amax(-1, keepdim=True).mul_(2.2)
+    rows, ids = _find_at_least(times, limits)
+    scores = shaped[rows, ids].double() + _gumbel(_fold_(_hash_but_folded(keys[:, rows, 0], ids)))
     return _Found(best[:, 0], rows, ids, scores)
 
 
