@@ -19,6 +19,7 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NumNodes = Annotated[int, Field(ge=1, le=MOST_NODES)]
 Depth = Annotated[int, Field(ge=1, le=MOST_DEPTH)]
+PositiveMilliseconds = Annotated[float, Field(gt=0)]
 PositiveSeconds = Annotated[float, Field(gt=0)]
 Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^/]+)$")]  # as browsers send it: no path
 
@@ -42,10 +43,15 @@ class VerifierArgs(Args):
     max_len: PositiveInt = MAX_LEN  # cache positions per session
     prefill_tokens: PositiveInt = StepBudget.prefill_tokens  # prompt tokens per step, over all sessions
     tree_nodes: Annotated[int, Field(ge=0)] = StepBudget.tree_nodes  # drafted nodes per step, over all sessions
+    longest_step_ms: PositiveMilliseconds = 1e3 * StepBudget.longest_step_s  # that prompts make others wait
+    cache_tokens: PositiveInt | None = None  # positions of all sessions together; None: max_sessions * max_len
+    overcommit: Annotated[float, Field(ge=1)] = 1.0  # promised of cache_tokens; above 1 sessions may be paused
     torch_threads: PositiveInt = 2
 
     @model_validator(mode="after")
     def _holds_a_prompt(self) -> VerifierArgs:
+        if self.cache_tokens is not None and self.cache_tokens < self.max_len:
+            raise ValueError(f"cache_tokens {self.cache_tokens} holds no session of max_len {self.max_len}")
         if self.max_len <= self.tree_nodes + 1:
             raise ValueError(f"max_len {self.max_len} leaves no room beside tree_nodes {self.tree_nodes}")
         return self

@@ -22,10 +22,11 @@ def load_verifier(target: TargetArgs, args: VerifierArgs) -> tuple[BatchedVerifi
     compute_with(1)  # this thread loads, and must not have workers of its own
     path = target_path(locate(target.path))
     model = CausalLM.load(path, torch_dtype(target.dtype), target.device_map)
-    budget = StepBudget(args.prefill_tokens, args.tree_nodes)
-    verifier = BatchedVerifier(Target(model, args.max_sessions, args.max_len, budget), args.torch_threads)
+    budget = StepBudget(args.prefill_tokens, args.tree_nodes, args.longest_step_ms / 1e3)
+    served = Target(model, args.max_sessions, args.max_len, budget, args.cache_tokens, args.overcommit)
     made_of = _fingerprint_of(path, model)
-    return verifier, TargetDescription(model.vocab_size, made_of, verifier.target.max_tokens)
+    description = TargetDescription(model.vocab_size, made_of, served.max_tokens)
+    return BatchedVerifier(served, args.torch_threads), description
 
 
 def _fingerprint_of(path: str, model: CausalLM) -> str:

@@ -133,6 +133,14 @@ def gumbel_rows(params: Sequence[SamplingParams], positions: Sequence[int], toke
     return _gumbel(_fold_(_hash_but_folded(keys, token_ids)))
 
 
+def draft_noise(params: Sequence[SamplingParams], positions: Sequence[int], token_ids: Tensor) -> Tensor:
+    """`gumbel_rows` in float32, within 1e-5 where it is large: at a fraction of the cost, for drafts."""
+    keys = _noise_keys(params, positions, token_ids.device)
+    # 1 - u, whose digits float32 keeps where noise is large: there u rounds to 1.
+    complement = (~_fold_(_hash_but_folded(keys, token_ids))).long().bitwise_and_(0xFFFFFFFF)
+    return complement.float().add_(0.5).mul_(-(2.0**-32)).log1p_().neg_().log_().neg_()
+
+
 def gumbel_noise(seed: int, choice: int, position: int, token_ids: Tensor) -> Tensor:
     """`gumbel_rows` of one row. Args: token_ids [m] int64. Returns [m] float64."""
     return gumbel_rows([SamplingParams(seed=seed, choice=choice)], [position], token_ids)[0]
@@ -146,7 +154,7 @@ def shape_rows(logits: Tensor, params: Sequence[SamplingParams], counts: Sequenc
     alone, or returned where nothing changes them. At temperature 0 only penalties apply. Tokens that tie
     with the last one kept are kept too, so the result does not depend on a sort's order.
     """
-    shaped = _penalised(logits.float(), params, counts)
+    shaped = _penalised(logits, params, counts).float()
     temperatures = [p.temperature or 1.0 for p in params]
     if any(temperature != 1.0 for temperature in temperatures):
         shaped = shaped / _column(temperatures, shaped, torch.float32)
@@ -187,7 +195,7 @@ def _penalised(logits: Tensor, params: Sequence[SamplingParams], counts: Sequenc
     row, token, number = torch.tensor([rows, tokens, times], device=logits.device)
     frequency = _column([p.frequency_penalty for p in params], logits, torch.float32)[row, 0]
     presence = _column([p.presence_penalty for p in params], logits, torch.float32)[row, 0]
-    return logits.index_put((row, token), -(frequency * number + presence), accumulate=True)
+    return logits.float().index_put((row, token), -(frequency * number + presence), accumulate=True)
 
 
 def _cut(
@@ -313,7 +321,7 @@ def sample_rows(
     drawn = [row for row, p in enumerate(params) if not p.greedy]
     found = []
     if greedy:
-        shaped = shape_rows(_take(logits, greedy), _pick(params, greedy), _pick(counts, greedy))
+        shaped = _penalised(_take(logits, greedy), _pick(params, greedy), _pick(counts, greedy))
         found.append(_find_best(shaped))
     if drawn:
         shaped = shape_rows(_take(logits, drawn), _pick(params, drawn), _pick(counts, drawn))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from taps.sampling import (
     InvalidLogits,
     SamplingParams,
+    draft_noise,
     gumbel_noise,
     gumbel_rows,
     sample,
@@ -200,3 +201,12 @@ def test_the_host_waits_as_often_for_many_rows_as_for_few(
         with noting_operations(seen):
             rows.decide()
         assert 1 <= sum(name in WAITS for name in seen) <= most
+
+
+def test_the_noise_of_drafts_is_the_targets_but_for_its_last_digits() -> None:
+    params = [SamplingParams(seed=seed, choice=seed % 3) for seed in range(8)]
+    ids = torch.arange(49152)
+    exact = gumbel_rows(params, range(8), ids)
+    difference = (draft_noise(params, range(8), ids).double() - exact).abs()
+    assert float(difference.where(exact > -1, 0.0).max()) < 1e-5, "what has a chance"
+    assert float(difference.max()) < 0.01

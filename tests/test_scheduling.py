@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from taps.engine.scheduling import share_nodes, share_prefill
+from taps.engine.scheduling import Pace, share_nodes, share_prefill
 from tests.fakes import chain, random_tree
 
 
@@ -51,3 +51,21 @@ def test_prompts_are_prefilled_first_come_first_served(
     remaining: list[int], budget: int, taken: list[int]
 ) -> None:
     assert share_prefill(remaining, budget) == taken
+
+
+def test_as_many_rows_fit_a_time_as_measured_steps_say() -> None:
+    pace, rng = Pace(), random.Random(0)
+    assert pace.rows_within(0.001) > 10**6, "nothing is known"
+    for _ in range(200):
+        rows = rng.randrange(1, 300)
+        pace.observe(rows, 0.010 + 0.0005 * rows)
+    assert pace.rows_within(0.010 + 0.0005 * 80) == pytest.approx(80, abs=2)
+    assert pace.rows_within(0.001) == 0
+
+
+def test_steps_of_one_size_are_taken_to_cost_by_the_row_and_the_newest_count_most() -> None:
+    pace = Pace()
+    for seconds in (0.1, 0.02):
+        for _ in range(200):
+            pace.observe(16, seconds)
+    assert pace.rows_within(0.04) == pytest.approx(32, abs=1)

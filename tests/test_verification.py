@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from taps.composing import concatenated
-from taps.engine.verification import Acceptance, Asked, accept, accept_all
+from taps.engine.verification import Acceptance, Asked, Ending, accept, accept_all
 from taps.tree import ProposalTree
 from tests.fakes import chain, random_tree
 
@@ -126,3 +126,18 @@ def test_an_exception_is_the_outcome_of_its_tree_alone() -> None:
     assert failed is lost
     assert first == Acceptance((0, 1), (5, 5), (1,))
     assert last == Acceptance((0, 1, 2, 3), (5, 5, 5, 5), (1, 1, 1))
+
+
+def test_a_walk_ends_at_an_end_token_or_limit_although_more_was_drafted() -> None:
+    tree = chain(5, 6, 7, 8)
+    tokens = [5, 6, 7, 8, 9]
+
+    def walked(ending: Ending) -> Acceptance | Exception:
+        (outcome,) = accept_all([tree], lambda asked: [tokens[len(one.tokens)] for one in asked], [ending])
+        return outcome
+
+    assert walked(Ending()) == Acceptance((0, 1, 2, 3, 4), (5, 6, 7, 8, 9), (1, 1, 1, 1))
+    assert walked(Ending((7,))) == Acceptance((0, 1, 2), (5, 6, 7), (1, 1, 1)), "the last token is not cached"
+    assert walked(Ending((9,))) == walked(Ending())
+    assert walked(Ending(num_left=1)) == Acceptance((0,), (5,), (1,))
+    assert walked(Ending(num_left=4)) == Acceptance((0, 1, 2, 3), (5, 6, 7, 8), (1, 1, 1, 1))

@@ -17,11 +17,12 @@ from taps.context import ContextDelta
 from taps.drafting.drafter import DRAFT_LEN, RESERVED_ROWS, Ask, DraftJob, InvalidAsk
 from taps.drafting.growth import Frontier, Growth
 from taps.engine.scheduling import MAX_SESSIONS
-from taps.models.cache import CachedSequence, Kept, PagedCache
+from taps.models.cache import PAGE, CachedSequence, Kept, PagedCache
 from taps.models.draft_head import DraftHead
 from taps.models.drafting_head import DraftingHead
+from taps.models.memory import require_memory
 from taps.models.step import Segment, Step
-from taps.sampling import SamplingParams, gumbel_noise, shape_logits
+from taps.sampling import SamplingParams, draft_noise, shape_rows
 from taps.tree import ProposalTree
 
 
@@ -37,8 +38,12 @@ class EagleDrafter:
     """A draft head with a KV cache for its sessions."""
 
     def __init__(self, head: DraftHead, max_sessions: int = MAX_SESSIONS, max_len: int = DRAFT_LEN) -> None:
-        self._cache = PagedCache(max_sessions, max_len)
+        """Raises ValueError where the cache is too large for the memory that is left."""
         self._head = DraftingHead(head)
+        self._cache = PagedCache(max_sessions, max_len, layers=[self._head.layer_shape])
+        positions = self._cache.num_pages * PAGE
+        needed = positions * self._head.layer_shape.numbers * self._head.dtype.itemsize
+        require_memory(needed, self._head.device, f"a cache of {positions} tokens", "max_sessions or max_len")
 
     def open(self) -> EagleSession:
         return EagleSession(self._cache.open())
@@ -146,17 +151,18 @@ class EagleDrafter:
         They rank the token the target will *sample*, not the likeliest one (theory: Daliri et al.
         2408.07978). Penalties are left out: drafting need not be exact.
         """
-        if all(_sampling(job.ask) is None for job in jobs):
+        coupled = [job for job in jobs if _sampling(job.ask) is not None]
+        places = {job: place for place, job in enumerate(coupled)}
+        owners = [job for job, count in zip(jobs, counts, strict=True) for _ in range(count)]
+        own = [places[job] for job in owners if job in places]
+        if not own:
             return logits
-        found = []
-        for rows, job in zip(logits.split_with_sizes(list(counts)), jobs, strict=True):
-            sampling = _sampling(job.ask)
-            if sampling is not None and len(rows):
-                ids = self._head.draft_vocab.long()
-                noise = gumbel_noise(sampling.seed, sampling.choice, job.delta.end + level, ids)
-                rows = torch.stack([shape_logits(row, sampling, {}) for row in rows]) + noise.float()
-            found.append(rows)
-        return torch.cat(found)
+        params, ids = [job.ask.sampling or SamplingParams() for job in coupled], self._head.draft_vocab
+        noise = draft_noise(params, [job.delta.end + level for job in coupled], ids)
+        noise = noise[torch.tensor(own, device=ids.device)]
+        rows = torch.tensor([row for row, job in enumerate(owners) if job in places], device=ids.device)
+        shaped = shape_rows(logits[rows], [params[place] for place in own], [{}] * len(own))
+        return logits.index_copy(0, rows, shaped + noise)
 
 
 def _sampling(ask: Ask) -> SamplingParams | None:

@@ -227,8 +227,9 @@ class Target:
         def decide(asked: Sequence[Asked]) -> list[int | InvalidLogits]:
             at = [ends[one.tree] for one in asked]
             rows = [piece.logits_start + one.node for piece, one in zip(at, asked, strict=True)]
+            every = rows == list(range(len(logits)))
             return sample_rows(
-                logits[torch.tensor(rows, device=logits.device)],
+                logits if every else logits[torch.tensor(rows, device=logits.device)],
                 [piece.job.session.asked.sampling for piece in at],
                 [len(piece.job.session.tokens) + len(one.tokens) for piece, one in zip(at, asked, strict=True)],
                 [_counts(piece.job.session, one.tokens) for piece, one in zip(at, asked, strict=True)],

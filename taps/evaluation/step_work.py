@@ -28,7 +28,7 @@ from taps.engine.target import Target
 from taps.models.cache import PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.step import Segment, Step
-from taps.sampling import SamplingParams, sample
+from taps.sampling import SamplingParams, sample_rows
 from taps.session import SessionState
 from taps.tree import NO_PARENT, ProposalTree
 from taps.verdict import Verdict
@@ -239,4 +239,6 @@ def last_logits(model: CausalLM, tokens: Sequence[int], num_rows: int) -> Tensor
 @torch.inference_mode()
 def decide(logits: Tensor, params: Sequence[SamplingParams], position: int) -> list[int]:
     """The token of every session at one position. Args: logits [sessions, V]."""
-    return [sample(row, p, position, {}) for row, p in zip(logits, params, strict=True)]
+    n = len(params)
+    decided = sample_rows(logits, params, [position] * n, [{}] * n)
+    return [_taken(token) for token in decided]

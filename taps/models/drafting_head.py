@@ -5,12 +5,14 @@ On the CPU a Llama head's layer runs through our own decoder; elsewhere through 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from taps.models.attention import Packed
-from taps.models.cache import PagedCache
+from taps.models.cache import LayerShape, PagedCache
 from taps.models.decoder import head_dim_of, is_lean_config, joined, layer_weights, rope_of
 from taps.models.draft_head import DraftHead
 from taps.models.kernel_operations import cpu_operations
@@ -27,6 +29,9 @@ class DraftingHead:
         self.device = head.fc.weight.device
         self.draft_vocab = head.draft_vocab
         self.vocab_size, self.hidden_size = head.embeddings.shape
+        attention: Any = head.layers[0].self_attn
+        dim: int = attention.head_dim
+        self.layer_shape = LayerShape(attention.k_proj.out_features // dim, dim, dim)
         lean = self.device.type == "cpu" and is_lean_config(head.config)
         self._run = _Lean(head.eval(), operations) if lean else _Transformers(head.eval())
 
