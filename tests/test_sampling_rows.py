@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from taps.models.cpu_kernel.build import machine_levels
+from taps.models.cpu_kernel.kernel import CpuKernel
 from taps.sampling import (
     InvalidLogits,
     SamplingParams,
@@ -210,3 +212,25 @@ def test_the_noise_of_drafts_is_the_targets_but_for_its_last_digits() -> None:
     difference = (draft_noise(params, range(8), ids).double() - exact).abs()
     assert float(difference.where(exact > -1, 0.0).max()) < 1e-5, "what has a chance"
     assert float(difference.max()) < 0.01
+
+
+@pytest.mark.parametrize("level", machine_levels())
+@pytest.mark.parametrize("vocab_size", [1, 37, 4099, 49152])
+def test_the_kernels_race_leaves_out_no_token_that_wins(level: str, vocab_size: int) -> None:
+    kernel, rng = CpuKernel(level), Random(vocab_size)
+    for spread in (0.0, 0.5, 3.0, 30.0, 300.0):
+        heats = [rng.choice([0.3, 1.0, 1.7]) for _ in range(9)]
+        params = [SamplingParams(heat, top_k=rng.choice([0, 5]), seed=i) for i, heat in enumerate(heats)]
+        noise = torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(int(spread)))
+        logits = (spread * noise).bfloat16()
+        inside = sample_rows(logits, params, range(9), [{}] * 9)
+        assert sample_rows(logits, params, range(9), [{}] * 9, kernel.find_drawn) == inside
+
+
+def test_the_kernels_race_says_where_a_row_has_no_token() -> None:
+    logits = torch.randn(4, 100)
+    logits[1, 7], logits[2], logits[3, 5] = torch.nan, -torch.inf, torch.inf
+    params = [SamplingParams(seed=i) for i in range(4)]
+    found = sample_rows(logits, params, range(4), [{}] * 4, CpuKernel(machine_levels()[0]).find_drawn)
+    assert found[0] == sample_rows(logits[:1], params[:1], [0], [{}])[0]
+    assert all(isinstance(token, InvalidLogits) for token in found[1:])

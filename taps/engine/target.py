@@ -233,6 +233,7 @@ class Target:
                 [piece.job.session.asked.sampling for piece in at],
                 [len(piece.job.session.tokens) + len(one.tokens) for piece, one in zip(at, asked, strict=True)],
                 [_counts(piece.job.session, one.tokens) for piece, one in zip(at, asked, strict=True)],
+                self.model.race,
             )
 
         endings = [Ending(piece.job.session.asked.end_tokens, piece.job.session.num_left) for piece in ends]

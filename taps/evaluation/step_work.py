@@ -27,6 +27,7 @@ from taps.engine.scheduling import StepBudget
 from taps.engine.target import Target
 from taps.models.cache import PagedCache
 from taps.models.causal_lm import CausalLM
+from taps.models.kernel_operations import cpu_race
 from taps.models.step import Segment, Step
 from taps.sampling import SamplingParams, sample_rows
 from taps.session import SessionState
@@ -240,5 +241,5 @@ def last_logits(model: CausalLM, tokens: Sequence[int], num_rows: int) -> Tensor
 def decide(logits: Tensor, params: Sequence[SamplingParams], position: int) -> list[int]:
     """The token of every session at one position. Args: logits [sessions, V]."""
     n = len(params)
-    decided = sample_rows(logits, params, [position] * n, [{}] * n)
+    decided = sample_rows(logits, params, [position] * n, [{}] * n, cpu_race() if logits.is_cpu else None)
     return [_taken(token) for token in decided]

@@ -33,6 +33,7 @@ from taps.models.operations import (
 )
 from taps.models.reference import ReferenceOperations
 from taps.models.step import Step
+from taps.sampling import Race
 
 _HEAD_STEP = 16
 logger = logging.getLogger(__name__)
@@ -152,6 +153,12 @@ def cpu_operations(dtype: torch.dtype, head_dim: int) -> Operations:
     if kernel is None or head_dim % _HEAD_STEP or head_dim > MAX_HEAD_DIM:
         return ReferenceOperations(dtype)
     return KernelOperations(kernel, dtype)
+
+
+def cpu_race() -> Race | None:
+    """The kernel's way to leave out tokens that cannot win a draw; None where there is no kernel."""
+    kernel = _kernel()
+    return None if kernel is None else kernel.find_drawn
 
 
 def describe_kernel() -> str:

@@ -68,6 +68,18 @@ inline Floats fma(Floats a, Floats b, Floats c) {
 #endif
 }
 
+typedef int32_t Truths __attribute__((vector_size(VECTOR_BYTES)));  // of each lane: -1 or 0
+
+inline bool any(Truths x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < LANES; i++) sum |= x[i];
+  return sum;
+#endif
+}
+
 inline float horizontal_sum(Floats x) {
   float sum = x[0];
   for (int i = 1; i < LANES; i++) sum += x[i];
@@ -900,6 +912,56 @@ class Forward {
   }
 };
 
+// ---- drawing -----------------------------------------------------------------------------------------------------
+
+// The tokens that may win a row's draw (`taps.sampling._find_drawn`, which says why no other can): those with
+// E' <= 2.2 L p, where E' is a lower bound of the exponential variate -log2 u by the upper half of the hash, p
+// the weight relative to the best, and L the least (E' + 2^-15) / p. A handful, compared exactly by the caller.
+
+constexpr int MOST_FOUND = 64;
+
+inline Words half_mixed(Words x) {
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  return x * 0x846ca68bu;
+}
+
+// Row x [width] of log-weights, its best, its two keys; table [65536] of E'. Returns how many are in `found`, or
+// -1 where there are more than it holds.
+int find_drawn(const float* x, float best, uint32_t start, uint32_t halfway, const float* table, int64_t width,
+               int32_t* found) {
+  thread_local std::vector<float> bounds, weights;
+  const int64_t whole = ceil_div(width, LANES) * LANES;
+  bounds.resize(whole), weights.resize(whole);
+  Words ids{};
+  for (int i = 0; i < LANES; i++) ids[i] = i;
+  Floats least = splat(INFINITY);
+  for (int64_t i = 0; i < width; i += LANES, ids += LANES) {
+    Words hashed = half_mixed(half_mixed((ids ^ (ids >> 16)) ^ start) ^ halfway) >> 16;
+    Floats bound, weight = load_some(x + i, width - i) - best;
+    for (int lane = 0; lane < LANES; lane++) bound[lane] = table[hashed[lane]];
+    weight = weight > 0 ? Floats{} : exp_negative(weight);
+    Floats limit = (bound + 0x1p-15f) / weight;
+    if (width - i < LANES)
+      for (int lane = width - i; lane < LANES; lane++) limit[lane] = INFINITY;
+    least = limit < least ? limit : least;
+    store(bounds.data() + i, bound);
+    store(weights.data() + i, weight);
+  }
+  const float limit = 2.2f * -horizontal_max(-least);
+  int count = 0;
+  for (int64_t i = 0; i < width; i += LANES) {
+    auto inside = load(bounds.data() + i) <= limit * load(weights.data() + i);
+    if (!any(inside)) continue;
+    for (int lane = 0; lane < std::min<int64_t>(LANES, width - i); lane++) {
+      if (!inside[lane] || weights[i + lane] == 0) continue;
+      if (count == MOST_FOUND) return -1;
+      found[count++] = i + lane;
+    }
+  }
+  return count;
+}
+
 // ---- the functions that kernel.py calls ----------------------------------------------------------------------
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -951,6 +1013,14 @@ EXPORT int32_t taps_layers(const Step* step, const DecoderLayer* layers, int32_t
     if (Fault fault = find_fault(*step, *layers[i].attention)) return fault;
   Forward(*step, *layers, threads).run(layers, count, static_cast<BFloat16*>(x));
   return NONE;
+}
+
+// shaped [rows, width]; best [rows]; keys [2, rows]; found [rows, MOST_FOUND] and counts [rows] are written.
+EXPORT void taps_find_drawn(const float* shaped, const float* best, const uint32_t* keys, const float* table,
+                            int64_t rows, int64_t width, int32_t* found, int32_t* counts, int32_t threads) {
+  each(threads, rows, [&](int64_t r) {
+    counts[r] = find_drawn(shaped + r * width, best[r], keys[r], keys[rows + r], table, width, found + r * MOST_FOUND);
+  });
 }
 
 // Returns a Fault; nothing is touched if there is one.

@@ -19,6 +19,7 @@ from taps.models.cpu_kernel.tensors import dtype_number, require
 from taps.models.memory import HugePages
 
 _VERSION = "cpu-kernel-2"  # changes with the order or the roundings of any sum
+_MOST_FOUND = 64  # tokens of a row, as kernel.cpp has it
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
@@ -48,6 +49,9 @@ class CpuKernel:
         self._layers = library.taps_layers
         self._layers.argtypes = [_POINTER, _POINTER, _INT, _POINTER, _INT]
         self._layers.restype = _INT
+        self._find_drawn = library.taps_find_drawn
+        self._find_drawn.argtypes = [_POINTER] * 4 + [_LONG, _LONG, _POINTER, _POINTER, _INT]
+        self._find_drawn.restype = None
         library.taps_linear_columns.restype = _LONG
         self._columns: int = library.taps_linear_columns()
 
@@ -106,6 +110,27 @@ class CpuKernel:
         if fault:
             raise ValueError(FAULTS[fault])
 
+    def find_drawn(self, shaped: Tensor, best: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Rows [c] and ids [c], in order, of the tokens that may win their row's draw; None for far too many.
+
+        Args: shaped [R, V] float32; best [R] of each row; keys [2, R] int32 of `taps.sampling`.
+        """
+        rows, width = _rows("shaped", shaped)
+        for name, tensor, dtype, shape in (
+            ("shaped", shaped, torch.float32, (rows, width)),
+            ("best", best, torch.float32, (rows,)),
+            ("keys", keys, torch.int32, (2, rows)),
+        ):
+            require(name, tensor, dtype, shape)
+        found, counts = torch.empty(rows, _MOST_FOUND, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
+        pointers = (tensor.data_ptr() for tensor in (shaped, best, keys, _variates()))
+        out = found.data_ptr(), counts.data_ptr()
+        self._find_drawn(*pointers, rows, width, *out, torch.get_num_threads())
+        if bool((counts < 0).any()):
+            return None
+        inside = torch.arange(_MOST_FOUND) < counts[:, None]
+        return torch.arange(rows).repeat_interleave(counts), found[inside].long()
+
     def attend(self, layer: AttentionLayer, step: AttentionStep, qkv: Tensor, out: Tensor) -> None:
         """Rope, cache write and attention of one layer: a row sees the committed prefix and its own path.
 
@@ -123,6 +148,12 @@ class CpuKernel:
 def cpu_kernel() -> CpuKernel:
     """The kernel at `$TAPS_CPU_ISA` or the machine's best instruction set. Raises `KernelUnavailable`."""
     return CpuKernel(chosen_level())
+
+
+@functools.cache
+def _variates() -> Tensor:
+    """[65536] lower bounds, in bits, of the exponential variates with these upper halves of a hash."""
+    return (torch.arange(1 << 16).float() + 1).mul_(2.0**-16).log2_().neg_()
 
 
 def _rows(name: str, tensor: Tensor) -> tuple[int, int]:
