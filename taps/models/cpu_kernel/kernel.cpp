@@ -803,12 +803,12 @@ inline Floats add_products(Floats sum, const Pairs& x, const Pairs& w) {
 // R rows [R, inputs] times one block of weights; columns of the output, of which there may be fewer.
 template <int R>
 void linear_tile(const BFloat16* x, const BFloat16* w, const float* bias, int64_t inputs, BFloat16* out,
-                 int64_t outputs, int columns) {
+                 int64_t outputs, int columns, int64_t ahead) {
   Floats low[R], high[R];
   for (int r = 0; r < R; r++) low[r] = load(bias), high[r] = load(bias + LANES);
   for (int64_t i = 0; i < inputs; i += 2, w += 2 * COLUMNS) {
     for (int line = 0; line < 2 * VECTOR_BYTES; line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(w) + AHEAD + line, 0, 3);
+      __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead + line, 0, 3);
     const Pairs left = pairs_of(read<Words>(w)), right = pairs_of(read<Words>(w + COLUMNS));
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
@@ -827,9 +827,9 @@ void linear_tile(const BFloat16* x, const BFloat16* w, const float* bias, int64_
 
 template <int R = LINEAR_ROWS>
 void linear_rows(int rows, const BFloat16* x, const BFloat16* w, const float* bias, int64_t inputs, BFloat16* out,
-                 int64_t outputs, int columns) {
-  if (rows == R) return linear_tile<R>(x, w, bias, inputs, out, outputs, columns);
-  if constexpr (R > 1) linear_rows<R - 1>(rows, x, w, bias, inputs, out, outputs, columns);
+                 int64_t outputs, int columns, int64_t ahead) {
+  if (rows == R) return linear_tile<R>(x, w, bias, inputs, out, outputs, columns, ahead);
+  if constexpr (R > 1) linear_rows<R - 1>(rows, x, w, bias, inputs, out, outputs, columns, ahead);
 }
 
 void linear(const Linear& layer, const BFloat16* x, BFloat16* out, int64_t rows, int threads) {
@@ -840,7 +840,8 @@ void linear(const Linear& layer, const BFloat16* x, BFloat16* out, int64_t rows,
     for (int64_t t = 0; t < tiles; t++) {
       int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
       linear_rows(count, x + row * layer.inputs, layer.weights + column * layer.inputs, layer.bias + column,
-                  layer.inputs, out + row * layer.outputs + column, layer.outputs, columns);
+                  layer.inputs, out + row * layer.outputs + column, layer.outputs, columns,
+                  t == 0 ? AHEAD : threads * layer.inputs * COLUMNS * int64_t(sizeof(BFloat16)));
     }
   });
 }
