@@ -11,7 +11,7 @@ from torch import Tensor
 
 from taps.engine.threads import computing_with
 from taps.models.cpu_kernel.build import machine_levels
-from taps.models.cpu_kernel.kernel import CpuKernel
+from taps.models.cpu_kernel.kernel import CpuKernel, cpu_kernel
 from tests.paged import ROUNDING, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -174,3 +174,35 @@ def test_tensors_that_do_not_fit_are_refused_and_nothing_is_written(kernel: CpuK
 def test_no_rows_are_no_work(kernel: CpuKernel) -> None:
     kernel.rms_norm(torch.ones(0, 8), torch.ones(8), torch.ones(0, 8), EPS)
     kernel.swiglu(torch.ones(0, 8), torch.ones(0, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "k"), [(1, 1), (37, 5), (8192, 4), (1000, 32)])
+def test_a_drafts_candidates_are_the_best_with_their_log_probabilities(
+    dtype: torch.dtype, width: int, k: int
+) -> None:
+    logits = (4 * torch.randn(9, width, generator=torch.Generator().manual_seed(k))).to(dtype)
+    if width > 1:
+        logits[3, width // 2 :] = -torch.inf
+    ids, logprobs, entropies = cpu_kernel().find_best(logits, k)
+    exact = logits.double().log_softmax(-1)
+    order = exact.sort(dim=-1, descending=True, stable=True)
+    there = order.values[:, :k] > -torch.inf
+    assert torch.equal(ids.long()[there], order.indices[:, :k][there]), "of equals the first"
+    torch.testing.assert_close(logprobs.double(), order.values[:, :k], rtol=0, atol=2e-5)
+    terms = torch.where(exact > -torch.inf, exact.exp() * exact, 0.0)
+    torch.testing.assert_close(entropies.double(), -terms.sum(-1), rtol=1e-5, atol=2e-5)
+
+
+def test_a_row_of_no_numbers_has_no_candidates() -> None:
+    logits = torch.randn(2, 50)
+    logits[1, 7] = torch.nan
+    _, logprobs, _ = cpu_kernel().find_best(logits, 4)
+    assert logprobs[0].isfinite().all()
+    assert logprobs[1].isnan().all()
+
+
+@pytest.mark.parametrize("k", [0, 51])
+def test_more_or_fewer_candidates_than_there_are_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match=f"the best {k} of 50 are wanted; 1 to 50 can be had"):
+        cpu_kernel().find_best(torch.randn(2, 50), k)

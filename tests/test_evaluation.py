@@ -125,6 +125,8 @@ def test_likeliest_tokens_are_counted_by_their_probability_and_their_distributio
 class Canned:
     """Implements `Drafter`: drafts by the number of tokens decided."""
 
+    in_kernel = False
+
     def __init__(self, trees: Mapping[int, ProposalTree]) -> None:
         self._trees = trees
 

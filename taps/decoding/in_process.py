@@ -24,10 +24,13 @@ _PATIENT_S = 600.0  # drafters of this process are waited for
 def in_process(
     target: Target, drafters: Iterable[tuple[str, Drafter]], num_threads: int
 ) -> Iterator[tuple[BatchedVerifier, list[BatchedDrafter]]]:
-    """The target with so many threads and the named drafters with one each, closed when the block ends."""
+    """The target and the named drafters with so many threads, closed when the block ends.
+
+    Drafters that torch computes have one each: its teams would stand in each other's way.
+    """
     with ExitStack() as stack:
         verifier = stack.enter_context(closing(BatchedVerifier(target, num_threads)))
-        panel = [BatchedDrafter(name, drafter, num_threads=1) for name, drafter in drafters]
+        panel = [BatchedDrafter(name, d, num_threads if d.in_kernel else 1) for name, d in drafters]
         yield verifier, [stack.enter_context(closing(drafter)) for drafter in panel]
 
 

@@ -48,6 +48,11 @@ class InvalidAsk(ValueError):
 class Drafter(Protocol):
     """A drafter with the state of its sessions. Not thread-safe: one thread calls it."""
 
+    @property
+    def in_kernel(self) -> bool:
+        """Whether all that is large is computed by the CPU kernel, nothing by torch."""
+        ...
+
     def open(self) -> Any:
         """A session; raises `taps.models.cache.CacheFull` when no more fit."""
         ...

@@ -118,6 +118,11 @@ class EagleDrafter:
         return last - first
 
     @property
+    def in_kernel(self) -> bool:
+        """Whether all that is large is computed by the CPU kernel, nothing by torch."""
+        return self._head.in_kernel
+
+    @property
     def max_tokens(self) -> int:
         """Tokens of a session that the cache holds, leaving rows for the drafted levels."""
         return self._cache.max_len - RESERVED_ROWS
@@ -140,10 +145,14 @@ class EagleDrafter:
         self, jobs: Sequence[DraftJob], hidden: Tensor, counts: Sequence[int], level: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `Growth.extend` takes. Args: hidden [R, H]; counts [jobs]: how many of the rows each has."""
-        logits = self._coupled(self._head.logits(hidden).float(), jobs, counts, level)
-        logprobs = logits.log_softmax(-1)
-        places, best = _best(logprobs, jobs, counts)
-        return self._head.draft_vocab[places], best, _entropies(logprobs)
+        logits = self._coupled(self._head.logits(hidden), jobs, counts, level)
+        most = min(max(job.ask.top_k for job in jobs), logits.shape[1])
+        if self._head.best is None:
+            logprobs = logits.float().log_softmax(-1)
+            places, best = _best(logprobs, jobs, counts)
+            return self._head.draft_vocab[places], best, _entropies(logprobs)
+        places, best, entropies = self._head.best(logits, most)
+        return self._head.draft_vocab[places], _cut(best, jobs, counts), entropies
 
     def _coupled(self, logits: Tensor, jobs: Sequence[DraftJob], counts: Sequence[int], level: int) -> Tensor:
         """Logits [R, D] of jobs that ask for it shaped like the target's and tilted by the noise it will use.
@@ -162,7 +171,7 @@ class EagleDrafter:
         noise = noise[torch.tensor(own, device=ids.device)]
         rows = torch.tensor([row for row, job in enumerate(owners) if job in places], device=ids.device)
         shaped = shape_rows(logits[rows], [params[place] for place in own], [{}] * len(own))
-        return logits.index_copy(0, rows, shaped + noise)
+        return logits.float().index_copy(0, rows, shaped + noise)
 
 
 def _sampling(ask: Ask) -> SamplingParams | None:
@@ -175,6 +184,14 @@ def _entropies(logprobs: Tensor) -> Tensor:
     terms = logprobs.exp().mul_(logprobs.clamp_min_(-1e4))
     # Several threads sum one long row alone in another order than among others.
     return terms.expand(max(len(terms), 2), -1).sum(-1)[: len(terms)].neg_()
+
+
+def _cut(best: Tensor, jobs: Sequence[DraftJob], counts: Sequence[int]) -> Tensor:
+    """The best [R, K] with -inf beyond as many as each row's job asks for."""
+    if all(job.ask.top_k >= best.shape[1] for job in jobs):
+        return best
+    most = [job.ask.top_k for job, count in zip(jobs, counts, strict=True) for _ in range(count)]
+    return best.masked_fill(torch.arange(best.shape[1]) >= torch.tensor(most)[:, None], -math.inf)
 
 
 def _best(logprobs: Tensor, jobs: Sequence[DraftJob], counts: Sequence[int]) -> tuple[Tensor, Tensor]:

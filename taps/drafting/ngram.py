@@ -23,6 +23,8 @@ def _entropy(sure: float) -> float:
 class NgramDrafter:
     """Looks the longest known suffix up in the session's own tokens."""
 
+    in_kernel = False
+
     def __init__(self, max_ngram: int = 4, min_ngram: int = 2) -> None:
         self._max_ngram = max_ngram
         self._min_ngram = min_ngram

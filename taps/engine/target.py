@@ -27,6 +27,8 @@ from taps.sampling import InvalidLogits, sample_rows
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 
+_MOST_DRAWN_AHEAD = 16  # rows
+
 
 class _Piece(NamedTuple):
     """A job's share of one step."""
@@ -223,22 +225,51 @@ class Target:
     def _decide(self, pieces: Sequence[_Piece], logits: Tensor) -> list[Acceptance | Exception | None]:
         """What the target decides in each piece that has logits: all of them together, level by level."""
         ends = [piece for piece in pieces if piece.logits_start >= 0]
+        known = self._decide_ahead(ends, logits)
 
         def decide(asked: Sequence[Asked]) -> list[int | InvalidLogits]:
-            at = [ends[one.tree] for one in asked]
-            rows = [piece.logits_start + one.node for piece, one in zip(at, asked, strict=True)]
-            every = rows == list(range(len(logits)))
-            return sample_rows(
-                logits if every else logits[torch.tensor(rows, device=logits.device)],
-                [piece.job.session.asked.sampling for piece in at],
-                [len(piece.job.session.tokens) + len(one.tokens) for piece, one in zip(at, asked, strict=True)],
-                [_counts(piece.job.session, one.tokens) for piece, one in zip(at, asked, strict=True)],
-                self.model.race,
-            )
+            rows = [ends[one.tree].logits_start + one.node for one in asked]
+            new = [(ends[one.tree], one) for one, row in zip(asked, rows, strict=True) if row not in known]
+            known.update(self._sample(new, logits))
+            return [known[row] for row in rows]
 
         endings = [Ending(piece.job.session.asked.end_tokens, piece.job.session.num_left) for piece in ends]
         answers = iter(accept_all([_decided_tree(piece) for piece in ends], decide, endings))
         return [next(answers) if piece.logits_start >= 0 else None for piece in pieces]
+
+    def _decide_ahead(self, ends: Sequence[_Piece], logits: Tensor) -> dict[int, int | InvalidLogits]:
+        """Tokens by their rows of logits, of whole trees: one operation for all levels.
+
+        Not where they depend on what was accepted before, nor of many rows that are drawn, which cost more.
+        """
+        free = [piece for piece in ends if not piece.job.session.asked.sampling.penalised]
+        drawn = [piece for piece in free if not piece.job.session.asked.sampling.greedy]
+        if sum(len(_decided_tree(piece)) for piece in drawn) > _MOST_DRAWN_AHEAD:
+            free = [piece for piece in free if piece.job.session.asked.sampling.greedy]
+        trees = [(piece, _decided_tree(piece)) for piece in free]
+        return self._sample(
+            [
+                (piece, Asked(0, node, tree.tokens[1 : 1 + depth]))  # as many as are before it, whichever
+                for piece, tree in trees
+                for node, depth in enumerate(tree.depths)
+            ],
+            logits,
+        )
+
+    def _sample(self, asked: Sequence[tuple[_Piece, Asked]], logits: Tensor) -> dict[int, int | InvalidLogits]:
+        """The target's tokens after these nodes, by their rows of logits."""
+        if not asked:
+            return {}
+        rows = [piece.logits_start + one.node for piece, one in asked]
+        every = rows == list(range(len(logits)))
+        tokens = sample_rows(
+            logits if every else logits[torch.tensor(rows, device=logits.device)],
+            [piece.job.session.asked.sampling for piece, _ in asked],
+            [len(piece.job.session.tokens) + len(one.tokens) for piece, one in asked],
+            [_counts(piece.job.session, one.tokens) for piece, one in asked],
+            self.model.race,
+        )
+        return dict(zip(rows, tokens, strict=True))
 
     def _keep_features(
         self, pieces: Sequence[_Piece], kept: Sequence[Kept], before: Sequence[int], features: Tensor

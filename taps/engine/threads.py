@@ -14,6 +14,8 @@ from threading import Lock
 
 import torch
 
+from taps.models.cpu_kernel.team import use_threads
+
 _setting = Lock()
 
 
@@ -41,6 +43,16 @@ def computing_with(num_threads: int) -> Iterator[int]:
         compute_with(before)
 
 
-def computing(num_threads: int | None) -> Callable[[], None]:
-    """What a worker thread calls before its first step. Args: num_threads: None leaves it to torch."""
-    return lambda: None if num_threads is None else compute_with(num_threads)
+def computing(num_threads: int | None, in_kernel: bool = False) -> Callable[[], None]:
+    """What a worker thread calls before its first step. Args: num_threads: None leaves it to torch; in_kernel:
+    the kernel computes all that is large: its team has the threads, and nothing waits for torch's.
+    """
+
+    def prepare() -> None:
+        if num_threads is None:
+            return
+        compute_with(1 if in_kernel else num_threads)
+        if in_kernel:
+            use_threads(num_threads)
+
+    return prepare

@@ -23,7 +23,9 @@ class BatchedVerifier:
     def __init__(self, target: Target, num_threads: int | None = None) -> None:
         """Args: num_threads: that its steps compute with (`taps.engine.threads`); None leaves it to torch."""
         self.target = target
-        self._batcher: Batcher[Job, Verdict] = Batcher(target.step, "verifier", computing(num_threads))
+        self._batcher: Batcher[Job, Verdict] = Batcher(
+            target.step, "verifier", computing(num_threads, target.model.in_kernel)
+        )
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[BatchedVerifierSession]:

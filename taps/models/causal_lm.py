@@ -76,6 +76,11 @@ class CausalLM:
         return self._run(torch.tensor(tokens, device=self.device), step, cache, torch.tensor(keep or [0]))
 
     @property
+    def in_kernel(self) -> bool:
+        """Whether all that is large is computed by the CPU kernel, nothing by torch."""
+        return self._run.in_kernel
+
+    @property
     def bytes_per_position(self) -> int:
         """That a cache takes, the position's feature included."""
         return (sum(shape.numbers for shape in self.layer_shapes) + self.hidden_size) * self.dtype.itemsize
@@ -139,6 +144,7 @@ class _Lean:
     def __init__(self, model: Any, operations: Operations) -> None:
         self._decoder = Decoder(model, operations)
         self.numerics = operations.numerics
+        self.in_kernel = self._decoder.in_kernel
 
     def __call__(self, ids: Tensor, step: Step, cache: PagedCache, keep: Tensor) -> tuple[Tensor, Tensor]:
         return self._decoder(ids, step, cache, keep)
@@ -146,6 +152,8 @@ class _Lean:
 
 class _Transformers:
     """A model through transformers' own code with our attention."""
+
+    in_kernel = False
 
     def __init__(self, model: Any) -> None:
         self.layers_seen: list[int] = []

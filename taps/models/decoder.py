@@ -70,6 +70,10 @@ class Decoder:
         self._lm_head = operations.linear(joined(model.lm_head))
         self.rope = rope_of(body.rotary_emb)
 
+    @property
+    def in_kernel(self) -> bool:
+        return self._layers.in_kernel
+
     @torch.inference_mode()
     def __call__(self, ids: Tensor, step: Step, cache: PagedCache, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, H] after the final norm, and logits [kept, V]. Args: ids [n]; keep [kept] rows."""

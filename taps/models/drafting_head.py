@@ -15,7 +15,7 @@ from taps.models.attention import Packed
 from taps.models.cache import LayerShape, PagedCache
 from taps.models.decoder import head_dim_of, is_lean_config, joined, layer_weights, rope_of
 from taps.models.draft_head import DraftHead
-from taps.models.kernel_operations import cpu_operations
+from taps.models.kernel_operations import cpu_best, cpu_operations
 from taps.models.linear import use_row_linears
 from taps.models.operations import Linear, Operations
 from taps.models.step import Step
@@ -33,7 +33,13 @@ class DraftingHead:
         dim: int = attention.head_dim
         self.layer_shape = LayerShape(attention.k_proj.out_features // dim, dim, dim)
         lean = self.device.type == "cpu" and is_lean_config(head.config)
+        self.best = cpu_best() if self.device.type == "cpu" else None
         self._run = _Lean(head.eval(), operations) if lean else _Transformers(head.eval())
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether all that is large is computed by the CPU kernel, nothing by torch."""
+        return self._run.in_kernel
 
     def __call__(self, tokens: Tensor, features: Tensor, step: Step, cache: PagedCache) -> Tensor:
         """Predicted features [n, H]. Args: tokens [n]: t_{i+1}; features [n, H]: feature_i."""
@@ -50,6 +56,7 @@ class _Lean:
         operations = operations or cpu_operations(dtype, head_dim_of(head.config))
         self._embeddings = head.embeddings
         self._layers = operations.layers([layer_weights(head.layers[0])])
+        self.in_kernel = self._layers.in_kernel
         self._rope = rope_of(head.rotary)
         self._fc, self.lm_head = operations.linear(joined(head.fc)), operations.linear(joined(head.lm_head))
 
@@ -60,6 +67,8 @@ class _Lean:
 
 
 class _Transformers:
+    in_kernel = False
+
     def __init__(self, head: DraftHead) -> None:
         use_row_linears(head)
         self._head = head

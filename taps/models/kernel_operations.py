@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,6 +38,10 @@ from taps.sampling import Race
 
 _HEAD_STEP = 16
 logger = logging.getLogger(__name__)
+
+
+# Logits [n, V] and k to ids [n, k], their log-probabilities [n, k] and the entropies [n], nats.
+Best: TypeAlias = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
 
 
 class KernelOperations:
@@ -119,6 +124,8 @@ class KernelLinear:
 class KernelLayers:
     """Implements `taps.models.operations.Layers`: all of them in one call."""
 
+    in_kernel = True
+
     def __init__(
         self, operations: KernelOperations, kernel: CpuKernel, weights: Iterable[LayerWeights]
     ) -> None:
@@ -159,6 +166,12 @@ def cpu_race() -> Race | None:
     """The kernel's way to leave out tokens that cannot win a draw; None where there is no kernel."""
     kernel = _kernel()
     return None if kernel is None else kernel.find_drawn
+
+
+def cpu_best() -> Best | None:
+    """The kernel's way to find a draft's candidates; None where there is no kernel."""
+    kernel = _kernel()
+    return None if kernel is None else kernel.find_best
 
 
 def describe_kernel() -> str:

@@ -17,6 +17,8 @@ from taps.models.step import Step
 class ComposedLayers:
     """Implements `taps.models.operations.Layers`."""
 
+    in_kernel = False
+
     def __init__(self, operations: Operations, weights: Iterable[LayerWeights]) -> None:
         self._layers = [_Layer(operations, index, layer) for index, layer in enumerate(weights)]
 

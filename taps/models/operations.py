@@ -78,6 +78,8 @@ class Linear(Protocol):
 class Layers(Protocol):
     """Decoder layers over rows [n, H], with the pools of a cache."""
 
+    in_kernel: bool  # nothing of them is computed by torch
+
     def __call__(self, x: Tensor, step: Step, cache: PagedCache, rope: Rope, /) -> Tensor: ...
 
 

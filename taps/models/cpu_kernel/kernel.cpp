@@ -963,6 +963,41 @@ int find_drawn(const float* x, float best, uint32_t start, uint32_t halfway, con
   return count;
 }
 
+// ---- drafting ----------------------------------------------------------------------------------------------------
+
+// The k best of a row's logits, their log-probabilities, and the entropy of them all. Of equals the first are the
+// best; where there are fewer, log-probabilities of -inf fill up.
+template <typename T>
+void find_best(const T* x, int64_t width, int k, int32_t* ids, float* logprobs, float* entropy) {
+  std::fill(ids, ids + k, 0);
+  std::fill(logprobs, logprobs + k, -INFINITY);
+  for (int64_t i = 0; i < width; i += LANES) {
+    const int lanes = std::min<int64_t>(LANES, width - i);
+    const Floats values = load_some(x + i, lanes);
+    auto better = values > logprobs[k - 1];
+    if (!any(better)) continue;
+    for (int lane = 0; lane < lanes; lane++) {
+      const float value = values[lane];
+      if (!(value > logprobs[k - 1])) continue;
+      int at = k - 1;
+      for (; at > 0 && value > logprobs[at - 1]; at--) logprobs[at] = logprobs[at - 1], ids[at] = ids[at - 1];
+      logprobs[at] = value, ids[at] = i + lane;
+    }
+  }
+  const float best = logprobs[0];
+  Floats sum{}, moment{};
+  for (int64_t i = 0; i < width; i += LANES) {
+    const int lanes = std::min<int64_t>(LANES, width - i);
+    Floats below = load_some(x + i, lanes) - best, weight = exp_negative(below);
+    for (int lane = lanes; lane < LANES; lane++) weight[lane] = 0;
+    sum += weight;
+    moment += weight == 0 ? Floats{} : weight * below;
+  }
+  const float total = horizontal_sum(sum), log_total = std::log(total);
+  *entropy = log_total - horizontal_sum(moment) / total;
+  for (int i = 0; i < k; i++) logprobs[i] = logprobs[i] - best - log_total;
+}
+
 // ---- the functions that kernel.py calls ----------------------------------------------------------------------
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -1021,6 +1056,17 @@ EXPORT void taps_find_drawn(const float* shaped, const float* best, const uint32
                             int64_t rows, int64_t width, int32_t* found, int32_t* counts, int32_t threads) {
   each(threads, rows, [&](int64_t r) {
     counts[r] = find_drawn(shaped + r * width, best[r], keys[r], keys[rows + r], table, width, found + r * MOST_FOUND);
+  });
+}
+
+// logits [rows, width]; ids and logprobs [rows, k] and entropies [rows] are written.
+EXPORT void taps_find_best(const void* logits, int64_t rows, int64_t width, int32_t k, int32_t* ids, float* logprobs,
+                           float* entropies, int32_t dtype, int32_t threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    each(threads, rows, [&](int64_t r) {
+      find_best(static_cast<const T*>(logits) + r * width, width, k, ids + r * k, logprobs + r * k, entropies + r);
+    });
   });
 }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from taps.models.cpu_kernel.build import chosen_level, load_library
 from taps.models.cpu_kernel.layers import PackedLayers, PackedLinear
 from taps.models.cpu_kernel.paged import FAULTS, AttentionLayer, AttentionStep
+from taps.models.cpu_kernel.team import num_threads
 from taps.models.cpu_kernel.tensors import dtype_number, require
 from taps.models.memory import HugePages
 
@@ -24,7 +25,7 @@ _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64,
 
 
 class CpuKernel:
-    """The kernel at one instruction set. A call computes with the calling thread's `torch.get_num_threads()`.
+    """The kernel at one instruction set. A call computes with the calling thread's `num_threads()`.
 
     It releases the interpreter's lock. For tensors that do not fit it raises ValueError and touches nothing.
     """
@@ -52,6 +53,9 @@ class CpuKernel:
         self._find_drawn = library.taps_find_drawn
         self._find_drawn.argtypes = [_POINTER] * 4 + [_LONG, _LONG, _POINTER, _POINTER, _INT]
         self._find_drawn.restype = None
+        self._find_best = library.taps_find_best
+        self._find_best.argtypes = [_POINTER, _LONG, _LONG, _INT, *[_POINTER] * 3, _INT, _INT]
+        self._find_best.restype = None
         library.taps_linear_columns.restype = _LONG
         self._columns: int = library.taps_linear_columns()
 
@@ -71,7 +75,7 @@ class CpuKernel:
         if residual is not None:
             require("residual", residual, dtype, shape)
             added = residual.data_ptr()
-        threads = torch.get_num_threads()
+        threads = num_threads()
         pointers = (x.data_ptr(), added, weight.data_ptr(), out.data_ptr())
         self._rms_norm(*pointers, rows, width, eps, number, threads)
 
@@ -84,7 +88,7 @@ class CpuKernel:
         number = dtype_number("out", out)
         require("out", out, out.dtype, (rows, width))
         require("gate_up", gate_up, out.dtype, (rows, 2 * width))
-        threads = torch.get_num_threads()
+        threads = num_threads()
         self._swiglu(gate_up.data_ptr(), out.data_ptr(), rows, width, number, threads)
 
     def packs(self, weight: Tensor) -> bool:
@@ -100,12 +104,12 @@ class CpuKernel:
         rows = len(x)
         require("x", x, torch.bfloat16, (rows, layer.inputs))
         require("out", out, torch.bfloat16, (rows, layer.outputs))
-        self._linear(layer.address, x.data_ptr(), out.data_ptr(), rows, torch.get_num_threads())
+        self._linear(layer.address, x.data_ptr(), out.data_ptr(), rows, num_threads())
 
     def layers(self, layers: PackedLayers, step: AttentionStep, x: Tensor) -> None:
         """All of the layers, x [R, H] in place: what the operations give one by one."""
         require("x", x, torch.bfloat16, (step.rows, layers.hidden))
-        threads = torch.get_num_threads()
+        threads = num_threads()
         fault = self._layers(step.address, layers.address, layers.count, x.data_ptr(), threads)
         if fault:
             raise ValueError(FAULTS[fault])
@@ -125,11 +129,27 @@ class CpuKernel:
         found, counts = torch.empty(rows, _MOST_FOUND, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
         pointers = (tensor.data_ptr() for tensor in (shaped, best, keys, _variates()))
         out = found.data_ptr(), counts.data_ptr()
-        self._find_drawn(*pointers, rows, width, *out, torch.get_num_threads())
+        self._find_drawn(*pointers, rows, width, *out, num_threads())
         if bool((counts < 0).any()):
             return None
         inside = torch.arange(_MOST_FOUND) < counts[:, None]
         return torch.arange(rows).repeat_interleave(counts), found[inside].long()
+
+    def find_best(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids [R, k] int32 and log-probabilities [R, k] of each row's best, and the entropies [R] of all, nats.
+
+        Of equals the first are the best. Args: logits: [R, V], V at least k.
+        """
+        rows, width = _rows("logits", logits)
+        number = dtype_number("logits", logits)
+        require("logits", logits, logits.dtype, (rows, width))
+        if not 0 < k <= width:
+            raise ValueError(f"the best {k} of {width} are wanted; 1 to {width} can be had")
+        ids, logprobs = torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, k)
+        entropies = torch.empty(rows)
+        out = (tensor.data_ptr() for tensor in (ids, logprobs, entropies))
+        self._find_best(logits.data_ptr(), rows, width, k, *out, number, num_threads())
+        return ids, logprobs, entropies
 
     def attend(self, layer: AttentionLayer, step: AttentionStep, qkv: Tensor, out: Tensor) -> None:
         """Rope, cache write and attention of one layer: a row sees the committed prefix and its own path.
@@ -138,7 +158,7 @@ class CpuKernel:
         """
         require("qkv", qkv, layer.dtype, (step.rows, layer.qkv_width))
         require("out", out, layer.dtype, (step.rows, layer.out_width))
-        threads = torch.get_num_threads()
+        threads = num_threads()
         fault = self._attend(step.address, layer.address, qkv.data_ptr(), out.data_ptr(), threads)
         if fault:
             raise ValueError(FAULTS[fault])
