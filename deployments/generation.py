@@ -27,6 +27,7 @@ from taps.decoding.panel import Panel
 from taps.peers import PeerGone
 
 _REJOIN_DELAY_S = 0.5
+_LEASES = 4  # that are tried for a verifier of the same numerics
 logger = logging.getLogger("ray.serve")
 
 
@@ -44,11 +45,13 @@ class Generator:
         panel = Panel((), self._args.propose_deadline_s, self._args.propose_patience)
         chosen = [(index, specialists[name]) for index, name in enumerate(job.drafters) if name in specialists]
         keepers: list[asyncio.Task[None]] = []
+        numerics: str | None = None  # of the verifier that the answer began on
 
         @asynccontextmanager
         async def open_verifier() -> AsyncIterator[RemoteVerifierSession]:
-            waits = self._args.lease_deadline_s, self._args.verify_deadline_s
-            async with verifier_session(self._pool, self._verifier, *waits) as verifier:
+            nonlocal numerics
+            async with self._alike(numerics) as verifier:
+                numerics = numerics or verifier.numerics
                 # An answer that still waits for its verifier holds no drafter.
                 if not keepers:
                     keepers.extend(asyncio.create_task(self._keep_on(panel, s, i)) for i, s in chosen)
@@ -66,6 +69,16 @@ class Generator:
             for ended in await asyncio.gather(*keepers, return_exceptions=True):
                 if isinstance(ended, Exception):
                     logger.error("a specialist was left out for good", exc_info=ended)
+
+    @asynccontextmanager
+    async def _alike(self, numerics: str | None) -> AsyncIterator[RemoteVerifierSession]:
+        """A verifier that goes on with the same bits, if a few leases find one; else the last of them."""
+        waits = self._args.lease_deadline_s, self._args.verify_deadline_s
+        for is_last in (False,) * (_LEASES - 1) + (True,):
+            async with verifier_session(self._pool, self._verifier, *waits) as verifier:
+                if is_last or numerics in (None, verifier.numerics):
+                    yield verifier
+                    return
 
     async def _keep_on(self, panel: Panel, specialist: Specialist, index: int) -> None:
         """Lease the specialist and keep it on the panel; when it is lost, lease another replica."""

@@ -82,8 +82,11 @@ def _fold_(x: Tensor) -> Tensor:
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
-def _noise_keys(params: Sequence[SamplingParams], positions: Sequence[int], device: torch.device) -> Tensor:
-    """[2, n, 1] int32: what each row's hash starts from, and what it takes in halfway; both folded."""
+def noise_keys(params: Sequence[SamplingParams], positions: Sequence[int], device: torch.device) -> Tensor:
+    """[2, n, 1] int32: what each row's hash starts from, and what it takes in halfway; both folded.
+
+    Args: params [n]; positions [n], absolute.
+    """
     keys = [
         _splitmix64(_splitmix64(_splitmix64(p.seed & _MASK64) ^ p.choice) ^ position)
         for p, position in zip(params, positions, strict=True)
@@ -107,7 +110,7 @@ def _hash_but_folded(keys: Tensor, token_ids: Tensor) -> Tensor:
     over xor and undoes itself: with folded keys and ids two folds are left out here, and the last one
     changes the lower 16 bits alone.
 
-    Args: keys [2, n, 1] of `_noise_keys`; token_ids [m]. Or both of one length: pairs, [m].
+    Args: keys [2, n, 1] of `noise_keys`; token_ids [m]. Or both of one length: pairs, [m].
     """
     start, halfway = keys
     hashed = start ^ _fold_(token_ids.to(torch.int32, copy=True))
@@ -129,13 +132,13 @@ def gumbel_rows(params: Sequence[SamplingParams], positions: Sequence[int], toke
     The integer hash gives the same bits on every device. Args: params [n]; positions [n], absolute;
     token_ids [m], any integers. Returns [n, m] float64.
     """
-    keys = _noise_keys(params, positions, token_ids.device)
+    keys = noise_keys(params, positions, token_ids.device)
     return _gumbel(_fold_(_hash_but_folded(keys, token_ids)))
 
 
 def draft_noise(params: Sequence[SamplingParams], positions: Sequence[int], token_ids: Tensor) -> Tensor:
     """`gumbel_rows` in float32, within 1e-5 where it is large: at a fraction of the cost, for drafts."""
-    keys = _noise_keys(params, positions, token_ids.device)
+    keys = noise_keys(params, positions, token_ids.device)
     # 1 - u, whose digits float32 keeps where noise is large: there u rounds to 1.
     complement = (~_fold_(_hash_but_folded(keys, token_ids))).long().bitwise_and_(0xFFFFFFFF)
     return complement.float().add_(0.5).mul_(-(2.0**-32)).log1p_().neg_().log_().neg_()
@@ -302,7 +305,7 @@ def _find_drawn(
     a row stay, and these are compared exactly.
     """
     best = shaped.amax(-1, keepdim=True)
-    keys = _noise_keys(params, positions, shaped.device)
+    keys = noise_keys(params, positions, shaped.device)
     found = None if race is None else race(shaped, best[:, 0], keys[..., 0])
     rows, ids = _near_the_lead(shaped, best, keys) if found is None else found
     scores = shaped[rows, ids].double() + _gumbel(_fold_(_hash_but_folded(keys[:, rows, 0], ids)))

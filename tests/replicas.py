@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from itertools import repeat
 from typing import Any, cast
 
 from deployments.channel import Handler, SessionServer
@@ -46,11 +47,12 @@ class Queued:
 
 
 class FakeHandle:
-    """A deployment handle that leases the first of its replicas; without one, a lease is not granted."""
+    """A deployment handle that leases its replicas in `turns`, by default the first; without one, none."""
 
     def __init__(self, *servers: SessionServer) -> None:
         self.servers = list(servers)
         self.leases: list[FakeLease] = []
+        self.turns: Iterator[int] = repeat(0)
         self.lease = self
 
     def options(self, stream: bool) -> FakeHandle:
@@ -60,7 +62,7 @@ class FakeHandle:
     def remote(self) -> FakeLease | Queued:
         if not self.servers:
             return Queued()
-        self.leases.append(FakeLease(self.servers[0]))
+        self.leases.append(FakeLease(self.servers[next(self.turns)]))
         return self.leases[-1]
 
 

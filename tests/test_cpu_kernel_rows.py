@@ -12,6 +12,7 @@ from torch import Tensor
 from taps.engine.threads import computing_with
 from taps.models.cpu_kernel.build import machine_levels
 from taps.models.cpu_kernel.kernel import CpuKernel, cpu_kernel
+from taps.sampling import SamplingParams, draft_noise, noise_keys
 from tests.paged import ROUNDING, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -206,3 +207,20 @@ def test_a_row_of_no_numbers_has_no_candidates() -> None:
 def test_more_or_fewer_candidates_than_there_are_is_refused(k: int) -> None:
     with pytest.raises(ValueError, match=f"the best {k} of 50 are wanted; 1 to 50 can be had"):
         cpu_kernel().find_best(torch.randn(2, 50), k)
+
+
+@pytest.mark.parametrize("level", machine_levels())
+def test_candidates_are_tilted_by_the_noise_of_their_rows(level: str) -> None:
+    params, positions = [SamplingParams(seed=i, choice=i % 2) for i in range(6)], [7, 7, 9, 1000, 3, 4]
+    tokens = torch.randperm(49152, generator=torch.Generator().manual_seed(1))[:8192].int()
+    keys = torch.cat(
+        [noise_keys(params, positions, tokens.device)[..., 0], torch.ones(1, 6, dtype=torch.int32)]
+    )
+    keys[2, 4] = 0
+    logits = torch.randn(6, 8192, generator=torch.Generator().manual_seed(2))
+    noise = draft_noise(params, positions, tokens)
+    noise[4] = 0.0
+    expected = (logits + noise).log_softmax(-1).topk(8)
+    ids, logprobs, _ = CpuKernel(level).find_best(logits, 8, (keys, tokens))
+    assert torch.equal(ids.long(), expected.indices)
+    torch.testing.assert_close(logprobs, expected.values, rtol=0, atol=1e-4)

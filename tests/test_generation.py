@@ -105,6 +105,20 @@ async def test_when_the_verifier_is_lost_another_goes_on_with_the_same_text() ->
             await replica.until_free()
 
 
+@pytest.mark.parametrize(("turns", "heir"), [([0, 1, 1, 2], 2), ([0, 2], 2), ([0, 1, 1, 1, 1], 1)])
+async def test_an_answer_goes_on_where_bits_are_the_same_if_it_can(turns: list[int], heir: int) -> None:
+    async with running(lost_after(4), verifier, verifier) as replicas:
+        for replica, numerics in zip(replicas, ("a", "b", "a"), strict=True):
+            replica.server._numerics = numerics
+        handle = replicas[0].handle
+        handle.servers[:], handle.turns = [replica.server for replica in replicas], iter(turns)
+        steps = await steps_of(Generator(handle, ARGS), job(), {})
+        assert tokens_of(steps) == PLAIN
+        assert [step.numerics for step in steps if step.is_prefill] == ["a", "ab"[heir == 1]]
+        for replica in replicas:
+            await replica.until_free()
+
+
 async def test_a_killed_drafter_is_left_out_and_another_replica_of_it_joins() -> None:
     async with running(verifier, drafter, drafter) as (target, first, second):
 

@@ -22,8 +22,10 @@ from taps.models.draft_head import DraftHead
 from taps.models.drafting_head import DraftingHead
 from taps.models.memory import require_memory
 from taps.models.step import Segment, Step
-from taps.sampling import SamplingParams, draft_noise, shape_rows
+from taps.sampling import SamplingParams, draft_noise, noise_keys, shape_rows
 from taps.tree import ProposalTree
+
+_AS_IT_IS = SamplingParams()
 
 
 @dataclass(eq=False)
@@ -40,6 +42,7 @@ class EagleDrafter:
     def __init__(self, head: DraftHead, max_sessions: int = MAX_SESSIONS, max_len: int = DRAFT_LEN) -> None:
         """Raises ValueError where the cache is too large for the memory that is left."""
         self._head = DraftingHead(head)
+        self._tokens = self._head.draft_vocab.int()
         self._cache = PagedCache(max_sessions, max_len, layers=[self._head.layer_shape])
         positions = self._cache.num_pages * PAGE
         needed = positions * self._head.layer_shape.numbers * self._head.dtype.itemsize
@@ -145,33 +148,49 @@ class EagleDrafter:
         self, jobs: Sequence[DraftJob], hidden: Tensor, counts: Sequence[int], level: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `Growth.extend` takes. Args: hidden [R, H]; counts [jobs]: how many of the rows each has."""
-        logits = self._coupled(self._head.logits(hidden), jobs, counts, level)
-        most = min(max(job.ask.top_k for job in jobs), logits.shape[1])
-        if self._head.best is None:
-            logprobs = logits.float().log_softmax(-1)
-            places, best = _best(logprobs, jobs, counts)
-            return self._head.draft_vocab[places], best, _entropies(logprobs)
-        places, best, entropies = self._head.best(logits, most)
-        return self._head.draft_vocab[places], _cut(best, jobs, counts), entropies
-
-    def _coupled(self, logits: Tensor, jobs: Sequence[DraftJob], counts: Sequence[int], level: int) -> Tensor:
-        """Logits [R, D] of jobs that ask for it shaped like the target's and tilted by the noise it will use.
-
-        They rank the token the target will *sample*, not the likeliest one (theory: Daliri et al.
-        2408.07978). Penalties are left out: drafting need not be exact.
-        """
-        coupled = [job for job in jobs if _sampling(job.ask) is not None]
-        places = {job: place for place, job in enumerate(coupled)}
+        logits, ids = self._head.logits(hidden), self._head.draft_vocab
         owners = [job for job, count in zip(jobs, counts, strict=True) for _ in range(count)]
-        own = [places[job] for job in owners if job in places]
-        if not own:
-            return logits
-        params, ids = [job.ask.sampling or SamplingParams() for job in coupled], self._head.draft_vocab
-        noise = draft_noise(params, [job.delta.end + level for job in coupled], ids)
-        noise = noise[torch.tensor(own, device=ids.device)]
-        rows = torch.tensor([row for row, job in enumerate(owners) if job in places], device=ids.device)
-        shaped = shape_rows(logits[rows], [params[place] for place in own], [{}] * len(own))
-        return logits.float().index_copy(0, rows, shaped + noise)
+        if self._head.best is None:
+            logprobs = _coupled(logits, owners, level, ids).log_softmax(-1)
+            places, best = _best(logprobs, jobs, counts)
+            return ids[places], best, _entropies(logprobs)
+        most = min(max(job.ask.top_k for job in jobs), logits.shape[1])
+        keys = _keys(owners, level)
+        if keys is None:
+            places, best, entropies = self._head.best(logits, most, None)
+        else:
+            places, best, entropies = self._head.best(_shaped(logits, owners), most, (keys, self._tokens))
+        return ids[places], _cut(best, jobs, counts), entropies
+
+
+# Coupled drafts rank the token the target will *sample*, not the likeliest one (theory: Daliri et al.
+# 2408.07978): logits are shaped like the target's and tilted by the noise it will use. Penalties are left out:
+# drafting need not be exact.
+
+
+def _shaped(logits: Tensor, owners: Sequence[DraftJob]) -> Tensor:
+    """Logits [R, D] float32 of rows that belong to these jobs."""
+    return shape_rows(logits.float(), [_sampling(job.ask) or _AS_IT_IS for job in owners], [{}] * len(owners))
+
+
+def _keys(owners: Sequence[DraftJob], level: int) -> Tensor | None:
+    """[3, R] int32: the rows' keys, and whether they are coupled; None where none is."""
+    params = [_sampling(job.ask) for job in owners]
+    if not any(params):
+        return None
+    positions = [job.delta.end + level for job in owners]
+    keys = noise_keys([p or _AS_IT_IS for p in params], positions, torch.device("cpu"))[..., 0]
+    return torch.cat([keys, torch.tensor([[int(p is not None) for p in params]], dtype=torch.int32)])
+
+
+def _coupled(logits: Tensor, owners: Sequence[DraftJob], level: int, ids: Tensor) -> Tensor:
+    """Logits [R, D] float32 of rows that belong to these jobs, shaped and tilted where they ask for it."""
+    coupled = [row for row, job in enumerate(owners) if _sampling(job.ask) is not None]
+    if not coupled:
+        return logits.float()
+    params = [_sampling(owners[row].ask) or _AS_IT_IS for row in coupled]
+    noise = draft_noise(params, [owners[row].delta.end + level for row in coupled], ids)
+    return _shaped(logits, owners).index_add(0, torch.tensor(coupled, device=ids.device), noise)
 
 
 def _sampling(ask: Ask) -> SamplingParams | None:

@@ -40,8 +40,8 @@ _HEAD_STEP = 16
 logger = logging.getLogger(__name__)
 
 
-# Logits [n, V] and k to ids [n, k], their log-probabilities [n, k] and the entropies [n], nats.
-Best: TypeAlias = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+# As `CpuKernel.find_best`.
+Best: TypeAlias = Callable[[Tensor, int, tuple[Tensor, Tensor] | None], tuple[Tensor, Tensor, Tensor]]
 
 
 class KernelOperations:

@@ -965,6 +965,39 @@ int find_drawn(const float* x, float best, uint32_t start, uint32_t halfway, con
 
 // ---- drafting ----------------------------------------------------------------------------------------------------
 
+// ln x of normal positive numbers, relative to it within 1e-6.
+inline Floats log_positive(Floats x) {
+  const Truths exponent = ((Truths)x - 0x3f3504f3) >> 23;  // x / 2^e lies between 1 / sqrt(2) and sqrt(2)
+  const Floats m = (Floats)((Truths)x - (exponent << 23)), s = (m - 1.0f) / (m + 1.0f), t = s * s;
+  Floats series = fma(t, splat(1 / 9.0f), splat(1 / 7.0f));
+  series = fma(fma(fma(series, t, splat(1 / 5.0f)), t, splat(1 / 3.0f)), t, splat(1.0f));
+  return fma(__builtin_convertvector(exponent, Floats), splat(0.69314718f), 2.0f * s * series);
+}
+
+// Gumbel noise of a hash, -ln(-ln u), within 1e-5 where it is above -1: for drafts, which rank by it.
+inline Floats draft_noise(Words hashed) {
+  // v = 1 - u, from the complement's halves: a sum of exact numbers.
+  const Truths upper = (Truths)(~hashed >> 16), lower = (Truths)(~hashed & 0xffff);
+  const Floats v = fma(__builtin_convertvector(upper, Floats), splat(0x1p-16f),
+                       (__builtin_convertvector(lower, Floats) + 0.5f) * 0x1p-32f);
+  const Floats u = 1.0f - v, rounded = 1.0f - u;
+  Floats variate = -log_positive(u > 0x1p-24f ? u : splat(0x1p-24f));
+  variate = rounded > 0 ? variate * (v / rounded) : v;  // what u lost in rounding: ln u is nearly -v there
+  return -log_positive(variate);
+}
+
+// to = x + noise of `tokens` under a row's two keys.
+template <typename T>
+void tilt(const T* x, int64_t width, uint32_t start, uint32_t halfway, const int32_t* tokens, float* to) {
+  for (int64_t i = 0; i < width; i += LANES) {
+    const int64_t lanes = std::min<int64_t>(LANES, width - i);
+    Words id{};
+    memcpy(&id, tokens + i, lanes * sizeof(int32_t));
+    const Words hashed = half_mixed(half_mixed((id ^ (id >> 16)) ^ start) ^ halfway);
+    store_some(to + i, load_some(x + i, lanes) + draft_noise(hashed ^ (hashed >> 16)), lanes);
+  }
+}
+
 // The k best of a row's logits, their log-probabilities, and the entropy of them all. Of equals the first are the
 // best; where there are fewer, log-probabilities of -inf fill up.
 template <typename T>
@@ -1059,13 +1092,21 @@ EXPORT void taps_find_drawn(const float* shaped, const float* best, const uint32
   });
 }
 
-// logits [rows, width]; ids and logprobs [rows, k] and entropies [rows] are written.
-EXPORT void taps_find_best(const void* logits, int64_t rows, int64_t width, int32_t k, int32_t* ids, float* logprobs,
-                           float* entropies, int32_t dtype, int32_t threads) {
+// logits [rows, width]; ids and logprobs [rows, k] and entropies [rows] are written. keys [3, rows]: the two of a
+// row's noise, and whether it has any; null: none has. tokens [width]: whose noise.
+EXPORT void taps_find_best(const void* logits, const uint32_t* keys, const int32_t* tokens, int64_t rows,
+                           int64_t width, int32_t k, int32_t* ids, float* logprobs, float* entropies, int32_t dtype,
+                           int32_t threads) {
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     each(threads, rows, [&](int64_t r) {
-      find_best(static_cast<const T*>(logits) + r * width, width, k, ids + r * k, logprobs + r * k, entropies + r);
+      const T* row = static_cast<const T*>(logits) + r * width;
+      if (!keys || !keys[2 * rows + r])
+        return find_best(row, width, k, ids + r * k, logprobs + r * k, entropies + r);
+      thread_local std::vector<float> tilted;
+      tilted.resize(width);
+      tilt(row, width, keys[r], keys[rows + r], tokens, tilted.data());
+      find_best(tilted.data(), width, k, ids + r * k, logprobs + r * k, entropies + r);
     });
   });
 }

@@ -54,7 +54,7 @@ class CpuKernel:
         self._find_drawn.argtypes = [_POINTER] * 4 + [_LONG, _LONG, _POINTER, _POINTER, _INT]
         self._find_drawn.restype = None
         self._find_best = library.taps_find_best
-        self._find_best.argtypes = [_POINTER, _LONG, _LONG, _INT, *[_POINTER] * 3, _INT, _INT]
+        self._find_best.argtypes = [*[_POINTER] * 3, _LONG, _LONG, _INT, *[_POINTER] * 3, _INT, _INT]
         self._find_best.restype = None
         library.taps_linear_columns.restype = _LONG
         self._columns: int = library.taps_linear_columns()
@@ -135,10 +135,15 @@ class CpuKernel:
         inside = torch.arange(_MOST_FOUND) < counts[:, None]
         return torch.arange(rows).repeat_interleave(counts), found[inside].long()
 
-    def find_best(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    def find_best(
+        self, logits: Tensor, k: int, noise: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Ids [R, k] int32 and log-probabilities [R, k] of each row's best, and the entropies [R] of all, nats.
 
-        Of equals the first are the best. Args: logits: [R, V], V at least k.
+        Of equals the first are the best.
+
+        Args: logits: [R, V], V at least k. noise: that rows are tilted by: keys [3, R] int32, those of
+        `taps.sampling.noise_keys` and 1 for rows that are; the tokens [V] int32 that the logits are of.
         """
         rows, width = _rows("logits", logits)
         number = dtype_number("logits", logits)
@@ -147,8 +152,13 @@ class CpuKernel:
             raise ValueError(f"the best {k} of {width} are wanted; 1 to {width} can be had")
         ids, logprobs = torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, k)
         entropies = torch.empty(rows)
+        tilts: list[int | None] = [None, None]
+        if noise is not None:
+            require("keys", noise[0], torch.int32, (3, rows))
+            require("tokens", noise[1], torch.int32, (width,))
+            tilts = [tensor.data_ptr() for tensor in noise]
         out = (tensor.data_ptr() for tensor in (ids, logprobs, entropies))
-        self._find_best(logits.data_ptr(), rows, width, k, *out, number, num_threads())
+        self._find_best(logits.data_ptr(), *tilts, rows, width, k, *out, number, num_threads())
         return ids, logprobs, entropies
 
     def attend(self, layer: AttentionLayer, step: AttentionStep, qkv: Tensor, out: Tensor) -> None:
