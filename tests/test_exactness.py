@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import aclosing
-from itertools import product
+from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from itertools import cycle, product
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,12 +13,16 @@ import torch
 
 from taps.composing import STRATEGIES, Compose, concatenated, off
 from taps.context import Context
+from taps.decoding import loop
 from taps.decoding.in_process import decode_in_process
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
-from taps.engine.verifier import BatchedVerifier
+from taps.engine.verifier import BatchedVerifier, BatchedVerifierSession
+from taps.peers import PeerGone
 from taps.sampling import SamplingParams
 from taps.session import SessionState
+from taps.tree import ProposalTree
+from taps.verdict import Verdict
 from tests.divergence import Divergence, first_divergence
 from tests.prompts import PROMPTS
 
@@ -60,14 +64,44 @@ def rotated(drafters: Sequence[BatchedDrafter], count: int) -> list[BatchedDraft
     return [drafters[(count - 1 + i) % len(drafters)] for i in range(count)]
 
 
+class Lost:
+    """A session of a verifier that is killed after so many passes."""
+
+    def __init__(self, session: BatchedVerifierSession, passes: int) -> None:
+        self.numerics, self.prefill = session.numerics, session.prefill
+        self._session = session
+        self._passes = passes
+
+    async def verify(self, tree: ProposalTree) -> Verdict:
+        self._passes -= 1
+        if self._passes < 0:
+            raise PeerGone("the verifier was lost")
+        return await self._session.verify(tree)
+
+
+class Losing:
+    """A verifier all of whose sessions are lost: answers go on in new ones."""
+
+    def __init__(self, verifier: BatchedVerifier, passes: int) -> None:
+        self._verifier = verifier
+        self._passes = passes
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Lost]:
+        async with self._verifier.session() as session:
+            yield Lost(session, self._passes)
+
+
 async def answer(
     question: Question,
-    verifier: BatchedVerifier,
+    verifier: BatchedVerifier | Losing,
     drafters: Sequence[BatchedDrafter],
     compose: Compose,
     new_tokens: int,
+    cache_salt: str = "",
 ) -> Text:
-    context = Context(SessionState(question.prompt, sampling=question.params), 512)
+    state = SessionState(question.prompt, sampling=question.params, cache_salt=cache_salt)
+    context = Context(state, 512)
     ask = Ask(num_nodes=6, depth=3, top_k=3, sampling=question.params)
     steps = decode_in_process(context, verifier, drafters, compose, ask)
     async with aclosing(steps):
@@ -79,21 +113,35 @@ async def answer(
 
 def answer_all(
     asked: Sequence[Question],
-    verifier: BatchedVerifier,
+    verifier: BatchedVerifier | Losing,
     drafters: Sequence[BatchedDrafter],
-    compose: Compose,
+    compose: Compose | Sequence[Compose],
     new_tokens: int = NEW_TOKENS,
     at_once: int = 20,
 ) -> list[Text]:
-    """Answers of `new_tokens` tokens each; `at_once` sessions of every kind of sampling share their passes."""
+    """Answers of `new_tokens` tokens each; `at_once` sessions of every kind of sampling share their passes.
+
+    Args: compose: of every answer; several are taken in turn.
+    """
+    turns = cycle([compose] if callable(compose) else compose)
 
     async def run(batch: Sequence[Question]) -> list[Text]:
-        return await asyncio.gather(*(answer(q, verifier, drafters, compose, new_tokens) for q in batch))
+        return await asyncio.gather(*(answer(q, verifier, drafters, next(turns), new_tokens) for q in batch))
 
     return [
         text
         for start in range(0, len(asked), at_once)
         for text in asyncio.run(run(asked[start : start + at_once]))
+    ]
+
+
+def plain_alone(
+    asked: Sequence[Question], verifier: BatchedVerifier, new_tokens: int = NEW_TOKENS
+) -> list[Text]:
+    """Plain decoding, one session a step, where nothing is found again: what all else is compared with."""
+    return [
+        asyncio.run(answer(question, verifier, [], off, new_tokens, f"alone {i}"))
+        for i, question in enumerate(asked)
     ]
 
 
@@ -131,12 +179,12 @@ def asked(tokenizer: Any) -> list[Question]:
 @pytest.fixture(scope="module")
 def plain(asked: list[Question], verifier: BatchedVerifier) -> list[Text]:
     """Our plain decoding in float32, one session a step."""
-    return answer_all(asked, verifier, [], off, at_once=1)
+    return plain_alone(asked, verifier)
 
 
 @pytest.fixture(scope="module")
 def plain_bf16(asked: list[Question], verifier_bf16: BatchedVerifier) -> list[Text]:
-    return answer_all(asked, verifier_bf16, [], off, at_once=1)
+    return plain_alone(asked, verifier_bf16)
 
 
 def test_the_probe_passes_on_the_served_target(
@@ -191,6 +239,18 @@ def test_in_bfloat16_too(
 ) -> None:
     ours = answer_all(asked, verifier_bf16, rotated(drafters, num_drafters), STRATEGIES[strategy])
     assert ours == plain_bf16
+
+
+def test_strategies_may_be_mixed_and_the_verifier_killed_in_mid_answer(
+    asked: list[Question], plain_bf16: list[Text], verifier_bf16: BatchedVerifier,
+    drafters: list[BatchedDrafter], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The second time with pages of the first that are found again."""
+    monkeypatch.setattr(loop, "_FAILOVER_DELAY_S", 0.0)
+    mixture = list(STRATEGIES.values())
+    for _ in range(2):
+        assert answer_all(asked, verifier_bf16, drafters, mixture) == plain_bf16
+    assert answer_all(asked, Losing(verifier_bf16, 3), drafters, mixture) == plain_bf16
 
 
 def test_duplicate_proposals_and_the_concatenated_merge_change_no_text(

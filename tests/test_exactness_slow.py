@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from taps.composing import STRATEGIES, off
+from taps.decoding import loop
 from taps.drafting.batched import BatchedDrafter
 from taps.engine.verifier import BatchedVerifier
 from taps.provenance import made_with
@@ -23,12 +24,14 @@ from tests.prompts import PROMPTS
 from tests.test_exactness import (
     COMPOSITIONS,
     GREEDY,
+    Losing,
     Question,
     Text,
     answer_all,
     check_near_ties,
     divergences,
     generate,
+    plain_alone,
     questions,
     rotated,
 )
@@ -57,7 +60,7 @@ class Report:
             "numerics": verifier.target.numerics,
             "prompts": len(PROMPTS),
             "new_tokens": NEW_TOKENS,
-            "compared_with": "plain decoding, one session a step",
+            "compared_with": "plain decoding, one session a step, nothing reused",
             "made_with": made_with(),
         }
 
@@ -71,17 +74,22 @@ class Report:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_not_one_different_token(
     dtype: str, reference: Any, asked: list[Question], verifier: BatchedVerifier,
-    verifier_bf16: BatchedVerifier, drafters: list[BatchedDrafter],
+    verifier_bf16: BatchedVerifier, drafters: list[BatchedDrafter], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     served = verifier if dtype == "float32" else verifier_bf16
     asyncio.run(served.warm_up())
     report = Report(dtype, served)
-    plain = answer_all(asked, served, [], off, NEW_TOKENS, at_once=1)
+    plain = plain_alone(asked, served, NEW_TOKENS)
     report.add("plain, eight at a time", answer_all(asked, served, [], off, NEW_TOKENS, AT_ONCE), plain)
     for strategy, num_drafters in COMPOSITIONS:
         panel = rotated(drafters, num_drafters)
         texts = answer_all(asked, served, panel, STRATEGIES[strategy], NEW_TOKENS, AT_ONCE)
         report.add(f"{strategy}, {num_drafters} drafters, eight at a time", texts, plain)
+    monkeypatch.setattr(loop, "_FAILOVER_DELAY_S", 0.0)
+    mixture = list(STRATEGIES.values())
+    for what, verifier_of in (("", served), (", verifiers killed after 9 passes", Losing(served, 9))):
+        texts = answer_all(asked, verifier_of, drafters, mixture, NEW_TOKENS, AT_ONCE)
+        report.add(f"strategies mixed, 3 drafters, prefixes found again{what}, eight at a time", texts, plain)
     if dtype == "float32":
         greedy = asked[: len(PROMPTS)]  # `questions` puts the greedy ones first
         theirs = [generate(reference, question.prompt, NEW_TOKENS) for question in greedy]

@@ -12,6 +12,7 @@ from taps.composing import Compose
 from taps.context import Context
 from taps.decoding.loop import Step, decode
 from taps.decoding.panel import Panel
+from taps.decoding.sessions import Verifier
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask, Drafter
 from taps.engine.target import Target
@@ -35,7 +36,7 @@ def in_process(
 
 
 async def decode_in_process(
-    context: Context, verifier: BatchedVerifier, drafters: Sequence[BatchedDrafter], compose: Compose,
+    context: Context, verifier: Verifier, drafters: Sequence[BatchedDrafter], compose: Compose,
     ask: Ask,
 ) -> AsyncGenerator[Step, None]:  # fmt: skip
     """The steps of one answer, until the caller closes the generator, which frees its sessions."""

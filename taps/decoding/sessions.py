@@ -5,6 +5,7 @@ Two small async protocols; whether a peer lives in this process or on another ma
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from taps.context import ContextDelta
@@ -25,6 +26,14 @@ class DrafterSession(Protocol):
 
         Raises `PeerGone`.
         """
+        ...
+
+
+class Verifier(Protocol):
+    """Whatever gives sessions of a verifier."""
+
+    def session(self) -> AbstractAsyncContextManager[VerifierSession]:
+        """A session until the block ends. Raises `PeerBusy` or `PeerGone`."""
         ...
 
 
