@@ -20,6 +20,7 @@ from taps.models.causal_lm import CausalLM
 from taps.models.memory import free_memory
 from taps.sampling import SamplingParams
 from taps.session import SessionState
+from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import Verdict
 from tests.fakes import random_tree
 from tests.tiny import VOCAB, tiny_target
@@ -166,3 +167,30 @@ def test_a_cache_that_holds_no_session_or_no_memory_holds_is_refused_with_what_t
         ValueError, match=f"a cache of {too_many} tokens takes .* GiB, and .* are left: lower cache_tok"
     ):
         Target(MODEL, 1, 128, cache_tokens=too_many)
+
+
+def test_beside_trees_a_prompt_takes_what_keeps_the_step_short_as_far_as_was_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = Target(MODEL, 2, 400, BUDGET)
+    session = target.open()
+    (verdict,) = target.step([PrefillJob(session, state(prompt(9)))])
+    prompt_job = PrefillJob(target.open(), state(prompt(370, seed=1)))
+    for rows, taken in ((30, 29), (10**6, 48), (3, 16)):
+        monkeypatch.setattr(target._pace, "rows_within", lambda seconds, rows=rows: rows)
+        before = prompt_job.session.sequence.length
+        assert isinstance(verdict, Verdict)
+        verdict, _ = target.step([VerifyJob(session, ProposalTree.root_only(verdict.tokens[-1])), prompt_job])
+        assert prompt_job.session.sequence.length - before == taken
+    before = prompt_job.session.sequence.length
+    target.step([prompt_job])
+    assert prompt_job.session.sequence.length - before == 48, "alone it takes what there is"
+
+
+def test_a_tree_that_does_not_grow_from_the_newest_token_is_refused() -> None:
+    target = Target(MODEL, 1, 128, BUDGET)
+    session = target.open()
+    (verdict,) = target.step([PrefillJob(session, state(prompt(9)))])
+    assert isinstance(verdict, Verdict)
+    (refused,) = target.step([VerifyJob(session, ProposalTree.root_only((verdict.tokens[-1] + 1) % VOCAB))])
+    assert isinstance(refused, InvalidTree)

@@ -866,8 +866,9 @@ class Forward {
       : step(step), rows(step.rows), hidden(shapes.qkv.inputs), threads(threads) {
     const int64_t wide = std::max(shapes.qkv.outputs, shapes.gate_up.outputs);
     const int64_t narrow = std::max(shapes.out.inputs, shapes.down.inputs);
+    const size_t needed = rows * (2 * hidden + wide + narrow);
     thread_local std::vector<BFloat16> scratch;
-    if (int64_t(scratch.size()) < rows * (2 * hidden + wide + narrow)) scratch.resize(rows * (2 * hidden + wide + narrow));
+    if (scratch.size() < needed) scratch.resize(needed);
     normed = scratch.data();
     added = normed + rows * hidden;
     first = added + rows * hidden;
@@ -1088,7 +1089,8 @@ EXPORT int32_t taps_layers(const Step* step, const DecoderLayer* layers, int32_t
 EXPORT void taps_find_drawn(const float* shaped, const float* best, const uint32_t* keys, const float* table,
                             int64_t rows, int64_t width, int32_t* found, int32_t* counts, int32_t threads) {
   each(threads, rows, [&](int64_t r) {
-    counts[r] = find_drawn(shaped + r * width, best[r], keys[r], keys[rows + r], table, width, found + r * MOST_FOUND);
+    int32_t* own = found + r * MOST_FOUND;
+    counts[r] = find_drawn(shaped + r * width, best[r], keys[r], keys[rows + r], table, width, own);
   });
 }
 
