@@ -18,6 +18,7 @@ class RequestRecord:
 
     def __init__(self, request_id: str, job: Generation) -> None:
         self.prompt_tokens = len(job.state.tokens)
+        self.cached_tokens = 0  # of the prompt, found in the verifier's cache
         self.new_tokens = 0
         self.strategy = job.strategy
         self.drafters = job.drafters
@@ -40,6 +41,7 @@ class RequestRecord:
         self.step_tokens = delivered
         self.new_tokens += delivered
         if step.is_prefill:
+            self.cached_tokens = step.verdict.num_reused if not self.num_prefills else self.cached_tokens
             self.num_prefills += 1
             self.numerics_changed += self._numerics not in (None, step.numerics)
             self._numerics = step.numerics
@@ -58,8 +60,9 @@ class RequestRecord:
         accepted = ", ".join(f"{name} {counts.accepted_by_drafter[i]}" for i, name in enumerate(self.drafters))
         passes = max(counts.num_passes, 1)
         return (
-            f"{self.id} {outcome}: {self.prompt_tokens} prompt + {self.new_tokens} new tokens in "
-            f"{seconds:.2f} s ({self.new_tokens / seconds:.1f}/s), first after {self._first_ms:.0f} ms; "
+            f"{self.id} {outcome}: {self.prompt_tokens} prompt ({self.cached_tokens} cached) + "
+            f"{self.new_tokens} new tokens in {seconds:.2f} s ({self.new_tokens / seconds:.1f}/s), "
+            f"first after {self._first_ms:.0f} ms; "
             f"{self.strategy}: {counts.num_passes} passes, {counts.acceptance_length:.2f} tokens/pass, "
             f"batch {self.batch_sizes / passes:.1f}, draft {self.draft_ms / passes:.1f} ms, "
             f"verify {self.verify_ms / passes:.1f} ms" + (f"; accepted: {accepted}" if accepted else "")

@@ -24,3 +24,4 @@ class Verdict:
     num_nodes: int  # drafted nodes that were checked, the root not counted
     depth: int  # of the tree that was checked
     batch_size: int  # sessions with a tree in the pass
+    num_reused: int = 0  # of a prefill's tokens, those that had been computed before

@@ -81,6 +81,7 @@ def test_a_prefix_that_was_computed_before_is_not_computed_again_and_gives_the_s
     assert steps == [48, 96, 144, 192]
     warm, steps = take_up(target, state(prompt(200)))
     assert steps == [], "192 of 200 tokens were there"
+    assert (cold.num_reused, warm.num_reused) == (0, 192)
     assert (warm.tokens, warm.owners) == (cold.tokens, cold.owners)
     assert torch.equal(warm.features, cold.features), "of all positions, reused ones too"
 

@@ -51,7 +51,10 @@ def test_a_whole_chat_answer() -> None:
     (choice,) = body["choices"]
     assert choice["message"] == {"role": "assistant", "content": "hello", "refusal": None}
     assert (choice["index"], choice["finish_reason"], choice["logprobs"]) == (0, "stop", None)
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    assert body["usage"] == {
+        "prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
     assert body["metrics"]["speculative_decoding"]["num_spec_steps"] == 0
 
 

@@ -75,7 +75,7 @@ def test_the_line_tells_outcome_speed_and_who_helped(record: RequestRecord) -> N
     record.take(PREFILL, 1)
     record.take(VERIFY, 3)
     line = record.line("stop")
-    assert line.startswith("request-1 stop: 5 prompt + 4 new tokens in ")
+    assert line.startswith("request-1 stop: 5 prompt (0 cached) + 4 new tokens in ")
     assert "merged: 1 passes, 3.00 tokens/pass, batch 1.0, draft 2.0 ms, verify 10.0 ms" in line
     assert line.endswith("accepted: math 2, chat 1")
 
@@ -94,3 +94,11 @@ def test_a_request_that_came_to_nothing_has_a_line_too(record: RequestRecord) ->
     assert "0 new tokens" in record.line("cancelled")
     assert "off: 0 passes, 0.00 tokens/pass" in plain.line("failed")
     assert "accepted" not in plain.line("failed")
+
+
+def test_what_was_cached_is_what_the_first_verifier_had(record: RequestRecord) -> None:
+    for reused in (3, 5):
+        verdict = replace(make_verdict([1]), num_reused=reused)
+        record.take(Step(verdict, True, 0.0, 1.0), 1)
+    assert record.cached_tokens == 3
+    assert "5 prompt (3 cached) + 2 new tokens" in record.line("stop")

@@ -37,6 +37,7 @@ class Admission:
             self._cache.forget(session.sequence)
             return False
         self._promised[session] = promised
+        session.num_reused = session.sequence.length
         return True
 
     def make_room(self, session: TargetSession, num_rows: int) -> bool:

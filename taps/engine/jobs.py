@@ -25,6 +25,7 @@ class TargetSession:
     tokens: list[int] = field(default_factory=list)  # all that are decided
     generated: Counter[int] = field(default_factory=Counter)  # how often each token was
     num_generated: int = 0
+    num_reused: int = 0  # of its tokens, those that were in the cache when it was let in
 
     def take_up(self, state: SessionState) -> None:
         self.asked = state

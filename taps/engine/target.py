@@ -296,7 +296,7 @@ class Target:
         job = piece.job
         if isinstance(job, PrefillJob):
             features = self._features_of(job.session.sequence, job.feature_window)
-            return Verdict(decision.tokens, (), features, 0, 0, sharing)
+            return Verdict(decision.tokens, (), features, 0, 0, sharing, job.session.num_reused)
         depth = max(piece.tree.depths)
         return Verdict(decision.tokens, decision.owners, newest, len(piece.tree) - 1, depth, sharing)
 
