@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from taps.models.cache import PAGE, CachedSequence, CacheFull, Kept, PagedCache
+from taps.models.cache import PAGE, CachedSequence, CacheFull, Kept, LayerShape, PagedCache
 from taps.models.reference import write
 from taps.models.step import Segment, Step
 
@@ -90,3 +90,45 @@ def test_places_are_bounded_and_come_back() -> None:
         cache.open()
     cache.close(sequence)
     assert cache.open().length == 0
+
+
+def test_layers_are_moved_together_where_they_are_alike_and_on_one_device() -> None:
+    rows, elsewhere = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, device="meta")
+    shapes = [
+        LayerShape(2, 3, 3, rows.device),
+        LayerShape(2, 3, 3, elsewhere.device),
+        LayerShape(2, 3, 4, rows.device),
+    ]
+    cache = PagedCache(1, 64, layers=[*shapes, shapes[0]])
+    for index, like, width in ((0, rows, 3), (1, elsewhere, 3), (2, rows, 4), (3, rows, 3)):
+        assert cache.layer(index, like, 2, 3, width)[0].device == like.device
+    assert sorted(len(pool.keys) for pool in cache._pools) == [1, 1, 2]
+    assert cache.shapes == [*shapes, shapes[0]]
+
+
+def test_pages_of_a_prefix_are_shared_and_the_longest_unused_goes_first() -> None:
+    cache = PagedCache(4, 256, num_tokens=4 * PAGE)
+    tokens = list(range(2 * PAGE + 10))
+
+    def computed(own: list[int], salt: str = "") -> CachedSequence:
+        sequence = cache.open()
+        cache.reuse(sequence, own, salt)
+        rest = own[sequence.length :]
+        cache.reserve(sequence, len(rest))
+        cache.commit([Kept(sequence, range(len(rest)), rest)])
+        return sequence
+
+    one = computed(tokens)
+    other = computed(tokens)
+    assert one.pages[:2] == other.pages[:2]
+    assert one.pages[2] != other.pages[2]
+    cache.close(one)
+    cache.close(other)
+    assert cache.num_available == 4
+    assert sorted(computed([7] * (2 * PAGE)).pages) == [2, 3], "free ones first"
+    fourth = cache.open()
+    cache.reserve(fourth, 1)
+    cache.close(fourth)
+    again = cache.open()
+    cache.reuse(again, tokens)
+    assert again.length == PAGE, "the second page had to go, before the one that leads to it"

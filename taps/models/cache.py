@@ -30,6 +30,7 @@ class LayerShape(NamedTuple):
     kv_heads: int
     dim: int
     value_dim: int
+    device: torch.device  # layers may lie on several
 
     @property
     def numbers(self) -> int:
@@ -73,7 +74,7 @@ class PagedCache:
     ) -> None:
         """Args: max_sequences: that are open at once; max_len: positions of each, scratch included; num_tokens:
         positions of all together, by default what all sequences at their longest need; layers: as far as known,
-        those of one shape are moved together.
+        those of one shape and device are moved together.
         """
         self.max_len = max_len
         self.num_pages = max_sequences * -(-max_len // PAGE) if num_tokens is None else -(-num_tokens // PAGE)
@@ -150,7 +151,7 @@ class PagedCache:
         Args: like: a tensor of the layer, looked at for type and device.
         """
         if index not in self._layers:
-            shape = LayerShape(kv_heads, dim, value_dim)
+            shape = LayerShape(kv_heads, dim, value_dim, like.device)
             alike = [i for i, other in enumerate(self._shapes) if other == shape]
             self._allocate(alike if index in alike else [index], shape, like)
         return self._layers[index]
@@ -159,7 +160,7 @@ class PagedCache:
     def shapes(self) -> list[LayerShape]:
         """Of the layers that were used."""
         found = (self._layers[index] for index in sorted(self._layers))
-        return [LayerShape(keys.shape[1], keys.shape[2], values.shape[3]) for keys, values in found]
+        return [LayerShape(k.shape[1], k.shape[2], v.shape[3], k.device) for k, v in found]
 
     def _allocate(self, layers: Sequence[int], shape: LayerShape, like: Tensor) -> None:
         size = len(layers), self.num_pages, shape.kv_heads

@@ -31,7 +31,7 @@ class DraftingHead:
         self.vocab_size, self.hidden_size = head.embeddings.shape
         attention: Any = head.layers[0].self_attn
         dim: int = attention.head_dim
-        self.layer_shape = LayerShape(attention.k_proj.out_features // dim, dim, dim)
+        self.layer_shape = LayerShape(attention.k_proj.out_features // dim, dim, dim, self.device)
         lean = self.device.type == "cpu" and is_lean_config(head.config)
         self.best = cpu_best() if self.device.type == "cpu" else None
         self._run = _Lean(head.eval(), operations) if lean else _Transformers(head.eval())
