@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -61,6 +62,7 @@ def test_as_many_rows_fit_a_time_as_measured_steps_say() -> None:
         pace.observe(rows, 0.010 + 0.0005 * rows)
     assert pace.rows_within(0.010 + 0.0005 * 80) == pytest.approx(80, abs=2)
     assert pace.rows_within(0.001) == 0
+    assert pace.rows_within(math.inf) == 1 << 30
 
 
 def test_steps_of_one_size_are_taken_to_cost_by_the_row_and_the_newest_count_most() -> None:

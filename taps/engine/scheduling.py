@@ -22,7 +22,7 @@ class StepBudget:
     tree_nodes: int = 32  # drafted nodes, over all sessions, roots not counted
     # Beside trees fewer prompt tokens are taken where the step would last longer, as far as was measured.
     longest_step_s: float = 0.1
-    least_prefill_tokens: int = 16  # that are taken however long it lasts
+    least_prefill_tokens: int = 32  # that are taken however long it lasts
 
 
 class Pace:
@@ -47,7 +47,7 @@ class Pace:
         slope = (self._products / self._weight - rows * mean) / variance if variance > 0.5 else 0.0
         if slope <= 0.0:  # as many rows every time: they cost what they cost
             slope = mean / rows
-        return max(int(rows + (seconds - mean) / slope), 0)
+        return max(int(min(rows + (seconds - mean) / slope, 1 << 30)), 0)
 
 
 def share_nodes(trees: Sequence[ProposalTree], tree_nodes: int) -> list[ProposalTree]:

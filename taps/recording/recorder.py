@@ -7,6 +7,7 @@ requests. Knows prompts, the engine and shards; nothing of training.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -97,7 +98,8 @@ def answer_prompts(
             return
         loaded = [load_head(name, target, answering_dtype()) for name in heads]  # what is small may fail first
         model = load_target(target)
-        budget = StepBudget(prefill_tokens=512, tree_nodes=recipe.sessions * _TREE.num_nodes if heads else 0)
+        drafted = recipe.sessions * _TREE.num_nodes if heads else 0
+        budget = StepBudget(512, drafted, longest_step_s=math.inf)  # nobody waits for a token
         longest = recipe.max_prompt_tokens + recipe.max_new_tokens + budget.tree_nodes + 1
         room = longest + RESERVED_ROWS
         drafting = [EagleDrafter(head.to(model.device), recipe.sessions, room) for head in loaded]
