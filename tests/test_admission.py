@@ -22,7 +22,7 @@ from taps.sampling import SamplingParams
 from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import Verdict
-from tests.fakes import random_tree
+from tests.fakes import random_tree, until
 from tests.tiny import VOCAB, tiny_target
 
 MODEL = CausalLM(tiny_target())
@@ -127,7 +127,7 @@ async def test_answers_are_the_same_however_little_room_there_is(
     assert target.cache.num_available == target.cache.num_pages, "all pages came back"
 
 
-async def test_who_waits_for_room_costs_no_steps() -> None:
+async def test_who_waits_for_room_costs_no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target(MODEL, 2, 128, BUDGET, cache_tokens=128)
     with served(target) as verifier:
         async with verifier.session() as one, verifier.session() as other:
@@ -140,9 +140,10 @@ async def test_who_waits_for_room_costs_no_steps() -> None:
                 steps += 1
                 return original(jobs)
 
-            verifier._batcher._step = counted  # type: ignore[assignment]
+            monkeypatch.setattr(verifier._batcher, "_step", counted)
             waiting = asyncio.create_task(other.prefill(state(prompt(30, seed=1), max_tokens=60), 8))
-            await asyncio.sleep(0.2)
+            await until(lambda: steps > 0)
+            await asyncio.sleep(0.2)  # for the further steps that there must not be
             assert (steps, waiting.done()) == (1, False)
         verdict = await waiting
     assert verdict.tokens
