@@ -116,10 +116,8 @@ class Target:
                 fitting.append(job)
             else:
                 results[job] = error
-        admitted = self._let_in(fitting)
-        results |= {job: BLOCKED for job in fitting if job not in admitted}
-        pieces = self._plan(admitted)
-        results |= {job: BLOCKED for job in admitted if not self._admission.is_in(job.session)}
+        pieces = self._plan(self._let_in(fitting))
+        results |= {job: BLOCKED for job in fitting if not self._admission.is_in(job.session)}
         if pieces:
             began = time.perf_counter()
             features, logits = self._forward(pieces)
@@ -159,7 +157,7 @@ class Target:
     def _plan(self, jobs: Sequence[Job]) -> list[_Piece]:
         """Every waiting tree, cut to the shared node budget, then prompts as far as the budget goes."""
         verifies = [job for job in jobs if isinstance(job, VerifyJob) and not job.num_missing]
-        prefills = [job for job in jobs if job not in verifies]
+        prefills = [job for job in jobs if isinstance(job, PrefillJob) or job.num_missing]
         trees = share_nodes([job.tree for job in verifies], self.budget.tree_nodes)
         limit = self.budget.prefill_tokens
         if verifies:
