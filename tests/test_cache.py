@@ -9,13 +9,13 @@ import torch
 
 from taps.models.cache import PAGE, CachedSequence, CacheFull, Kept, LayerShape, PagedCache
 from taps.models.reference import write
-from taps.models.step import Segment, Step
+from taps.models.step import Segment, Step, StepInputs
 
 
 def mark(cache: PagedCache, sequence: CachedSequence, marks: list[int], drafted: int = 0) -> None:
     """Write rows behind the committed ones whose keys and values are their marks, in two layers."""
     cache.reserve(sequence, drafted + len(marks))
-    step = Step([Segment(sequence, len(marks), drafted=drafted)], torch.device("cpu"))
+    step = Step([Segment(sequence, len(marks), drafted=drafted)], StepInputs(torch.device("cpu")))
     rows = torch.tensor(marks, dtype=torch.float32)[:, None, None].expand(-1, 2, 3)
     for layer in range(2):
         keys, values = cache.layer(layer, rows, 2, 3, 3)

@@ -19,7 +19,7 @@ from taps.models.linear import MOST_ROWS, RowLinear
 from taps.models.operations import Heads, Operations, Rope
 from taps.models.probe import Probe
 from taps.models.reference import ReferenceOperations, Scoring, attend, write
-from taps.models.step import Segment, Step
+from taps.models.step import Segment, Step, StepInputs
 from tests.test_models import FAMILIES, build
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -115,13 +115,13 @@ def test_the_reference_computes_what_plain_attention_does_along_every_path(
     prefix_k, prefix_v = drawn(committed, kv_heads, dim, seed=1), drawn(committed, kv_heads, dim, seed=2)
     if committed:
         cache.reserve(sequence, committed)
-        write(Step([Segment(sequence, committed)], CPU), prefix_k, prefix_v, keys, values)
+        write(Step([Segment(sequence, committed)], StepInputs(CPU)), prefix_k, prefix_v, keys, values)
         cache.commit([Kept(sequence, range(committed))])
     paths: list[tuple[int, ...]] = [(0,)]
     for row in range(1, n):
         paths.append((*paths[rng.randrange(row)], row))
     cache.reserve(sequence, n)
-    step = Step([Segment(sequence, n, paths)], CPU)
+    step = Step([Segment(sequence, n, paths)], StepInputs(CPU))
     new_k, new_v, query = (drawn(n, h, dim, seed=s) for h, s in ((kv_heads, 3), (kv_heads, 4), (heads, 5)))
     write(step, new_k, new_v, keys, values)
     ours = attend(step, query, keys, values, scoring)
@@ -146,7 +146,7 @@ class Sequences:
     def attend(self, segments: Sequence[Segment], qkv: Tensor) -> Tensor:
         for segment in segments:
             self.cache.reserve(segment.sequence, segment.offsets.stop)
-        step = Step(segments, CPU)
+        step = Step(segments, StepInputs(CPU))
         return self._operations.attend(0, qkv, step, self.cache, self._heads, self._rope, None)
 
     def append(self, sequence: CachedSequence, qkv: Tensor) -> Tensor:
@@ -243,9 +243,9 @@ def test_the_probe_finds_what_depends_on_the_number_of_rows() -> None:
     extend = model.extend
 
     def sloppy(
-        tokens: Sequence[int], step: Step, cache: PagedCache, keep: Sequence[int]
+        segments: Sequence[Segment], tokens: Sequence[int], keep: Sequence[int], cache: PagedCache
     ) -> tuple[Tensor, Tensor]:
-        features, logits = extend(tokens, step, cache, keep)
+        features, logits = extend(segments, tokens, keep, cache)
         return features, logits + (1e-6 if len(tokens) == 13 else 0.0)
 
     object.__setattr__(model, "extend", sloppy)

@@ -12,7 +12,7 @@ from taps.models.cpu_kernel.kernel import cpu_kernel
 from taps.models.kernel_operations import KernelLayers, KernelOperations
 from taps.models.layers import ComposedLayers
 from taps.models.operations import HeadNorms, Heads, LayerWeights, LinearWeights, Norm, Rope
-from taps.models.step import Segment, Step
+from taps.models.step import Segment, Step, StepInputs
 
 KERNEL = cpu_kernel()
 SHAPES = [(960, 576), (576, 1536), (970, 64), (1, 2), (33, 130), (64, 6)]
@@ -105,14 +105,14 @@ def test_layers_in_one_call_are_the_operations_one_by_one_to_the_bit(plain: bool
             found.append(
                 layers(
                     drawn(rows, hidden, seed=rows),
-                    Step([Segment(sequence, rows)], torch.device("cpu")),
+                    Step([Segment(sequence, rows)], StepInputs(torch.device("cpu"))),
                     cache,
                     rope,
                 )
             )
             sequence.length += rows
         tree = Segment(one, 4, [(0,), (0, 1), (0, 2), (0, 2, 3)])
-        step = Step([tree, Segment(other, 1)], torch.device("cpu"))
+        step = Step([tree, Segment(other, 1)], StepInputs(torch.device("cpu")))
         return [*found, layers(drawn(5, hidden, seed=5), step, cache, rope)]
 
     with computing_with(threads):

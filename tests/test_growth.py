@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from taps.drafting.drafter import Ask
 from taps.drafting.growth import Frontier, Growth
@@ -87,7 +86,7 @@ def grow(asks: Sequence[Ask], distributions: Sequence[Distributions]) -> Grown:
 
 def below(frontier: Frontier, before: Sequence[Path]) -> list[list[Path]]:
     """The token path of every frontier node, tree by tree."""
-    parents, tokens = frontier.parents.tolist(), frontier.tokens.tolist()
+    parents, tokens = frontier.parents, frontier.tokens
     rows = iter([(*before[parent], token) for parent, token in zip(parents, tokens, strict=True)])
     return [[next(rows) for _ in of_tree] for of_tree in frontier.paths]
 
@@ -160,22 +159,18 @@ def extend(
     )
 
 
-def listed(*tensors: Tensor) -> list[list[int]]:
-    return [tensor.tolist() for tensor in tensors]
-
-
 def test_the_frontier_is_the_best_of_the_newest_level_only() -> None:
     """Two levels below root 9, worked by hand."""
     growth = Growth([9], [Ask(num_nodes=5, depth=2, top_k=2)])
     first = extend(growth, [[5, 6]], [[-0.1, -1.0]], [0.4])
     assert first is not None
     assert first.paths == [[[0], [1]]]
-    assert listed(first.tokens, first.parents) == [[5, 6], [0, 0]]
+    assert [first.tokens, first.parents] == [[5, 6], [0, 0]]
     second = extend(growth, [[7, 8], [3, 4]], [[-0.5, -2.0], [-0.05, -0.3]], [0.2, 0.6])
     assert second is not None
     # Token 3 at -1.05 is the last of a full tree: what is below it comes behind.
     assert second.paths == [[[0, 2]]]
-    assert listed(second.tokens, second.parents) == [[7], [0]]
+    assert [second.tokens, second.parents] == [[7], [0]]
     assert extend(growth, [[1, 2]], [[-1.0, -1.0]], [0.1]) is None
     (tree,) = growth.trees()
     assert tree.tokens == (9, 5, 7, 6, 3)
@@ -202,7 +197,7 @@ def test_a_tree_does_not_wait_for_those_that_are_shallower() -> None:
     frontier = extend(growth, [[5, 0], [5, 6]], [[-0.5, -math.inf], [-0.5, -0.9]], [0.4, 0.4])
     assert frontier is not None
     assert frontier.paths == [[], [[0], [1]]]
-    assert listed(frontier.parents) == [[1, 1]]
+    assert frontier.parents == [1, 1]
     assert extend(growth, [[1, 2], [3, 4]], [[-1.0, -math.inf]] * 2, [0.1, 0.2]) is None
     assert [tree.tokens for tree in growth.trees()] == [(9, 5), (8, 5, 6, 1, 3)]
 

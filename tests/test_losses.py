@@ -13,7 +13,7 @@ from taps.models.alignment import aligned_mask, aligned_passes
 from taps.models.cache import Kept, PagedCache
 from taps.models.draft_head import DraftHead
 from taps.models.drafting_head import DraftingHead
-from taps.models.step import Segment, Step
+from taps.models.step import Segment, Step, StepInputs
 from taps.training import losses
 from taps.training.losses import DraftLoss, LossWeights, draft_loss
 from tests.tiny import HIDDEN, VOCAB, tiny_head
@@ -110,8 +110,8 @@ def drafted_chain(head: DraftHead, tokens: Tensor, features: Tensor, root: int, 
     def extend(pairs: slice, inputs: Tensor) -> Tensor:
         count = len(inputs)
         cache.reserve(sequence, count)
-        step = Step([Segment(sequence, count)], inputs.device)
-        hidden = drafting(tokens[pairs], inputs, step, cache)
+        step = Step([Segment(sequence, count)], StepInputs(inputs.device), tokens[pairs].tolist())
+        hidden = drafting(inputs, step, cache)
         cache.commit([Kept(sequence, range(count))])
         return hidden[-1]
 

@@ -29,7 +29,7 @@ from taps.engine.target import Target
 from taps.models.cache import CachedSequence, CacheFull, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.pretrained import UnservableTarget, load_config, load_tokenizer
-from taps.models.step import Segment, Step
+from taps.models.step import Segment
 from taps.sampling import InvalidLogits, SamplingParams, sample_rows
 from taps.session import SessionState
 from taps.tree import ProposalTree
@@ -126,8 +126,7 @@ def test_a_tree_gives_the_logits_of_each_of_its_paths(family: str) -> None:
 def forward(model: CausalLM, cache: PagedCache, sequence: CachedSequence, tree: ProposalTree) -> torch.Tensor:
     cache.reserve(sequence, len(tree))
     paths = None if tree.is_chain else [tree.path(node) for node in range(len(tree))]
-    step = Step([Segment(sequence, len(tree), paths)], model.device)
-    return model.extend(tree.tokens, step, cache, range(len(tree)))[1]
+    return model.extend([Segment(sequence, len(tree), paths)], tree.tokens, range(len(tree)), cache)[1]
 
 
 def test_sessions_in_one_pass_get_what_they_get_alone() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from taps.models.cache import PAGE, CachedSequence, Kept, PagedCache
 from taps.models.draft_head import DraftHead
 from taps.models.drafting_head import DraftingHead
 from taps.models.memory import require_memory
-from taps.models.step import Segment, Step
+from taps.models.step import Segment, Step, StepInputs
 from taps.sampling import SamplingParams, draft_noise, noise_keys, shape_rows
 from taps.tree import ProposalTree
 
@@ -42,6 +43,7 @@ class EagleDrafter:
     def __init__(self, head: DraftHead, max_sessions: int = MAX_SESSIONS, max_len: int = DRAFT_LEN) -> None:
         """Raises ValueError where the cache is too large for the memory that is left."""
         self._head = DraftingHead(head)
+        self._inputs = StepInputs(self._head.device)
         self._tokens = self._head.draft_vocab.int()
         self._cache = PagedCache(max_sessions, max_len, layers=[self._head.layer_shape])
         positions = self._cache.num_pages * PAGE
@@ -101,10 +103,12 @@ class EagleDrafter:
             features.append(delta.features[len(delta.features) - pairs :])
             segments.append(Segment(session.sequence, pairs))
             self._cache.reserve(session.sequence, pairs + RESERVED_ROWS)
-        step = Step(segments, self._head.device)
-        hidden = self._forward(torch.tensor(tokens), torch.cat(features), step)
+        newest = [end - 1 for end in accumulate(segment.num_rows for segment in segments)]
+        step = Step(segments, self._inputs, tokens, newest)
+        device = self._head.device
+        hidden = self._head(torch.cat(features).to(device, self._head.dtype), step, self._cache)
         self._cache.commit([Kept(s.sequence, range(s.num_rows)) for s in segments])
-        return hidden[[start - 1 for start in step.starts[1:]]]
+        return hidden[step.on(device).chosen]
 
     def _pairs(self, session: EagleSession, delta: ContextDelta) -> int:
         """How many of the newest pairs are new; forgets the session's past where the news do not join it.
@@ -137,12 +141,8 @@ class EagleDrafter:
             for job, paths in zip(jobs, frontier.paths, strict=True)
             if paths
         ]
-        features = hidden[frontier.parents.to(hidden.device)]
-        return self._forward(frontier.tokens, features, Step(segments, self._head.device))
-
-    def _forward(self, tokens: Tensor, features: Tensor, step: Step) -> Tensor:
-        device = self._head.device
-        return self._head(tokens.to(device), features.to(device, self._head.dtype), step, self._cache)
+        step = Step(segments, self._inputs, frontier.tokens, frontier.parents)
+        return self._head(hidden[step.on(hidden.device).chosen], step, self._cache)
 
     def _candidates(
         self, jobs: Sequence[DraftJob], hidden: Tensor, counts: Sequence[int], level: int

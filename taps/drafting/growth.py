@@ -31,12 +31,12 @@ _Floats: TypeAlias = npt.NDArray[np.float64]
 
 
 class Frontier(NamedTuple):
-    """The nodes whose children come next: tree by tree, best first. On the CPU."""
+    """The nodes whose children come next: tree by tree, best first."""
 
     # [S][rows][level] the rows of its tree that lead to each, itself last; 0 is the first below the root
     paths: list[list[list[int]]]
-    tokens: Tensor  # [R]
-    parents: Tensor  # [R] each one's parent, as a row of the frontier before
+    tokens: list[int]  # [R]
+    parents: list[int]  # [R] each one's parent, as a row of the frontier before
 
 
 class _Nodes(NamedTuple):
@@ -128,8 +128,8 @@ class Growth:
         self._firsts = np.concatenate([[0], ends[:-1]])
         self._drafted = self._drafted + ends - self._firsts
         listed, bounds = paths.tolist(), [0, *ends.tolist()]
-        tokens = torch.from_numpy(newest.tokens[trees, chosen])
-        return Frontier([listed[a:b] for a, b in pairwise(bounds)], tokens, torch.from_numpy(parents))
+        tokens: list[int] = newest.tokens[trees, chosen].tolist()
+        return Frontier([listed[a:b] for a, b in pairwise(bounds)], tokens, parents.tolist())
 
     def trees(self) -> list[ProposalTree]:
         """The best nodes of each, ordered by score, then depth, then number."""

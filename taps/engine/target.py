@@ -22,7 +22,7 @@ from taps.models.cache import PAGE, CachedSequence, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.memory import require_memory, zeros
 from taps.models.probe import Probe
-from taps.models.step import Segment, Step
+from taps.models.step import Segment
 from taps.sampling import InvalidLogits, sample_rows
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
@@ -195,8 +195,7 @@ class Target:
             tokens += piece.tree.tokens
             if piece.logits_start >= 0:
                 keep += range(piece.rows.stop - 1 if piece.is_prefill else piece.rows.start, piece.rows.stop)
-        step = Step([_segment(piece) for piece in pieces], self.model.device)
-        return self.model.extend(tokens, step, self.cache, keep)
+        return self.model.extend([_segment(piece) for piece in pieces], tokens, keep, self.cache)
 
     def _finish(
         self, pieces: Sequence[_Piece], features: Tensor, logits: Tensor

@@ -28,7 +28,7 @@ from taps.engine.target import Target
 from taps.models.cache import PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.kernel_operations import cpu_race
-from taps.models.step import Segment, Step
+from taps.models.step import Segment
 from taps.sampling import SamplingParams, sample_rows
 from taps.session import SessionState
 from taps.tree import NO_PARENT, ProposalTree
@@ -233,8 +233,8 @@ def last_logits(model: CausalLM, tokens: Sequence[int], num_rows: int) -> Tensor
     cache = PagedCache(1, len(tokens))
     sequence = cache.open()
     cache.reserve(sequence, len(tokens))
-    step = Step([Segment(sequence, len(tokens))], model.device)
-    return model.extend(tokens, step, cache, [-(i + 1) % len(tokens) for i in range(num_rows)])[1]
+    keep = [-(i + 1) % len(tokens) for i in range(num_rows)]
+    return model.extend([Segment(sequence, len(tokens))], tokens, keep, cache)[1]
 
 
 @torch.inference_mode()

@@ -57,8 +57,7 @@ def _taps_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows, new_keys, new_values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     keys, values = packed.cache.layer(layer, key, key.shape[1], key.shape[-1], value.shape[-1])
-    # A device map may put layers on several devices.
-    step = packed.step.to(query.device)
+    step = packed.step
     write(step, new_keys, new_values, keys, values)
     attend = reference.attend if query.device.type == "cpu" else sdpa.attend
     return attend(step, rows, keys, values, Scoring(scale, softcap, s_aux, attention_mask))[None], None

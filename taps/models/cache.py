@@ -50,6 +50,16 @@ class CachedSequence:
         """Where a position lies in the pool: page times 64 and its lane."""
         return self.pages[position // PAGE] * PAGE + position % PAGE
 
+    def places(self, start: int, stop: int) -> Sequence[int]:
+        """Of the positions from `start` to `stop`."""
+        found: list[int] = []
+        while start < stop:
+            count = min(stop - start, PAGE - start % PAGE)
+            place = self.place(start)
+            found += range(place, place + count)
+            start += count
+        return found
+
 
 class Kept(NamedTuple):
     """Rows of a step that stay: at these offsets behind the committed positions, in this order."""

@@ -22,7 +22,7 @@ from taps.models.kernel_operations import cpu_operations, cpu_race
 from taps.models.linear import use_row_linears
 from taps.models.operations import Operations
 from taps.models.pretrained import UnservableTarget, load_model
-from taps.models.step import Segment, Step
+from taps.models.step import Segment, Step, StepInputs
 
 _PROBE_TOKENS = 8
 # How far half of the logits may lie from those of the model's own forward, relative to their spread. Rounding
@@ -44,6 +44,7 @@ class CausalLM:
         self.num_layers: int = config.num_hidden_layers
         self.dtype: torch.dtype = model.dtype
         self.device: torch.device = model.device
+        self._inputs = StepInputs(self.device)
         untyped = cast(Any, model)
         untyped.eval()
         self.embeddings: Tensor = untyped.get_input_embeddings().weight.detach()  # [V, H]
@@ -67,13 +68,13 @@ class CausalLM:
 
     @torch.inference_mode()
     def extend(
-        self, tokens: Sequence[int], step: Step, cache: PagedCache, keep: Sequence[int]
+        self, segments: Sequence[Segment], tokens: Sequence[int], keep: Sequence[int], cache: PagedCache
     ) -> tuple[Tensor, Tensor]:
-        """Append `tokens` to the step's segments; nothing is committed.
+        """Append rows of these tokens to the segments' sequences; nothing is committed.
 
         Returns features [rows, H] (after the final norm) and logits [len(keep), V] of the rows in `keep`.
         """
-        return self._run(torch.tensor(tokens, device=self.device), step, cache, torch.tensor(keep or [0]))
+        return self._run(Step(segments, self._inputs, tokens, keep), cache)
 
     @property
     def in_kernel(self) -> bool:
@@ -129,8 +130,7 @@ class CausalLM:
         sequence = cache.open()
         cache.reserve(sequence, _PROBE_TOKENS)
         for chunk in (self._probe_tokens[:half], self._probe_tokens[half:]):
-            step = Step([Segment(sequence, len(chunk))], self.device)
-            _, logits = self.extend(chunk, step, cache, range(len(chunk)))
+            _, logits = self.extend([Segment(sequence, len(chunk))], chunk, range(len(chunk)), cache)
             cache.commit([Kept(sequence, range(len(chunk)))])
         self.layer_shapes = cache.shapes
         return logits.float(), self._run.layers_seen
@@ -146,8 +146,8 @@ class _Lean:
         self.numerics = operations.numerics
         self.in_kernel = self._decoder.in_kernel
 
-    def __call__(self, ids: Tensor, step: Step, cache: PagedCache, keep: Tensor) -> tuple[Tensor, Tensor]:
-        return self._decoder(ids, step, cache, keep)
+    def __call__(self, step: Step, cache: PagedCache) -> tuple[Tensor, Tensor]:
+        return self._decoder(step, cache)
 
 
 class _Transformers:
@@ -167,15 +167,15 @@ class _Transformers:
         dtype = str(model.dtype).removeprefix("torch.")
         self.numerics = f"transformers {model.device.type} torch {torch.__version__} {dtype}"
 
-    def __call__(self, ids: Tensor, step: Step, cache: PagedCache, keep: Tensor) -> tuple[Tensor, Tensor]:
-        packed = Packed(step, cache)
+    def __call__(self, step: Step, cache: PagedCache) -> tuple[Tensor, Tensor]:
+        packed, rows = Packed(step, cache), step.on(self._model.device)
         out = self._model(
-            input_ids=ids[None],
-            position_ids=step.positions[None],
-            attention_mask=torch.ones(1, len(ids), dtype=torch.bool, device=ids.device),
+            input_ids=rows.tokens.long()[None],
+            position_ids=rows.positions.long()[None],
+            attention_mask=torch.ones(1, step.num_rows, dtype=torch.bool, device=self._model.device),
             use_cache=False,
             packed=packed,
-            logits_to_keep=keep,
+            logits_to_keep=rows.chosen,
             output_hidden_states=[-1],
         )
         self.layers_seen = packed.layers_seen

@@ -67,6 +67,7 @@ class Decoder:
         self._embeddings: Tensor = body.embed_tokens.weight.detach()
         self._layers = operations.layers(_given_up(body.layers))
         self._norm = norm_of(body.norm)
+        self._vocab_size = len(model.lm_head.weight)
         self._lm_head = operations.linear(joined(model.lm_head))
         self.rope = rope_of(body.rotary_emb)
 
@@ -75,12 +76,15 @@ class Decoder:
         return self._layers.in_kernel
 
     @torch.inference_mode()
-    def __call__(self, ids: Tensor, step: Step, cache: PagedCache, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [n, H] after the final norm, and logits [kept, V]. Args: ids [n]; keep [kept] rows."""
+    def __call__(self, step: Step, cache: PagedCache) -> tuple[Tensor, Tensor]:
+        """Features [rows, H] after the final norm, and logits [n, V] of the rows that the step chooses."""
         self.rope.cover(step.num_positions)
-        x = self._layers(self._embeddings[ids], step, cache, self.rope)
+        rows = step.on(self._embeddings.device)
+        x = self._layers(self._embeddings[rows.tokens], step, cache, self.rope)
         features = self.operations.norm(x, *self._norm)
-        return features, self._lm_head(features[keep])
+        if not len(rows.chosen):
+            return features, features.new_empty(0, self._vocab_size)
+        return features, self._lm_head(features[rows.chosen])
 
 
 def _given_up(layers: Any) -> Iterator[LayerWeights]:

@@ -41,9 +41,9 @@ class DraftingHead:
         """Whether all that is large is computed by the CPU kernel, nothing by torch."""
         return self._run.in_kernel
 
-    def __call__(self, tokens: Tensor, features: Tensor, step: Step, cache: PagedCache) -> Tensor:
-        """Predicted features [n, H]. Args: tokens [n]: t_{i+1}; features [n, H]: feature_i."""
-        return self._run(tokens, features, step, cache)
+    def __call__(self, features: Tensor, step: Step, cache: PagedCache) -> Tensor:
+        """Predicted features [n, H]. Args: features [n, H]: feature_i, the step's tokens being t_{i+1}."""
+        return self._run(features, step, cache)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, draft vocabulary]"""
@@ -60,8 +60,9 @@ class _Lean:
         self._rope = rope_of(head.rotary)
         self._fc, self.lm_head = operations.linear(joined(head.fc)), operations.linear(joined(head.lm_head))
 
-    def __call__(self, tokens: Tensor, features: Tensor, step: Step, cache: PagedCache) -> Tensor:
+    def __call__(self, features: Tensor, step: Step, cache: PagedCache) -> Tensor:
         self._rope.cover(step.num_positions)
+        tokens = step.on(features.device).tokens
         pairs = torch.cat([F.embedding(tokens, self._embeddings), features], dim=-1)
         return self._layers(self._fc(pairs), step, cache, self._rope)
 
@@ -74,7 +75,7 @@ class _Transformers:
         self._head = head
         self.lm_head: Linear = head.lm_head
 
-    def __call__(self, tokens: Tensor, features: Tensor, step: Step, cache: PagedCache) -> Tensor:
-        packed = Packed(step, cache)
-        hidden: Tensor = self._head(tokens[None], features[None], step.positions[None], packed)[0]
+    def __call__(self, features: Tensor, step: Step, cache: PagedCache) -> Tensor:
+        packed, rows = Packed(step, cache), step.on(features.device)
+        hidden: Tensor = self._head(rows.tokens[None], features[None], rows.positions[None], packed)[0]
         return hidden

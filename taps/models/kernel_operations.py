@@ -103,8 +103,11 @@ class KernelOperations:
     def described(self, step: Step, rope: Rope) -> AttentionStep:
         """Made once for all layers of a step."""
         if self._step is None or self._step[0] is not step:
-            cos, sin = rope.cos[step.positions], rope.sin[step.positions]
-            self._step = step, AttentionStep(*step.layout, cos, sin)
+            of = step.on(rope.cos.device)
+            self._step = step, AttentionStep(
+                of.table, of.committed, of.drafted, of.starts, of.path_ends, of.path_offsets, of.is_chain,
+                rope.cos[of.positions], rope.sin[of.positions],
+            )  # fmt: skip
         return self._step[1]
 
 

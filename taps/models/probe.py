@@ -9,13 +9,14 @@ Knows models and steps; nothing of who asks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from taps.models.cache import CachedSequence, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
-from taps.models.step import Segment, Step
+from taps.models.step import Segment
 
 _TOKENS = 72  # more than a page
 _PIECES = (1, 1, 2, 3, 5, 8, 13, 17, 22)
@@ -54,10 +55,9 @@ class Probe:
             self._cache.reserve(sequence, len(tokens))
             segments.append(Segment(sequence, len(tokens), paths))
         ids = [token for _, tokens in parts for token in tokens]
-        step = Step(segments, self._model.device)
-        features, logits = self._model.extend(ids, step, self._cache, range(len(ids)))
-        ends = zip(step.starts, step.starts[1:], strict=False)
-        return [_rows((features, logits), slice(start, end)) for start, end in ends]
+        both = self._model.extend(segments, ids, range(len(ids)), self._cache)
+        starts = [0, *accumulate(segment.num_rows for segment in segments)]
+        return [_rows(both, slice(start, end)) for start, end in pairwise(starts)]
 
     def _in_pieces(self) -> Rows:
         sequence, found, start = self._cache.open(), [], 0

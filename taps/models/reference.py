@@ -48,6 +48,7 @@ class _Pairs(NamedTuple):
     blocks: Tensor  # [n] which of the row's blocks, by position
     places: Tensor  # [n, 64] where each position's key and value lie
     seen: Tensor  # [n, 64] bool
+    num_blocks: int  # of the row that sees the most
 
 
 def attend(
@@ -58,13 +59,14 @@ def attend(
     Args: query [rows, heads, d]; keys [pages, kv_heads, d, 64] and values [pages, kv_heads, 64, d_v], with the
     rows' own in them; pairs: of the step, where they are known. Returns [rows, heads, d_v] in the query's type.
     """
-    pairs = pairs_of(step) if pairs is None else pairs
+    pairs = pairs_of(step, query.device) if pairs is None else pairs
+    positions = step.on(query.device).positions
     kv_heads, dim = keys.shape[1], keys.shape[2]
     grouped = query.float().view(len(query), kv_heads, -1, dim) * scoring.scale
-    num_blocks = int(pairs.blocks.max()) + 1
+    num_blocks = pairs.num_blocks
     scores = grouped.new_full((len(query), num_blocks, *grouped.shape[1:3], PAGE), -math.inf)
     for part in _parts(pairs):
-        scores[part.rows, part.blocks] = _scores(step, grouped, keys, part, scoring)
+        scores[part.rows, part.blocks] = _scores(positions, grouped, keys, part, scoring)
     weights = _softmax(scores, scoring.sinks)
     sums = grouped.new_zeros(len(query), num_blocks, *grouped.shape[1:3], values.shape[-1])
     for part in _parts(pairs):
@@ -75,14 +77,17 @@ def attend(
     return out.reshape(len(query), -1, values.shape[-1]).to(query.dtype)
 
 
-def pairs_of(step: Step) -> _Pairs:
+def pairs_of(step: Step, device: torch.device) -> _Pairs:
     """Every row of a step with every block of positions that it sees."""
     found = [pair for segment, row in _rows(step) for pair in _blocks(segment, row)]
     numbers = [number for number, (segment, row) in enumerate(_rows(step)) for _ in _blocks(segment, row)]
-    places = torch.tensor([places for _, places, _ in found], device=step.device)
+    places = torch.tensor([places for _, places, _ in found], device=device)
     seen = torch.arange(PAGE) < torch.tensor([count for _, _, count in found])[:, None]
-    blocks = torch.tensor([block for block, _, _ in found], device=step.device)
-    return _Pairs(torch.tensor(numbers, device=step.device), blocks, places, seen.to(step.device))
+    blocks = [block for block, _, _ in found]
+    return _Pairs(
+        torch.tensor(numbers, device=device), torch.tensor(blocks, device=device), places, seen.to(device),
+        max(blocks) + 1,
+    )  # fmt: skip
 
 
 def _rows(step: Step) -> Iterator[tuple[Segment, int]]:
@@ -107,10 +112,13 @@ def _blocks(segment: Segment, row: int) -> Iterator[tuple[int, list[int], int]]:
 
 def _parts(pairs: _Pairs) -> Iterator[_Pairs]:
     for start in range(0, len(pairs.rows), _PAIRS):
-        yield _Pairs(*(tensor[start : start + _PAIRS] for tensor in pairs))
+        part = slice(start, start + _PAIRS)
+        yield _Pairs(
+            pairs.rows[part], pairs.blocks[part], pairs.places[part], pairs.seen[part], pairs.num_blocks
+        )
 
 
-def _scores(step: Step, query: Tensor, keys: Tensor, pairs: _Pairs, scoring: Scoring) -> Tensor:
+def _scores(positions: Tensor, query: Tensor, keys: Tensor, pairs: _Pairs, scoring: Scoring) -> Tensor:
     """[n, kv_heads, group, 64], -inf where a row does not see."""
     page, lane = pairs.places // PAGE, pairs.places % PAGE
     gathered = keys[page, :, :, lane].float()  # [n, 64, kv_heads, d]
@@ -120,7 +128,7 @@ def _scores(step: Step, query: Tensor, keys: Tensor, pairs: _Pairs, scoring: Sco
     seen = pairs.seen
     if scoring.rule is not None:
         key_at = pairs.blocks[:, None] * PAGE + torch.arange(PAGE, device=seen.device)
-        seen = seen & scoring.rule(0, 0, step.positions[pairs.rows][:, None], key_at)
+        seen = seen & scoring.rule(0, 0, positions[pairs.rows][:, None], key_at)
     return found.masked_fill(~seen[:, None, None], -math.inf)
 
 
@@ -179,10 +187,11 @@ class ReferenceOperations:
         query, key, value = torch.split(rows, [heads.queries, heads.keys, heads.keys], 1)
         if norms is not None:
             query, key = self.norm(query, norms.query, norms.eps), self.norm(key, norms.key, norms.eps)
-        query, key = (_rotated(x, rope.cos[step.positions], rope.sin[step.positions]) for x in (query, key))
+        positions = step.on(qkv.device).positions
+        query, key = (_rotated(x, rope.cos[positions], rope.sin[positions]) for x in (query, key))
         keys, values = cache.layer(layer, qkv, heads.keys, heads.dim, heads.dim)
         write(step, key, value, keys, values)
-        out = attend(step, query, keys, values, Scoring(heads.scale), self._pairs_of(step))
+        out = attend(step, query, keys, values, Scoring(heads.scale), self._pairs_of(step, qkv.device))
         return out.reshape(len(qkv), -1)
 
     def linear(self, weights: LinearWeights) -> RowLinear:
@@ -191,16 +200,17 @@ class ReferenceOperations:
     def layers(self, weights: Iterable[LayerWeights]) -> ComposedLayers:
         return ComposedLayers(self, weights)
 
-    def _pairs_of(self, step: Step) -> _Pairs:
+    def _pairs_of(self, step: Step, device: torch.device) -> _Pairs:
         """Made once for all layers of a step."""
         if self._pairs is None or self._pairs[0] is not step:
-            self._pairs = step, pairs_of(step)
+            self._pairs = step, pairs_of(step, device)
         return self._pairs[1]
 
 
 def write(step: Step, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
     """Put the rows' keys and values [n, kv_heads, d] in their places."""
-    page, lane = step.places // PAGE, step.places % PAGE
+    places = step.on(keys.device).places
+    page, lane = places // PAGE, places % PAGE
     keys[page, :, :, lane] = key
     values[page, :, lane] = value
 

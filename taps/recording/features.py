@@ -9,7 +9,7 @@ from torch import Tensor
 
 from taps.models.cache import PagedCache
 from taps.models.causal_lm import CausalLM
-from taps.models.step import Segment, Step
+from taps.models.step import Segment
 from taps.recording.shards import Recording
 
 
@@ -27,6 +27,5 @@ class TargetFeatures:
         for segment in segments:
             cache.reserve(segment.sequence, segment.num_rows)
         tokens = [token for r in recordings for token in r.tokens[:-1].tolist()]
-        step = Step(segments, self._model.device)
-        features, _ = self._model.extend(tokens, step, cache, [])
+        features, _ = self._model.extend(segments, tokens, [], cache)
         return list(torch.split(features.to(torch.bfloat16).cpu(), lengths))
