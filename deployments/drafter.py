@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 
 from ray import serve
 
-from deployments.channel import Handler, SessionServer, node_address
 from deployments.config import SpecialistArgs
 from deployments.descriptions import SpecialistDescription
+from deployments.leasing import Handler, SessionServer, node_address
 from deployments.messages import Message
 from deployments.priority import take_normal_priority
 from deployments.sessions import answering_drafter

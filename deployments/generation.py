@@ -15,9 +15,9 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.channel import ChannelPool
 from deployments.config import RouterArgs
 from deployments.directory import Specialist
+from deployments.linking import LinkPool
 from deployments.requests import Generation
 from deployments.sessions import RemoteVerifierSession, drafter_session, verifier_session
 from taps.composing import STRATEGIES
@@ -37,7 +37,7 @@ class Generator:
     def __init__(self, verifier: DeploymentHandle[Any], args: RouterArgs) -> None:
         self._verifier = verifier
         self._args = args
-        self._pool = ChannelPool()
+        self._pool = LinkPool()
 
     async def steps(self, job: Generation, specialists: dict[str, Specialist]) -> AsyncGenerator[Step, None]:
         """The steps of one answer, until closed. Drafters join when their leases are there."""

@@ -1,10 +1,10 @@
-"""What goes over a session's stream: msgpack maps with a version. Knows fields; nothing of gRPC or Ray."""
+"""What goes over a link: frames of entries in msgpack, with a version. Knows fields; nothing of gRPC or Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from typing import Any, NoReturn
+from typing import Any, Literal
 
 import msgpack
 import torch
@@ -19,7 +19,7 @@ from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 
-VERSION = 3
+VERSION = 4
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 # Errors that travel by name: the far side raises the same type.
 _ERRORS: dict[str, type[Exception]] = {
@@ -28,32 +28,35 @@ _ERRORS: dict[str, type[Exception]] = {
 _TREE = tuple(f.name for f in fields(ProposalTree))
 
 Message = dict[str, Any]
+# What a session's entry is: to a replica the first three, from it the others.
+Kind = Literal["open", "ask", "end", "opened", "answer", "error", "ended", "at work"]
+Entry = tuple[int, Kind, Message | None]  # session 0 is all of a link
 
 
 class VersionMismatch(PeerGone):
-    """The two ends of a stream run different versions of this protocol."""
+    """The two ends of a link run different versions of this protocol."""
 
 
 class RemoteError(PeerGone):
     """The far side failed in a way that has no type of its own here."""
 
 
-def encode(message: Mapping[str, Any]) -> bytes:
-    packed: bytes = msgpack.packb({"version": VERSION, **message})
+def encode(entries: Sequence[Entry]) -> bytes:
+    """A frame of these."""
+    packed: bytes = msgpack.packb([VERSION, entries])
     return packed
 
 
-def decode(data: bytes) -> Message:
-    """The message of `data`. Raises `VersionMismatch`, or the error that the far side sent."""
-    message: Message = msgpack.unpackb(data)
-    if message.get("version") != VERSION:
+def decode(frame: bytes) -> Sequence[Entry]:
+    """Raises `VersionMismatch`."""
+    version, entries = msgpack.unpackb(frame, use_list=False)
+    if version != VERSION:
         raise VersionMismatch(
-            f"this process speaks version {VERSION} of the session protocol, the other one "
-            f"{message.get('version')}: redeploy the older application"
+            f"this process speaks version {VERSION} of the session protocol, the other one {version}: "
+            "redeploy the older application"
         )
-    if "error" in message:
-        _raise(message["error"])
-    return message
+    found: Sequence[Entry] = entries
+    return found
 
 
 def is_expected(error: Exception) -> bool:
@@ -62,14 +65,13 @@ def is_expected(error: Exception) -> bool:
 
 
 def error_message(error: Exception) -> Message:
-    return {"error": {"type": type(error).__name__, "text": str(error)}}
+    return {"type": type(error).__name__, "text": str(error)}
 
 
-def _raise(error: Mapping[str, str]) -> NoReturn:
-    kind = _ERRORS.get(error["type"])
-    if kind is None:
-        raise RemoteError(f"{error['type']}: {error['text']}")
-    raise kind(error["text"])
+def error_of(message: Mapping[str, str]) -> Exception:
+    """The error that the far side had."""
+    kind = _ERRORS.get(message["type"])
+    return RemoteError(f"{message['type']}: {message['text']}") if kind is None else kind(message["text"])
 
 
 def from_tensor(tensor: Tensor) -> Message:

@@ -8,7 +8,8 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.channel import ChannelPool, Handler, Stream
+from deployments.leasing import Handler
+from deployments.linking import LinkPool, RemoteSession
 from deployments.messages import (
     Message,
     from_prefill,
@@ -33,9 +34,9 @@ from taps.verdict import PromptTooLong, Verdict
 class RemoteVerifierSession:
     """Implements `taps.decoding.sessions.VerifierSession`."""
 
-    def __init__(self, stream: Stream, timeout_s: float) -> None:
-        self.numerics = stream.numerics
-        self._stream = stream
+    def __init__(self, session: RemoteSession, timeout_s: float) -> None:
+        self.numerics = session.numerics
+        self._session = session
         self._timeout_s = timeout_s
 
     async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
@@ -45,21 +46,21 @@ class RemoteVerifierSession:
         return await self._ask({"tree": from_tree(tree)})
 
     async def _ask(self, message: dict[str, Any]) -> Verdict:
-        return to_verdict(await self._stream.ask(message, self._timeout_s))
+        return to_verdict(await self._session.ask(message, self._timeout_s))
 
 
 class RemoteDrafterSession:
     """Implements `taps.decoding.sessions.DrafterSession`."""
 
-    def __init__(self, stream: Stream, name: str, index: int, timeout_s: float) -> None:
+    def __init__(self, session: RemoteSession, name: str, index: int, timeout_s: float) -> None:
         self.name = name
         self.index = index
-        self._stream = stream
+        self._session = session
         self._timeout_s = timeout_s
 
     async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
         with _left_out_on_failure():
-            return to_tree(await self._stream.ask(from_propose(delta, ask), self._timeout_s))
+            return to_tree(await self._session.ask(from_propose(delta, ask), self._timeout_s))
 
 
 def answering_verifier(session: VerifierSession) -> Handler:
@@ -93,19 +94,19 @@ def _left_out_on_failure() -> Iterator[None]:
 
 @asynccontextmanager
 async def verifier_session(
-    pool: ChannelPool, handle: DeploymentHandle[Any], lease_timeout_s: float, step_timeout_s: float
+    pool: LinkPool, handle: DeploymentHandle[Any], lease_timeout_s: float, step_timeout_s: float
 ) -> AsyncIterator[RemoteVerifierSession]:
     """A session on a leased verifier replica. Raises `PeerBusy` when none has room, or `PeerGone`."""
-    async with pool.session(handle, {}, lease_timeout_s) as stream:
-        yield RemoteVerifierSession(stream, step_timeout_s)
+    async with pool.session(handle, {}, lease_timeout_s) as session:
+        yield RemoteVerifierSession(session, step_timeout_s)
 
 
 @asynccontextmanager
 async def drafter_session(
-    pool: ChannelPool, handle: DeploymentHandle[Any], name: str, index: int,
+    pool: LinkPool, handle: DeploymentHandle[Any], name: str, index: int,
     lease_timeout_s: float, step_timeout_s: float,
 ) -> AsyncIterator[RemoteDrafterSession]:  # fmt: skip
     """A session on a leased drafter replica. Raises `PeerGone` when there is none to be had."""
     with _left_out_on_failure():
-        async with pool.session(handle, {}, lease_timeout_s) as stream:
-            yield RemoteDrafterSession(stream, name, index, step_timeout_s)
+        async with pool.session(handle, {}, lease_timeout_s) as session:
+            yield RemoteDrafterSession(session, name, index, step_timeout_s)

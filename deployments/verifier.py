@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from ray import serve
 
-from deployments.channel import Handler, SessionServer, node_address
 from deployments.config import TargetArgs, VerifierArgs
 from deployments.descriptions import TargetDescription
+from deployments.leasing import Handler, SessionServer, node_address
 from deployments.messages import Message
 from deployments.priority import take_normal_priority
 from deployments.sessions import answering_verifier

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from itertools import repeat
 from typing import Any, cast
 
-from deployments.channel import Handler, SessionServer
+from deployments.leasing import Handler, SessionServer
 from deployments.messages import Message
 from taps.models.cache import CacheFull
 from tests.fakes import until

@@ -9,7 +9,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from deployments.channel import ChannelPool, Handler
+from deployments.leasing import Handler
+from deployments.linking import LinkPool
 from deployments.messages import Message, RemoteError
 from deployments.sessions import (
     RemoteVerifierSession,
@@ -50,7 +51,7 @@ def failing(error: Exception) -> Handler:
 @asynccontextmanager
 async def verifying(replica: Replica) -> AsyncIterator[RemoteVerifierSession]:
     waits = PATIENCE_S, PATIENCE_S
-    async with verifier_session(ChannelPool(), replica.handle, *waits) as session:
+    async with verifier_session(LinkPool(), replica.handle, *waits) as session:
         yield session
 
 
@@ -72,7 +73,7 @@ async def test_a_resumed_prefill_says_how_much_was_generated() -> None:
     tokens = [*PROMPT, *TARGET.continuation(PROMPT, params, 4)]
     async with running(table) as (replica,):
         waits = PATIENCE_S, PATIENCE_S
-        async with verifier_session(ChannelPool(), replica.handle, *waits) as remote:
+        async with verifier_session(LinkPool(), replica.handle, *waits) as remote:
             verdict = await remote.prefill(SessionState(tuple(tokens), 4, params), 2)
     assert [*tokens[len(PROMPT) :], *verdict.tokens] == TARGET.continuation(PROMPT, params, 5)
     assert positions_of(verdict.features) == [len(tokens) - 2, len(tokens) - 1]
@@ -83,7 +84,7 @@ async def test_a_remote_drafter_proposes_what_a_local_one_does() -> None:
     ask = Ask(num_nodes=5, depth=2)
     async with running(scripted) as (replica,):
         waits = PATIENCE_S, PATIENCE_S
-        async with drafter_session(ChannelPool(), replica.handle, "math", 3, *waits) as remote:
+        async with drafter_session(LinkPool(), replica.handle, "math", 3, *waits) as remote:
             assert (remote.name, remote.index) == ("math", 3)
             tree = await remote.propose(news, ask)
     assert tree == await ScriptedDrafter(0, foresight(TARGET, PARAMS)).propose(news, ask)
@@ -110,7 +111,7 @@ ERRORS = [PromptTooLong("x"), InvalidTree("x"), InvalidLogits("x"), InvalidAsk("
 async def test_a_drafter_that_fails_in_any_way_is_gone(error: Exception) -> None:
     async with running(lambda _: failing(error)) as (replica,):
         waits = PATIENCE_S, PATIENCE_S
-        async with drafter_session(ChannelPool(), replica.handle, "math", 0, *waits) as remote:
+        async with drafter_session(LinkPool(), replica.handle, "math", 0, *waits) as remote:
             with pytest.raises(PeerGone, match="x"):
                 await remote.propose(ContextDelta(0, PROMPT, 0, torch.zeros(4, 1)), Ask())
 
@@ -118,7 +119,7 @@ async def test_a_drafter_that_fails_in_any_way_is_gone(error: Exception) -> None
 async def test_without_a_free_replica_the_peer_is_busy() -> None:
     async with running(table) as (replica,):
         replica.handle.servers.clear()
-        pool, waits = ChannelPool(), (0.1, 1.0)
+        pool, waits = LinkPool(), (0.1, 1.0)
         with pytest.raises(PeerBusy, match="no replica was free"):
             await verifier_session(pool, replica.handle, *waits).__aenter__()
         with pytest.raises(PeerBusy, match="no replica was free"):
@@ -128,7 +129,7 @@ async def test_without_a_free_replica_the_peer_is_busy() -> None:
 async def test_a_cache_without_room_is_busy() -> None:
     async with running(table) as (replica,):
         with pytest.raises(PeerBusy, match="no slot"):
-            async with ChannelPool().session(
+            async with LinkPool().session(
                 replica.handle, {"refuse": True, "sampling": asdict(PARAMS)}, PATIENCE_S
             ):
                 pytest.fail("must not open")

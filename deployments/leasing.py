@@ -1,0 +1,229 @@
+"""A replica's side of its sessions: leases that Serve counts, and links that carry their messages.
+
+The lease is a streaming Serve call that stays open for the session, so autoscaling, queue bounds and draining
+work on sessions. A session is opened on a link with its lease's secret, and each ends with the other: whichever
+side goes first, all state of the session is freed. The end of a link ends all its sessions.
+
+Knows Serve's calls, links and messages; nothing of what sessions compute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+import ray.util
+
+from deployments.link import METHOD, OPTIONS, Outbox
+from deployments.messages import Entry, Message, VersionMismatch, decode, error_message, is_expected
+from taps.peers import PeerGone
+
+logger = logging.getLogger("ray.serve")
+_CONNECT_DEADLINE_S = 10.0
+_CLOSE_DEADLINE_S = 5.0
+_SIGN_OF_LIFE_S = 1.0  # how often a replica that owes answers says that it is at work
+
+Handler = Callable[[Message], Awaitable[Message]]
+# Called with a session's first message; the handler it gives answers all further ones, one at a time.
+OpenSession = Callable[[Message], AbstractAsyncContextManager[Handler]]
+
+
+def node_address() -> str:
+    """The address other nodes of the cluster reach this one at."""
+    return str(cast(Any, ray.util).get_node_ip_address())
+
+
+@dataclass
+class _Lease:
+    """A promised session: until it ends, or nobody opens it in time."""
+
+    opened: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    session: asyncio.Task[None] | None = None
+
+
+class SessionServer:
+    """Hands out leases and serves their sessions. `start` it in the replica's `__init__`."""
+
+    def __init__(
+        self, open_session: OpenSession, check: Callable[[], None] = lambda: None, numerics: str = ""
+    ) -> None:
+        """Args: check: raises once the replica can do no more, and answers will not come; numerics: what every
+        lease grant says of the replica.
+        """
+        self.open_session = open_session
+        self.check = check
+        self._numerics = numerics
+        self._leases: dict[str, _Lease] = {}
+        self._server: grpc.aio.Server | None = None
+        self._endpoint = ""
+
+    async def start(self, host: str) -> None:
+        """Listen on a free port of `host`."""
+        self._server = grpc.aio.server(options=OPTIONS)
+        service, method = METHOD
+        handler = grpc.stream_stream_rpc_method_handler(self._serve_link)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(service, {method: handler}),)
+        )
+        self._endpoint = f"{host}:{self._server.add_insecure_port(f'{host}:0')}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        """Stop listening; links and their sessions are ended."""
+        if self._server is not None:
+            await self._server.stop(grace=None)
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._leases)
+
+    async def lease(self) -> AsyncIterator[Message]:
+        """A streaming Serve method: yields endpoint and secret, then lasts as long as the session."""
+        secret = secrets.token_urlsafe(24)
+        lease = self._leases[secret] = _Lease()
+        try:
+            yield {"endpoint": self._endpoint, "secret": secret, "numerics": self._numerics}
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CONNECT_DEADLINE_S):
+                    await lease.opened.wait()
+                await lease.ended.wait()
+        finally:
+            del self._leases[secret]
+            if lease.session is not None:
+                lease.session.cancel()
+                await self._until_freed(lease)
+
+    async def _until_freed(self, lease: _Lease) -> None:
+        """The session's state goes before Serve may give its place to another lease."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_DEADLINE_S):
+                await lease.ended.wait()
+
+    def take(self, secret: str, session: asyncio.Task[None] | None) -> _Lease | None:
+        """The lease of a session that begins; None where there is none, or it was taken before."""
+        lease = self._leases.get(secret)
+        if lease is None or lease.opened.is_set():
+            return None
+        lease.session = session
+        lease.opened.set()
+        return lease
+
+    async def _serve_link(
+        self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
+    ) -> None:
+        link = _ServedLink(self, Outbox(context.write))
+        try:
+            await link.serve(frames)
+        except VersionMismatch as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except asyncio.CancelledError:  # the far side is gone, or this server stops
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the link ended")
+
+
+class _ServedLink:
+    """One router's link: its sessions run as tasks, which end with it."""
+
+    def __init__(self, server: SessionServer, outbox: Outbox) -> None:
+        self._server = server
+        self._outbox = outbox
+        self._sessions: dict[int, _Served] = {}
+
+    async def serve(self, frames: AsyncIterator[bytes]) -> None:
+        """Until the far side ends it, or is gone. All that its sessions held is freed then."""
+        helpers = [asyncio.create_task(self._outbox.run()), asyncio.create_task(self._show_life())]
+        try:
+            async for frame in frames:
+                for entry in decode(frame):
+                    self._take(entry)
+        finally:
+            running = [session.task for session in self._sessions.values()]
+            for task in (*helpers, *running):
+                task.cancel()
+            # Shielded from the link's own end: what sessions hold is freed whoever waits.
+            await asyncio.shield(asyncio.gather(*helpers, *running, return_exceptions=True))
+
+    def _take(self, entry: Entry) -> None:
+        number, kind, body = entry
+        session = self._sessions.get(number)
+        if kind == "open" and session is None:
+            session = self._sessions[number] = _Served(self._server, self._outbox, number, body or {})
+            session.task.add_done_callback(lambda _: self._sessions.pop(number, None))
+        elif kind == "ask" and session is not None:
+            session.asked.put_nowait(body or {})
+        elif kind == "end" and session is not None:
+            session.task.cancel()
+
+    async def _show_life(self) -> None:
+        """Say that the replica is at work, as long as it is well and owes answers."""
+        while True:
+            await asyncio.sleep(_SIGN_OF_LIFE_S)
+            owing = [session for session in self._sessions.values() if session.owes]
+            try:
+                self._server.check()
+            except Exception as error:  # whatever the replica's state raises, its sessions are told
+                for session in owing:
+                    session.give_up(error)
+            else:
+                if owing:
+                    self._outbox.put(0, "at work")
+
+
+class _Served:
+    """One session: a task that opens it and answers its messages one after the other."""
+
+    def __init__(self, server: SessionServer, outbox: Outbox, number: int, opening: Message) -> None:
+        self.asked: asyncio.Queue[Message] = asyncio.Queue()
+        self.owes = True  # an answer
+        self._server = server
+        self._outbox = outbox
+        self._number = number
+        self.task = asyncio.create_task(self._run(opening))
+
+    def give_up(self, error: Exception) -> None:
+        """No answer will come: say why, and end."""
+        self._fail(error)
+        self.task.cancel()
+
+    async def _run(self, opening: Message) -> None:
+        lease = None
+        try:
+            lease = self._server.take(opening["secret"], asyncio.current_task())
+            if lease is None:
+                raise PeerGone("no such lease")
+            async with self._server.open_session(opening["hello"]) as handle:
+                self._answer("opened", None)
+                while True:
+                    await self._handle(handle, await self.asked.get())
+        except Exception as error:  # it could not be opened: the far side is told why
+            self._fail(error)
+        finally:
+            if lease is not None:
+                lease.ended.set()
+            self._outbox.put(self._number, "ended")
+
+    async def _handle(self, handle: Handler, message: Message) -> None:
+        """An error is an answer too: the session's owner decides what it means."""
+        self.owes = True
+        try:
+            self._answer("answer", await handle(message))
+        except Exception as error:  # sent to the far side, which raises it
+            self._fail(error)
+
+    def _answer(self, kind: Any, body: Message | None) -> None:
+        self.owes = False
+        self._outbox.put(self._number, kind, body)
+
+    def _fail(self, error: Exception) -> None:
+        """One that is no part of the protocol is logged where it happened."""
+        if not is_expected(error) and not isinstance(error, PeerGone):
+            logger.error("a session failed", exc_info=error)
+        self._answer("error", error_message(error))
