@@ -41,7 +41,7 @@ class Generator:
 
     async def steps(self, job: Generation, specialists: dict[str, Specialist]) -> AsyncGenerator[Step, None]:
         """The steps of one answer, until closed. Drafters join when their leases are there."""
-        context = Context(job.state, self._args.feature_window)
+        context = Context(job.state, self._args.feature_window if job.drafters else 0)
         panel = Panel((), self._args.propose_deadline_s, self._args.propose_patience)
         chosen = [(index, specialists[name]) for index, name in enumerate(job.drafters) if name in specialists]
         keepers: list[asyncio.Task[None]] = []

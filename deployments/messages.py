@@ -98,6 +98,7 @@ def to_verdict(message: Mapping[str, Any]) -> Verdict:
         num_nodes=message["num_nodes"],
         depth=message["depth"],
         batch_size=message["batch_size"],
+        num_passes=message["num_passes"],
         num_reused=message["num_reused"],
     )
 

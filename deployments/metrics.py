@@ -41,11 +41,11 @@ class Observer:
                 self._prompt_tokens.inc(record.prompt_tokens)
         else:
             # A pass is seen by each of its sessions.
-            self._passes.inc(1.0 / verdict.batch_size)
-            self._verified.inc()
+            self._passes.inc(verdict.num_passes / verdict.batch_size)
+            self._verified.inc(verdict.num_passes)
             self._batch.observe(verdict.batch_size)
             self._draft.observe(step.draft_ms)
-            self._verify.observe(step.verify_ms)
+            self._verify.observe(step.verify_ms / verdict.num_passes)
             self._between.observe(record.step_ms / max(record.step_tokens, 1))
         self._tokens.inc(record.step_tokens)
 

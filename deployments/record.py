@@ -48,7 +48,7 @@ class RequestRecord:
             self._first_ms = self._first_ms or self.step_ms
         else:
             self.counts.observe(step.verdict, delivered)
-            self.batch_sizes += step.verdict.batch_size
+            self.batch_sizes += step.verdict.batch_size * step.verdict.num_passes
             for owners in step.drafted:
                 self.drafted_by_drafter.update(drafters_in(owners))
             self.draft_ms += step.draft_ms

@@ -45,6 +45,9 @@ class RemoteVerifierSession:
     async def verify(self, tree: ProposalTree) -> Verdict:
         return await self._ask({"tree": from_tree(tree)})
 
+    async def ahead(self, window: int) -> Verdict:
+        return await self._ask({"ahead": window})
+
     async def _ask(self, message: dict[str, Any]) -> Verdict:
         return to_verdict(await self._session.ask(message, self._timeout_s))
 
@@ -69,6 +72,8 @@ def answering_verifier(session: VerifierSession) -> Handler:
     async def answer(message: Message) -> Message:
         if "tree" in message:
             return from_verdict(await session.verify(to_tree(message["tree"])))
+        if "ahead" in message:
+            return from_verdict(await session.ahead(message["ahead"]))
         return from_verdict(await session.prefill(*to_prefill(message)))
 
     return answer

@@ -39,7 +39,7 @@ class ContextDelta:
 
 
 class Context:
-    """Tokens of one session and a bounded window of features."""
+    """Tokens of one session and a bounded window of features; no window where nobody drafts."""
 
     def __init__(self, begun: SessionState, feature_window: int) -> None:
         self._begun = begun
@@ -64,6 +64,8 @@ class Context:
     def extend(self, verdict: Verdict) -> None:
         """Take in what the target decided."""
         self.tokens += verdict.tokens
+        if not self.feature_window:
+            return
         self._features.append(verdict.features)
         self._num_features += len(verdict.features)
         while self._num_features - len(self._features[0]) >= self.feature_window:

@@ -16,12 +16,13 @@ class PromptTooLong(ValueError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one pass of the target decided for one session."""
+    """What a pass of the target decided for one session, or several passes without drafts."""
 
     tokens: tuple[int, ...]  # accepted drafted tokens, then the bonus token
     owners: tuple[int, ...]  # owner bits of the accepted drafted tokens
     features: Tensor  # [m, H] of the last m positions committed; row -1 is the one before tokens[-1]
     num_nodes: int  # drafted nodes that were checked, the root not counted
     depth: int  # of the tree that was checked
-    batch_size: int  # sessions with a tree in the pass
+    batch_size: int  # sessions with a tree in the pass, the last one
+    num_passes: int = 1  # of the target; several are of plain decoding, one token each
     num_reused: int = 0  # of a prefill's tokens, those that had been computed before

@@ -133,6 +133,11 @@ class TableVerifier:
         positions = range(root_position, root_position + len(path))
         return make_verdict(tokens, positions, owners, len(kept) - 1, max(kept.depths))
 
+    async def ahead(self, window: int) -> Verdict:
+        if not window:
+            return make_verdict([], range(0))
+        return await self.verify(ProposalTree.root_only(self._tokens[-1]))
+
     def _decide(self, accepted: Sequence[int]) -> int:
         return self._target.decide([*self._tokens, *accepted], self._prompt_length, self._params)
 

@@ -73,10 +73,17 @@ class Lost:
         self._passes = passes
 
     async def verify(self, tree: ProposalTree) -> Verdict:
+        self._live()
+        return await self._session.verify(tree)
+
+    async def ahead(self, window: int) -> Verdict:
+        self._live()
+        return await self._session.ahead(window)
+
+    def _live(self) -> None:
         self._passes -= 1
         if self._passes < 0:
             raise PeerGone("the verifier was lost")
-        return await self._session.verify(tree)
 
 
 class Losing:

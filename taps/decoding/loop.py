@@ -24,6 +24,7 @@ from taps.verdict import Verdict
 # Wait before another verifier is tried, doubled each time: eight tries span the restart of a replica.
 _FAILOVER_DELAY_S = 0.2
 _MOST_FAILOVERS = 8
+_WINDOW = 16  # tokens that plain decoding may be ahead of what is delivered
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,16 @@ async def _decode_on(
     context.restart(verdict)
     yield Step(verdict, True, 0.0, (time.perf_counter() - started) * 1e3, numerics=verifier.numerics)
     pass_s = math.inf  # unknown before the first
+    is_ahead = False
     while True:
         started = time.perf_counter()
+        if is_ahead or not panel.drafters:
+            is_ahead = not panel.drafters  # nobody to wait for
+            verdict = await verifier.ahead(_WINDOW if is_ahead else 0)
+            context.extend(verdict)
+            if verdict.tokens:
+                yield Step(verdict, False, 0.0, (time.perf_counter() - started) * 1e3)
+            continue
         trees = await panel.propose(context, ask, pass_s)
         tree = compose(trees, context.root, ask.num_nodes)
         drafted = time.perf_counter()

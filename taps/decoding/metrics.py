@@ -17,6 +17,7 @@ class SpeculationCounts:
     """Counts of verify passes; the prefill is not one."""
 
     num_passes: int = 0
+    num_plain_passes: int = 0  # of them, without drafts
     num_tokens: int = 0  # committed by verify passes, bonus included
     num_draft_tokens: int = 0  # drafted nodes checked
     num_accepted: int = 0  # drafted tokens accepted
@@ -26,14 +27,16 @@ class SpeculationCounts:
     accepted_at: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     def observe(self, verdict: Verdict, delivered: int) -> None:
-        """Count one verify pass; tokens beyond the first `delivered` were cut and do not count."""
+        """Count a verdict's passes; tokens beyond the first `delivered` were cut and do not count."""
         accepted = min(len(verdict.owners), delivered)
-        self.num_passes += 1
+        num_passes = max(min(verdict.num_passes, delivered), 1)
+        self.num_passes += num_passes
+        self.num_plain_passes += 0 if verdict.num_nodes else num_passes
         self.num_tokens += delivered
         self.num_draft_tokens += verdict.num_nodes
         self.num_accepted += accepted
         self.max_depth = max(self.max_depth, verdict.depth)
-        self.accepted_lengths[accepted] += 1
+        self.accepted_lengths[accepted] += num_passes
         for depth, owners in enumerate(verdict.owners[:accepted], 1):
             self.accepted_at.update((drafter, depth) for drafter in drafters_in(owners))
 
@@ -41,6 +44,7 @@ class SpeculationCounts:
         """Counts of both: ratios are taken at the edge."""
         return SpeculationCounts(
             self.num_passes + other.num_passes,
+            self.num_plain_passes + other.num_plain_passes,
             self.num_tokens + other.num_tokens,
             self.num_draft_tokens + other.num_draft_tokens,
             self.num_accepted + other.num_accepted,

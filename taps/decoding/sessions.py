@@ -46,6 +46,14 @@ class VerifierSession(Protocol):
         """Take a session up and decide one more token. Features are of that many positions at most."""
         ...
 
+    async def ahead(self, window: int) -> Verdict:
+        """Decode plainly: what was decided since the last call, one token at least.
+
+        The session goes on by itself for up to `window` tokens beyond; a window of 0 stops it, which gives what
+        is left, perhaps nothing, and comes before `verify`. Raises `PeerGone`.
+        """
+        ...
+
     async def verify(self, tree: ProposalTree) -> Verdict:
         """Check a tree whose root is the token decided last. Raises `PeerGone`."""
         ...

@@ -39,6 +39,12 @@ class TargetSession:
         self.num_generated += len(tokens)
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing more of the text is asked for."""
+        ended = self.num_generated > 0 and self.tokens[-1] in self.asked.end_tokens
+        return ended or self.num_generated >= self.asked.max_tokens
+
+    @property
     def num_left(self) -> int:
         """Tokens that may still be decided; one always, for whoever asks for it."""
         return max(self.asked.max_tokens - self.num_generated, 1)

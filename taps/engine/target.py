@@ -286,8 +286,8 @@ class Target:
     def _features_of(self, sequence: CachedSequence, window: int) -> Tensor:
         """[m, H] of the sequence's newest positions, `window` at most: a copy."""
         positions = range(max(sequence.length - window, 0), sequence.length)
-        places = torch.tensor([sequence.place(i) for i in positions], device=self._features.device)
-        return self._features[places]
+        places = sequence.places(positions.start, positions.stop)
+        return self._features[torch.tensor(places, dtype=torch.int64, device=self._features.device)]
 
     def _verdict(self, piece: _Piece, decision: Acceptance, newest: Tensor, sharing: int) -> Verdict:
         job = piece.job

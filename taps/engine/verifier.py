@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
+from taps.engine.ahead import RunsAhead
 from taps.engine.batching import Batcher
 from taps.engine.jobs import Job, PrefillJob, TargetSession, VerifyJob
 from taps.engine.target import Target
@@ -31,7 +33,11 @@ class BatchedVerifier:
     async def session(self) -> AsyncIterator[BatchedVerifierSession]:
         """A session that owns a cache slot until the block ends. Raises `CacheFull`."""
         async with self._batcher.holding(self.target.open, self.target.close) as state:
-            yield BatchedVerifierSession(self._batcher, state, self.target.numerics)
+            session = BatchedVerifierSession(self._batcher, state, self.target.numerics)
+            try:
+                yield session
+            finally:
+                await session.close()
 
     async def warm_up(self) -> None:
         """Probe the target and run a short session: what is set up on first use is not in a user's time."""
@@ -56,9 +62,22 @@ class BatchedVerifierSession:
         self.numerics = numerics
         self._batcher = batcher
         self._state = state
+        self._wants_features = True
+        self._plain = RunsAhead(self._decide_one, lambda: state.is_over)
 
     async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
+        self._wants_features = feature_window > 0
         return await self._batcher.submit(PrefillJob(self._state, state, feature_window))
 
     async def verify(self, tree: ProposalTree) -> Verdict:
-        return await self._batcher.submit(VerifyJob(self._state, tree))
+        verdict = await self._batcher.submit(VerifyJob(self._state, tree))
+        return verdict if self._wants_features else replace(verdict, features=verdict.features[:0])
+
+    async def ahead(self, window: int) -> Verdict:
+        return await self._plain.fetch(window)
+
+    async def close(self) -> None:
+        await self._plain.close()
+
+    async def _decide_one(self) -> Verdict:
+        return await self.verify(ProposalTree.root_only(self._state.tokens[-1]))

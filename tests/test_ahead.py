@@ -1,0 +1,145 @@
+"""Plain decoding runs ahead of its reader, within its window, and stops where it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from taps.engine.ahead import RunsAhead
+from taps.engine.target import Target
+from taps.engine.verifier import BatchedVerifier
+from taps.models.causal_lm import CausalLM
+from taps.session import SessionState
+from taps.tree import ProposalTree
+from taps.verdict import Verdict
+from tests.fakes import features_at, make_verdict, until
+from tests.tiny import tiny_target
+
+
+class Source:
+    """Decides 0, 1, 2, ... at once, or one each time `gate` is released; fails at `fails_at`, once."""
+
+    def __init__(self, over_at: int = 1 << 30, fails_at: int | None = None, gated: bool = False) -> None:
+        self.count = 0
+        self.gate = asyncio.Semaphore(0)
+        self.cancelled = False
+        self._over_at, self._fails_at, self._gated = over_at, fails_at, gated
+        self.run = RunsAhead(self._decide, lambda: self.count >= self._over_at)
+
+    async def _decide(self) -> Verdict:
+        try:
+            await (self.gate.acquire() if self._gated else asyncio.sleep(0))
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+        if self.count == self._fails_at:
+            self._fails_at = None
+            raise ValueError("as asked")
+        self.count += 1
+        return make_verdict([self.count - 1], [self.count])
+
+
+async def settled(condition: Callable[[], bool]) -> None:
+    """Until it holds, and a while longer: it must go on holding."""
+    await until(condition)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert condition()
+
+
+async def test_it_goes_on_up_to_its_window_while_nobody_reads() -> None:
+    source = Source()
+    assert (await source.run.fetch(4)).tokens == (0,)
+    await settled(lambda: source.count == 5)
+    fetched = await source.run.fetch(4)
+    assert fetched.tokens == (1, 2, 3, 4)
+    assert fetched.num_passes == 4
+    assert torch.equal(fetched.features, features_at(range(2, 6)))
+    await settled(lambda: source.count == 9)
+
+
+async def test_a_window_of_nothing_stops_it_after_the_pass_under_way() -> None:
+    source = Source(gated=True)
+    source.gate.release()
+    assert (await source.run.fetch(4)).tokens == (0,)
+    stopping = asyncio.create_task(source.run.fetch(0))
+    await asyncio.sleep(0)
+    source.gate.release()
+    source.gate.release()
+    assert (await stopping).tokens == (1,)
+    await settled(lambda: source.count == 2)
+    assert (await source.run.fetch(0)).tokens == ()
+    assert (await source.run.fetch(1)).tokens == (2,)
+
+
+@pytest.mark.parametrize("window", [1, 3, 16])
+async def test_it_ends_with_the_text_and_then_decides_what_is_asked_for_alone(window: int) -> None:
+    source = Source(over_at=5)
+    tokens: list[int] = []
+    while len(tokens) < 5:
+        tokens += (await source.run.fetch(window)).tokens
+    assert tokens == [0, 1, 2, 3, 4]
+    await settled(lambda: source.count == 5)
+    assert (await source.run.fetch(window)).tokens == (5,)
+    await settled(lambda: source.count == 6)
+
+
+async def test_what_was_decided_before_a_failure_is_told_first() -> None:
+    source = Source(fails_at=2)
+    assert (await source.run.fetch(4)).tokens == (0,)
+    await settled(lambda: source.count == 2)
+    assert (await source.run.fetch(4)).tokens == (1,)
+    with pytest.raises(ValueError, match="as asked"):
+        await source.run.fetch(4)
+    assert (await source.run.fetch(4)).tokens == (2,)
+
+
+async def test_a_failure_of_the_first_pass_is_raised() -> None:
+    source = Source(fails_at=0)
+    with pytest.raises(ValueError, match="as asked"):
+        await source.run.fetch(4)
+
+
+async def test_closing_ends_the_pass_under_way() -> None:
+    source = Source(gated=True)
+    source.gate.release()
+    await source.run.fetch(4)
+    await asyncio.sleep(0)
+    await source.run.close()
+    assert source.cancelled
+
+
+async def test_drafting_resumes_where_plain_decoding_stopped_and_the_text_is_one() -> None:
+    verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 2, 128))
+    prompt = SessionState((5, 6, 7), max_tokens=60)
+    async with verifier.session() as session:
+        expected = list((await session.prefill(prompt, 8)).tokens)
+        while len(expected) < 60:
+            expected += (await session.verify(ProposalTree.root_only(expected[-1]))).tokens
+    async with verifier.session() as session:
+        tokens = list((await session.prefill(prompt, 8)).tokens)
+        for window in (3, 5, 16):
+            for _ in range(3):
+                verdict = await session.ahead(window)
+                assert len(verdict.features) == len(verdict.tokens) == verdict.num_passes
+                tokens += verdict.tokens
+            tokens += (await session.ahead(0)).tokens
+            tree = ProposalTree.ordered(tokens[-1], [(expected[len(tokens)], 0, -0.1, 1)], 2)
+            verdict = await session.verify(tree)
+            assert len(verdict.tokens) == 2
+            tokens += verdict.tokens
+        while len(tokens) < 60:
+            tokens += (await session.ahead(16)).tokens
+        assert tokens == expected
+    verifier.close()
+
+
+async def test_a_session_whose_owner_wants_no_features_gets_none() -> None:
+    verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 1, 128))
+    async with verifier.session() as session:
+        assert len((await session.prefill(SessionState((5, 6, 7)), 0)).features) == 0
+        assert len((await session.ahead(4)).features) == 0
+    verifier.close()
