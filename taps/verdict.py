@@ -24,5 +24,5 @@ class Verdict:
     num_nodes: int  # drafted nodes that were checked, the root not counted
     depth: int  # of the tree that was checked
     batch_size: int  # sessions with a tree in the pass, the last one
-    num_passes: int = 1  # of the target; several are of plain decoding, one token each
     num_reused: int = 0  # of a prefill's tokens, those that had been computed before
+    num_passes: int = 1  # of the target; several are of plain decoding, one token each

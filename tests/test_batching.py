@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -236,3 +238,28 @@ async def test_jobs_of_a_closed_batcher_fail_instead_of_hanging() -> None:
         pass
     with pytest.raises(RuntimeError):
         await batcher.submit(1)
+
+
+async def test_two_groups_that_come_at_different_times_become_one() -> None:
+    """Each session takes a while to come back; sixteen of them share most steps, though half are late."""
+    sizes: list[int] = []
+
+    def step(jobs: Sequence[Session]) -> list[Outcome]:
+        sizes.append(len(jobs))
+        time.sleep(0.02)  # what a step lasts, in its own thread
+        return ["done"] * len(jobs)
+
+    class Session:
+        pass
+
+    async def caller(late: bool) -> None:
+        async with batcher.holding(Session, lambda _: None) as session:
+            await asyncio.sleep(0.03 * late)
+            for _ in range(30):
+                await batcher.submit(session)
+                await asyncio.sleep(0.005)
+
+    batcher: Batcher[Session, str] = Batcher(step, "test", session_of=lambda job: job)
+    await asyncio.gather(*(caller(number % 2 == 0) for number in range(16)))
+    batcher.close()
+    assert statistics.median(sizes) == 16

@@ -24,7 +24,7 @@ class BatchedDrafter:
         self.name = name
         self._drafter = drafter
         self._batcher: Batcher[DraftJob, ProposalTree] = Batcher(
-            drafter.step, f"drafter-{name}", computing(num_threads, drafter.in_kernel)
+            drafter.step, f"drafter-{name}", computing(num_threads, drafter.in_kernel), lambda job: job.session
         )
 
     @asynccontextmanager

@@ -6,12 +6,15 @@ Knows futures and threads; nothing of what a job is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import Generic, TypeVar
+
+from taps.engine.lingering import Lingering
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -20,6 +23,7 @@ T = TypeVar("T")
 _MOST_FAILURES = 3
 # A step is overdue after so many seconds, or so many times what the longest before it took.
 _OVERDUE_S, _OVERDUE_TIMES = 60.0, 20.0
+_NEWEST = 0.2  # weight of the newest step in what one usually lasts
 
 
 class Blocked(Enum):
@@ -42,14 +46,19 @@ class Batcher(Generic[Job, Result]):
 
     def __init__(
         self, step: Callable[[Sequence[Job]], Sequence[Result | Exception | Blocked | None]], name: str,
-        prepare: Callable[[], None] = lambda: None,
+        prepare: Callable[[], None] = lambda: None, session_of: Callable[[Job], object] | None = None,
     ) -> None:  # fmt: skip
-        """Args: prepare: called in the worker thread before anything else."""
+        """Args: prepare: called in the worker thread before anything else; session_of: whose a job is, which
+        `holding` gave: steps wait for sessions on their way back as far as that pays.
+        """
         self._step = step
         self._waiting: list[tuple[Job, asyncio.Future[Result]]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name, initializer=prepare)
         self._runner: asyncio.Task[None] | None = None
         self._news = asyncio.Event()  # of what may let blocked jobs go on
+        self._session_of = session_of
+        self._lingering = Lingering()
+        self._step_s = 0.0  # that a step usually lasts
         self._failed_in_a_row = 0
         self._step_began: float | None = None  # while one runs
         self._longest_step_s = 0.0
@@ -72,6 +81,8 @@ class Batcher(Generic[Job, Result]):
         """The job's result. Cancelling the caller takes the job out before the next step."""
         done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((job, done))
+        if self._session_of is not None:
+            self._lingering.arrive(id(self._session_of(job)), time.monotonic())
         self._news.set()
         if self._runner is None or self._runner.done():
             self._runner = asyncio.create_task(self._run())
@@ -99,6 +110,7 @@ class Batcher(Generic[Job, Result]):
         try:
             yield held
         finally:
+            self._lingering.forget(id(held))
             await asyncio.shield(self.between_steps(lambda: release(held)))
 
     def _release_late(self, done: asyncio.Future[T], release: Callable[[T], None]) -> None:
@@ -106,12 +118,15 @@ class Batcher(Generic[Job, Result]):
             self._thread.submit(release, done.result())
 
     async def _run(self) -> None:
-        while jobs := self._take():
+        while await self._linger() and (jobs := self._take()):
             self._news.clear()
             results = await self._run_step([job for job, _ in jobs])
-            for (_, done), result in zip(jobs, results, strict=True):
+            now = time.monotonic()
+            for (job, done), result in zip(jobs, results, strict=True):
                 if done.done() or result is None or result is BLOCKED:
                     continue
+                if self._session_of is not None:
+                    self._lingering.leave(id(self._session_of(job)), now)
                 if isinstance(result, Exception):
                     done.set_exception(result)
                 else:
@@ -119,6 +134,18 @@ class Batcher(Generic[Job, Result]):
             if all(result is BLOCKED for result in results):
                 await self._news.wait()
             await asyncio.sleep(0)  # callers with their next job at hand join the very next step
+
+    async def _linger(self) -> bool:
+        """Wait for others as far as that pays; False where nobody waits any more."""
+        while jobs := self._take():
+            wait_s = self._lingering.wait_s(len(jobs), self._step_s, time.monotonic())
+            if wait_s <= 0:
+                return True
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._news.wait()
+        return False
 
     def _take(self) -> list[tuple[Job, asyncio.Future[Result]]]:
         self._waiting = [(job, done) for job, done in self._waiting if not done.done()]
@@ -141,7 +168,9 @@ class Batcher(Generic[Job, Result]):
         self._step_began = began = time.monotonic()
         try:
             results = self._step(jobs)
-            self._longest_step_s = max(self._longest_step_s, time.monotonic() - began)
+            lasted = time.monotonic() - began
+            self._longest_step_s = max(self._longest_step_s, lasted)
+            self._step_s += _NEWEST * (lasted - self._step_s)
         except StopIteration as error:  # which a future does not take
             raise RuntimeError("a step raised StopIteration") from error
         finally:

@@ -26,7 +26,7 @@ class BatchedVerifier:
         """Args: num_threads: that its steps compute with (`taps.engine.threads`); None leaves it to torch."""
         self.target = target
         self._batcher: Batcher[Job, Verdict] = Batcher(
-            target.step, "verifier", computing(num_threads, target.model.in_kernel)
+            target.step, "verifier", computing(num_threads, target.model.in_kernel), lambda job: job.session
         )
 
     @asynccontextmanager
