@@ -17,7 +17,7 @@ from taps.peers import PeerGone
 from taps.sampling import InvalidLogits, SamplingParams
 from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
-from taps.verdict import PromptTooLong, Verdict
+from taps.verdict import PassCost, PromptTooLong, Verdict
 
 VERSION = 4
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
@@ -99,6 +99,7 @@ def to_verdict(message: Mapping[str, Any]) -> Verdict:
         depth=message["depth"],
         batch_size=message["batch_size"],
         num_passes=message["num_passes"],
+        cost=None if message["cost"] is None else PassCost(*message["cost"]),
         num_reused=message["num_reused"],
     )
 
@@ -140,4 +141,5 @@ def from_tree(tree: ProposalTree) -> Message:
 
 def to_tree(message: Mapping[str, Any]) -> ProposalTree:
     """The tree of a message, checked: it comes from another process."""
-    return ProposalTree(*(tuple(message[name]) for name in _TREE)).check()
+    fields = {name: tuple(message[name]) for name in _TREE if name != "calibrated"}
+    return ProposalTree(**fields, calibrated=bool(message["calibrated"])).check()

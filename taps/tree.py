@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -34,6 +34,8 @@ class ProposalTree:
     scores: tuple[float, ...]  # [n] cumulative draft log-probability, nats; 0 for the root
     owners: tuple[int, ...]  # [n] bit d is set when drafter d proposed this node; 0 for the root
     entropies: tuple[float, ...] = ()  # [n] of the distribution of a node's children, nats; () if not known
+    # Scores are of the target's agreement, as learned, and not of a draft: what does not pay need not be checked.
+    calibrated: bool = False
 
     @classmethod
     def root_only(cls, token: int) -> ProposalTree:
@@ -134,14 +136,15 @@ class ProposalTree:
         n = max(1, num_nodes)
         if n >= len(self):
             return self
-        return ProposalTree(
-            self.tokens[:n], self.parents[:n], self.scores[:n], self.owners[:n], self.entropies[:n]
-        )
+        return replace(
+            self, tokens=self.tokens[:n], parents=self.parents[:n], scores=self.scores[:n],
+            owners=self.owners[:n], entropies=self.entropies[:n],
+        )  # fmt: skip
 
     def owned_by(self, drafter: int) -> ProposalTree:
         """The same tree with every drafted node owned by drafter number `drafter`."""
         owners = (0, *([1 << drafter] * (len(self) - 1)))
-        return ProposalTree(self.tokens, self.parents, self.scores, owners, self.entropies)
+        return replace(self, owners=owners)
 
     def check(self) -> ProposalTree:
         """Return self, or raise `InvalidTree` when the lengths or the order are not those of a tree."""

@@ -6,12 +6,20 @@ Knows tensors; nothing of how a verdict comes about, so whoever reads one need n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
 class PromptTooLong(ValueError):
     """The tokens do not fit a session's share of the cache."""
+
+
+class PassCost(NamedTuple):
+    """What a pass cost, whoever shared it."""
+
+    rows: int
+    ms: float
 
 
 @dataclass(frozen=True)
@@ -25,4 +33,5 @@ class Verdict:
     depth: int  # of the tree that was checked
     batch_size: int  # sessions with a tree in the pass, the last one
     num_reused: int = 0  # of a prefill's tokens, those that had been computed before
+    cost: PassCost | None = None  # of the last pass
     num_passes: int = 1  # of the target; several are of plain decoding, one token each

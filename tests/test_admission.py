@@ -179,7 +179,7 @@ def test_beside_trees_a_prompt_takes_what_keeps_the_step_short_as_far_as_was_mea
     (verdict,) = target.step([PrefillJob(session, state(prompt(9)))])
     prompt_job = PrefillJob(target.open(), state(prompt(370, seed=1)))
     for rows, taken in ((40, 39), (10**6, 48), (3, 32)):
-        monkeypatch.setattr(target._pace, "rows_within", lambda seconds, rows=rows: rows)
+        monkeypatch.setattr(target.costs, "size_within", lambda seconds, rows=rows: rows)
         before = prompt_job.session.sequence.length
         assert isinstance(verdict, Verdict)
         verdict, _ = target.step([VerifyJob(session, ProposalTree.root_only(verdict.tokens[-1])), prompt_job])

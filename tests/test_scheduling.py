@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections.abc import Callable, Sequence
 
 import pytest
 
-from taps.engine.scheduling import Pace, share_nodes, share_prefill
+from taps.engine.scheduling import share_nodes, share_prefill
+from taps.tree import ProposalTree
 from tests.fakes import chain, random_tree
 
 
@@ -54,20 +57,42 @@ def test_prompts_are_prefilled_first_come_first_served(
     assert share_prefill(remaining, budget) == taken
 
 
-def test_as_many_rows_fit_a_time_as_measured_steps_say() -> None:
-    pace, rng = Pace(), random.Random(0)
-    assert pace.rows_within(0.001) > 10**6, "nothing is known"
+def calibrated(*probabilities: float) -> ProposalTree:
+    """A chain whose nodes are accepted so often."""
+    n = len(probabilities) + 1
+    scores = (0.0, *map(math.log, probabilities))
+    return ProposalTree(tuple(range(n)), tuple(range(-1, n - 1)), scores, (0, *[1] * (n - 1)), calibrated=True)
+
+
+def test_of_calibrated_trees_as_much_is_kept_as_gives_the_most_tokens_a_second() -> None:
+    """Checked against every choice of prefixes."""
+    rng = random.Random(4)
     for _ in range(200):
-        rows = rng.randrange(1, 300)
-        pace.observe(rows, 0.010 + 0.0005 * rows)
-    assert pace.rows_within(0.010 + 0.0005 * 80) == pytest.approx(80, abs=2)
-    assert pace.rows_within(0.001) == 0
-    assert pace.rows_within(math.inf) == 1 << 30
+        trees = [
+            calibrated(*sorted((rng.random() for _ in range(rng.randrange(5))), reverse=True))
+            for _ in range(rng.randrange(1, 4))
+        ]
+        base, slope = rng.uniform(0.1, 10), rng.uniform(0.01, 3)
+
+        def cost(nodes: int, base: float = base, slope: float = slope) -> float:
+            return base + slope * nodes
+
+        def goodput(kept: Sequence[ProposalTree], cost: Callable[[int], float] = cost) -> float:
+            gained = sum(math.exp(score) for tree in kept for score in tree.scores[1:])
+            return (len(kept) + gained) / cost(sum(len(tree) - 1 for tree in kept))
+
+        every = itertools.product(*([tree.prefix(n + 1) for n in range(len(tree))] for tree in trees))
+        assert goodput(share_nodes(trees, 100, cost)) == pytest.approx(max(map(goodput, every)))
 
 
-def test_steps_of_one_size_are_taken_to_cost_by_the_row_and_the_newest_count_most() -> None:
-    pace = Pace()
-    for seconds in (0.1, 0.02):
-        for _ in range(200):
-            pace.observe(16, seconds)
-    assert pace.rows_within(0.04) == pytest.approx(32, abs=1)
+def test_nothing_is_kept_where_nothing_pays_and_what_was_asked_for_is() -> None:
+    fixed, free = chain(5, 6, 7), calibrated(0.3, 0.2)
+    kept = share_nodes([fixed, free], 100, lambda nodes: 1.0 + 10.0 * nodes)
+    assert [len(tree) for tree in kept] == [4, 1]
+    assert kept[1].calibrated
+    assert [len(tree) for tree in share_nodes([fixed, free], 100, lambda nodes: 1.0)] == [4, 3]
+
+
+def test_the_budget_holds_whatever_pays() -> None:
+    kept = share_nodes([calibrated(0.9, 0.8), calibrated(0.85)], 2, lambda nodes: 1.0)
+    assert [len(tree) for tree in kept] == [2, 2]

@@ -88,5 +88,6 @@ def joined(verdicts: Sequence[Verdict]) -> Verdict:
         0,
         0,
         verdicts[-1].batch_size if verdicts else 1,
+        cost=verdicts[-1].cost if verdicts else None,
         num_passes=len(verdicts),
     )

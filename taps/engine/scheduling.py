@@ -5,12 +5,13 @@ Pure functions of the waiting work; knows lengths and scores, nothing of tensors
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from taps.tree import ProposalTree
 
-_MEMORY = 0.97  # of the weight that measurements keep from step to step
 MAX_SESSIONS, MAX_LEN = 16, 2048  # by default: sessions of a target, and positions of each
 
 
@@ -25,43 +26,44 @@ class StepBudget:
     least_prefill_tokens: int = 32  # that are taken however long it lasts
 
 
-class Pace:
-    """How long steps last by their rows: a line through those that were measured, the newest above all."""
+def share_nodes(
+    trees: Sequence[ProposalTree], tree_nodes: int, cost: Callable[[int], float] | None = None
+) -> list[ProposalTree]:
+    """Keep at most `tree_nodes` drafted nodes, those with the best path probability over all trees.
 
-    def __init__(self) -> None:
-        self._weight = self._rows = self._seconds = self._squares = self._products = 0.0
-
-    def observe(self, rows: int, seconds: float) -> None:
-        for name, value in (
-            ("_weight", 1.0), ("_rows", rows), ("_seconds", seconds),
-            ("_squares", rows * rows), ("_products", rows * seconds),
-        ):  # fmt: skip
-            setattr(self, name, _MEMORY * getattr(self, name) + value)
-
-    def rows_within(self, seconds: float) -> int:
-        """Rows of a step that lasts so long; no bound before anything was measured."""
-        if not self._weight:
-            return 1 << 30
-        rows, mean = self._rows / self._weight, self._seconds / self._weight
-        variance = self._squares / self._weight - rows * rows
-        slope = (self._products / self._weight - rows * mean) / variance if variance > 0.5 else 0.0
-        if slope <= 0.0:  # as many rows every time: they cost what they cost
-            slope = mean / rows
-        return max(int(min(rows + (seconds - mean) / slope, 1 << 30)), 0)
-
-
-def share_nodes(trees: Sequence[ProposalTree], tree_nodes: int) -> list[ProposalTree]:
-    """Keep the `tree_nodes` drafted nodes with the best path probability over all trees.
-
-    Scores do not increase along a tree, so what is kept of each is a prefix, possibly only the root.
+    Of calibrated trees no more are kept than raise the tokens expected per second over all sessions, which may
+    be none; of the others all that the budget allows. Scores do not increase along a tree, so what is kept of
+    each is a prefix. Args: cost: seconds until every session's next verdict, by the nodes drafted in the step.
     """
     drafted = [(-tree.scores[i], i, t) for t, tree in enumerate(trees) for i in range(1, len(tree))]
-    if len(drafted) <= tree_nodes:
+    free = sum(trees[t].calibrated for _, _, t in drafted) if cost is not None else 0
+    if len(drafted) <= tree_nodes and not free:
         return list(trees)
+    best = sorted(drafted)[: max(tree_nodes, 0)]
+    if cost is not None and free:
+        best = _worth_it(best, trees, cost)
     kept = [1] * len(trees)
-    for _, _, t in sorted(drafted)[: max(tree_nodes, 0)]:
+    for _, _, t in best:
         kept[t] += 1
     return [tree.prefix(n) for tree, n in zip(trees, kept, strict=True)]
+
+
+_Drafted: TypeAlias = tuple[float, int, int]  # negative score, node, tree
+
+
+def _worth_it(
+    best: Sequence[_Drafted], trees: Sequence[ProposalTree], cost: Callable[[int], float]
+) -> list[_Drafted]:
+    """All nodes of trees that are not calibrated; of the others as many as give the most tokens a second."""
+    asked = [node for node in best if not trees[node[2]].calibrated]
+    offered = [node for node in best if trees[node[2]].calibrated]
+    tokens = len(trees) + sum(math.exp(-surprisal) for surprisal, _, _ in asked)
+    count, goodput = 0, tokens / cost(len(asked))
+    for number, (surprisal, _, _) in enumerate(offered, 1):
+        tokens += math.exp(-surprisal)
+        if (reached := tokens / cost(len(asked) + number)) > goodput:
+            count, goodput = number, reached
+    return [*asked, *offered[:count]]
 
 
 def share_prefill(remaining: Sequence[int], prefill_tokens: int) -> list[int]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from taps.engine.admission import Admission
 from taps.engine.batching import BLOCKED, Blocked
+from taps.engine.costs import Rhythm, StepCosts
 from taps.engine.jobs import Job, PrefillJob, TargetSession, VerifyJob
-from taps.engine.scheduling import MAX_LEN, MAX_SESSIONS, Pace, StepBudget, share_nodes, share_prefill
+from taps.engine.scheduling import MAX_LEN, MAX_SESSIONS, StepBudget, share_nodes, share_prefill
 from taps.engine.verification import Acceptance, Asked, Ending, accept_all
 from taps.models.cache import PAGE, CachedSequence, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
@@ -24,10 +26,12 @@ from taps.models.memory import require_memory, zeros
 from taps.models.probe import Probe
 from taps.models.step import Segment
 from taps.sampling import InvalidLogits, sample_rows
+from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
-from taps.verdict import PromptTooLong, Verdict
+from taps.verdict import PassCost, PromptTooLong, Verdict
 
 _MOST_DRAWN_AHEAD = 16  # rows
+_PROFILED, _PROFILED_FROM = (1, 2, 4, 8, 16, 32), 64  # rows of the steps; positions before them
 
 
 class _Piece(NamedTuple):
@@ -75,7 +79,8 @@ class Target:
         )
         self._features = zeros((positions, model.hidden_size), model.embeddings)
         self._admission = Admission(self.cache, self.budget.tree_nodes + 1, overcommit)
-        self._pace = Pace()
+        self.costs = StepCosts()  # by rows
+        self._rhythm = Rhythm()
         self.inexact_because: str | None = "it was not probed"
 
     def probe(self) -> None:
@@ -122,9 +127,39 @@ class Target:
             began = time.perf_counter()
             features, logits = self._forward(pieces)
             outcomes = self._finish(pieces, features, logits)
-            self._pace.observe(pieces[-1].rows.stop, time.perf_counter() - began)
+            outcomes = self._timed(outcomes, pieces[-1].rows.stop, began)
             results |= {piece.job: outcome for piece, outcome in zip(pieces, outcomes, strict=True)}
         return [results[job] for job in jobs]
+
+    def profile(self) -> None:
+        """Measure what steps cost by their rows, before the first user's; call it in the thread that steps."""
+        session, measured = self.open(), {}
+        rows = [
+            n for n in _PROFILED if n <= self.budget.tree_nodes + 1 and n + _PROFILED_FROM < self.max_tokens
+        ]
+        self.step([PrefillJob(session, SessionState((0,) * _PROFILED_FROM))])
+        for n in rows if len(rows) > 1 else ():
+            nodes = [(token, 0, -1.0, 0) for token in range(n - 1)]
+            jobs = [VerifyJob(session, ProposalTree.ordered(session.tokens[-1], nodes, n)) for _ in range(3)]
+            measured[n] = min(self._seconds_of(job) for job in jobs)
+        self.close(session)
+        self.costs = StepCosts(measured)
+
+    def _seconds_of(self, job: VerifyJob) -> float:
+        job = replace(job, tree=replace(job.tree, tokens=(job.session.tokens[-1], *job.tree.tokens[1:])))
+        began = time.perf_counter()
+        self.step([job])
+        return time.perf_counter() - began
+
+    def _timed(
+        self, outcomes: Sequence[Verdict | Exception | None], rows: int, began: float
+    ) -> list[Verdict | Exception | None]:
+        """The outcomes with what the step cost."""
+        ended = time.perf_counter()
+        self.costs.observe(rows, ended - began)
+        self._rhythm.observe(began, ended)
+        cost = PassCost(rows, (ended - began) * 1e3)
+        return [replace(o, cost=cost) if isinstance(o, Verdict) else o for o in outcomes]
 
     def _misfit(self, job: Job) -> ValueError | None:
         if isinstance(job, PrefillJob):
@@ -158,10 +193,10 @@ class Target:
         """Every waiting tree, cut to the shared node budget, then prompts as far as the budget goes."""
         verifies = [job for job in jobs if isinstance(job, VerifyJob) and not job.num_missing]
         prefills = [job for job in jobs if isinstance(job, PrefillJob) or job.num_missing]
-        trees = share_nodes([job.tree for job in verifies], self.budget.tree_nodes)
+        trees = share_nodes([job.tree for job in verifies], self.budget.tree_nodes, self._cost(len(verifies)))
         limit = self.budget.prefill_tokens
         if verifies:
-            limit = min(limit, self._pace.rows_within(self.budget.longest_step_s) - sum(map(len, trees)))
+            limit = min(limit, self.costs.size_within(self.budget.longest_step_s) - sum(map(len, trees)))
             limit = max(limit, self.budget.least_prefill_tokens)
         counts = share_prefill([job.num_missing for job in prefills], limit)
         shares: list[tuple[Job, ProposalTree, int]] = [
@@ -173,6 +208,12 @@ class Target:
                 start = job.session.sequence.length
                 shares.append((job, _chain(job.session.tokens[start : start + n]), int(ends)))
         return self._with_room(shares)
+
+    def _cost(self, num_roots: int) -> Callable[[int], float] | None:
+        """Seconds from one verdict to the next by the nodes drafted, once that is known."""
+        if not self.costs.is_known:
+            return None
+        return lambda nodes: self.costs.seconds(num_roots + nodes) + self._rhythm.between_s
 
     def _with_room(self, shares: Sequence[tuple[Job, ProposalTree, int]]) -> list[_Piece]:
         """The shares whose rows have pages, laid out one after the other. Args: shares: with rows of logits."""

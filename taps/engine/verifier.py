@@ -42,6 +42,7 @@ class BatchedVerifier:
     async def warm_up(self) -> None:
         """Probe the target and run a short session: what is set up on first use is not in a user's time."""
         await self._batcher.between_steps(self.target.probe)
+        await self._batcher.between_steps(self.target.profile)
         async with self.session() as session:
             (root,) = (await session.prefill(SessionState((0,) * 16), 1)).tokens
             nodes = [(token, parent, -1.0, 0) for token, parent in ((0, 0), (1, 0), (2, 1))]
