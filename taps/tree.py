@@ -34,7 +34,7 @@ class ProposalTree:
     scores: tuple[float, ...]  # [n] cumulative draft log-probability, nats; 0 for the root
     owners: tuple[int, ...]  # [n] bit d is set when drafter d proposed this node; 0 for the root
     entropies: tuple[float, ...] = ()  # [n] of the distribution of a node's children, nats; () if not known
-    # Scores are of the target's agreement, as learned, and not of a draft: what does not pay need not be checked.
+    # Scores are of the target's agreement, as learned, not of a draft: what does not pay need not be checked.
     calibrated: bool = False
 
     @classmethod

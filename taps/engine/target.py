@@ -134,19 +134,18 @@ class Target:
     def profile(self) -> None:
         """Measure what steps cost by their rows, before the first user's; call it in the thread that steps."""
         session, measured = self.open(), {}
-        rows = [
-            n for n in _PROFILED if n <= self.budget.tree_nodes + 1 and n + _PROFILED_FROM < self.max_tokens
-        ]
         self.step([PrefillJob(session, SessionState((0,) * _PROFILED_FROM))])
-        for n in rows if len(rows) > 1 else ():
-            nodes = [(token, 0, -1.0, 0) for token in range(n - 1)]
-            jobs = [VerifyJob(session, ProposalTree.ordered(session.tokens[-1], nodes, n)) for _ in range(3)]
-            measured[n] = min(self._seconds_of(job) for job in jobs)
+        most = min(self.budget.tree_nodes + 1, self.max_tokens - _PROFILED_FROM)
+        for rows in (n for n in _PROFILED if n <= most):
+            measured[rows] = min(self._seconds_of(session, rows) for _ in range(3))
         self.close(session)
-        self.costs = StepCosts(measured)
+        if len(measured) > 1:
+            self.costs = StepCosts(measured)
 
-    def _seconds_of(self, job: VerifyJob) -> float:
-        job = replace(job, tree=replace(job.tree, tokens=(job.session.tokens[-1], *job.tree.tokens[1:])))
+    def _seconds_of(self, session: TargetSession, rows: int) -> float:
+        """Of a step that checks a tree of the session."""
+        nodes = [(token, 0, -1.0, 0) for token in range(rows - 1)]
+        job = VerifyJob(session, ProposalTree.ordered(session.tokens[-1], nodes, rows))
         began = time.perf_counter()
         self.step([job])
         return time.perf_counter() - began
