@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from taps.adaptive import ADAPTIVE
 from taps.composing import STRATEGIES
 from taps.drafting.drafter import DRAFT_LEN, MOST_DEPTH, MOST_NODES, MOST_TOP_K, RESERVED_ROWS, Ask
 from taps.engine.scheduling import MAX_LEN, MAX_SESSIONS, StepBudget
@@ -15,6 +16,7 @@ from taps.models.embedded import EMBEDDED
 
 _PROJECT = Path(__file__).resolve().parent.parent
 
+STRATEGY_NAMES = (ADAPTIVE, *STRATEGIES)
 DTypeName = Literal["float32", "bfloat16", "float16"]
 PositiveInt = Annotated[int, Field(ge=1)]
 NumNodes = Annotated[int, Field(ge=1, le=MOST_NODES)]
@@ -60,7 +62,7 @@ class VerifierArgs(Args):
 class TreeArgs(Args):
     """The trees the router asks for where a request does not say."""
 
-    strategy: str = "merged"
+    strategy: str = ADAPTIVE
     num_nodes: NumNodes = Ask.num_nodes  # with the root
     depth: Depth = Ask.depth  # extensions after the root's children
     top_k: Annotated[int, Field(ge=1, le=MOST_TOP_K)] = Ask.top_k
@@ -69,8 +71,8 @@ class TreeArgs(Args):
     @field_validator("strategy")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in STRATEGIES:
-            raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
+        if name not in STRATEGY_NAMES:
+            raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(STRATEGY_NAMES)}")
         return name
 
     @model_validator(mode="after")
@@ -80,10 +82,19 @@ class TreeArgs(Args):
         return self
 
 
+class NgramArgs(Args):
+    """A drafter in the router itself: what followed the newest tokens the last time. It needs no model."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)] = "ngram"
+    max_ngram: Annotated[int, Field(ge=1, le=16)] = 4  # tokens that are looked up, the most of them first
+    min_ngram: Annotated[int, Field(ge=1, le=16)] = 2
+
+
 class RouterArgs(Args):
     model_name: str = "SmolLM2-135M-Instruct"  # what /v1/models and requests call the target
     tree: TreeArgs = TreeArgs()
     drafters: list[str] | None = None  # these first, then all others by name; `single` takes the first
+    ngram: NgramArgs | None = None
     feature_window: PositiveInt = 512  # newest features a drafter starts from, positions
     propose_deadline_s: PositiveSeconds = 0.5  # waiting for drafters, per step
     propose_patience: Annotated[float, Field(gt=0)] = 2.0  # the same, in durations of the last verify pass

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -12,6 +13,7 @@ class TargetDescription:
     vocab_size: int
     fingerprint: str  # of its input embeddings
     max_tokens: int  # prompt and generated tokens that fit a session
+    pass_seconds: Mapping[int, float] = field(default_factory=dict)  # of a pass by its rows, as profiled
     numerics: str = ""  # names all that decides bits, and whether they depend on who shares a step
 
 

@@ -80,10 +80,15 @@ class Endpoints:
         up = self._directory.verifier_is_up
         status = {
             "status": "ok" if up else "no verifier is up",
-            "drafters": list(self._directory.specialists),
+            "drafters": self._drafters(),
             "numerics": self._numerics,
         }
         return JSONResponse(status, 200 if up else 503)
+
+    def _drafters(self) -> list[str]:
+        """Names of those that are up, and of the one in this process."""
+        ngram = self._args.ngram
+        return list(dict.fromkeys([*self._directory.specialists, *([ngram.name] if ngram else [])]))
 
     async def models(self) -> Response:
         return JSONResponse(openai.model_list([self._model_card]))
@@ -127,7 +132,7 @@ class Endpoints:
         deadline: float,
     ) -> tuple[AnyRequest, Generation]:
         """The request, and what to generate for it. The event loop is free meanwhile: streams go on."""
-        drafters = Drafters(self._directory.specialists, self._directory.away)
+        drafters = Drafters(self._drafters(), self._directory.away)
 
         def from_body(body: bytes) -> tuple[AnyRequest, Generation]:
             request = parse(body, self._args.model_name)

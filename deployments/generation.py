@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from typing import Any
 
 from ray.exceptions import RayError
@@ -20,10 +20,16 @@ from deployments.directory import Specialist
 from deployments.linking import LinkPool
 from deployments.requests import Generation
 from deployments.sessions import RemoteVerifierSession, drafter_session, verifier_session
+from taps.adaptive import ADAPTIVE
+from taps.adaptive.planning import Planner
+from taps.adaptive.policy import Adaptive, Fleet
 from taps.composing import STRATEGIES
 from taps.context import Context
-from taps.decoding.loop import Step, decode
+from taps.decoding.loop import decode
 from taps.decoding.panel import Panel
+from taps.decoding.policy import Fixed, Policy, Step
+from taps.drafting.ngram import NgramIndex, NgramSession
+from taps.engine.costs import StepCosts
 from taps.peers import PeerGone
 
 _REJOIN_DELAY_S = 0.5
@@ -34,16 +40,22 @@ logger = logging.getLogger("ray.serve")
 class Generator:
     """Decodes generations on whatever replicas Serve leases."""
 
-    def __init__(self, verifier: DeploymentHandle[Any], args: RouterArgs) -> None:
+    def __init__(
+        self, verifier: DeploymentHandle[Any], args: RouterArgs, pass_seconds: Mapping[int, float] | None = None
+    ) -> None:
+        """Args: pass_seconds: of a verify pass by its rows, as the verifier profiled it."""
         self._verifier = verifier
         self._args = args
         self._pool = LinkPool()
+        self._fleet = Fleet(Planner(StepCosts(pass_seconds) if pass_seconds else None))
 
     async def steps(self, job: Generation, specialists: dict[str, Specialist]) -> AsyncGenerator[Step, None]:
         """The steps of one answer, until closed. Drafters join when their leases are there."""
-        context = Context(job.state, self._args.feature_window if job.drafters else 0)
-        panel = Panel((), self._args.propose_deadline_s, self._args.propose_patience)
         chosen = [(index, specialists[name]) for index, name in enumerate(job.drafters) if name in specialists]
+        context = Context(job.state, self._args.feature_window if chosen else 0)
+        panel = Panel(
+            self._at_hand(job, specialists), self._args.propose_deadline_s, self._args.propose_patience
+        )
         keepers: list[asyncio.Task[None]] = []
         numerics: str | None = None  # of the verifier that the answer began on
 
@@ -57,11 +69,11 @@ class Generator:
                     keepers.extend(asyncio.create_task(self._keep_on(panel, s, i)) for i, s in chosen)
                 yield verifier
 
-        steps = decode(context, open_verifier, panel, STRATEGIES[job.strategy], job.ask)
         try:
-            async with aclosing(steps):
-                async for step in steps:
-                    yield step
+            with self._policy(job) as policy:
+                async with aclosing(decode(context, open_verifier, panel, policy)) as steps:
+                    async for step in steps:
+                        yield step
         finally:
             for keeper in keepers:
                 keeper.cancel()
@@ -69,6 +81,22 @@ class Generator:
             for ended in await asyncio.gather(*keepers, return_exceptions=True):
                 if isinstance(ended, Exception):
                     logger.error("a specialist was left out for good", exc_info=ended)
+
+    @contextmanager
+    def _policy(self, job: Generation) -> Iterator[Policy]:
+        if job.strategy != ADAPTIVE:
+            yield Fixed(STRATEGIES[job.strategy], job.ask)
+            return
+        with closing(Adaptive(self._fleet, job.drafters, job.ask, job.explains)) as policy:
+            yield policy
+
+    def _at_hand(self, job: Generation, specialists: Mapping[str, Specialist]) -> list[NgramSession]:
+        """The drafters of this process; an application of the same name comes first."""
+        ngram = self._args.ngram
+        if ngram is None or ngram.name in specialists or ngram.name not in job.drafters:
+            return []
+        index = job.drafters.index(ngram.name)
+        return [NgramSession(ngram.name, index, NgramIndex(ngram.max_ngram, ngram.min_ngram))]
 
     @asynccontextmanager
     async def _alike(self, numerics: str | None) -> AsyncIterator[RemoteVerifierSession]:

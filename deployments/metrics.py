@@ -7,7 +7,7 @@ import logging
 from ray.serve import metrics
 
 from deployments.record import RequestRecord
-from taps.decoding.loop import Step
+from taps.decoding.policy import Step
 
 logger = logging.getLogger("ray.serve")
 _MS = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0]

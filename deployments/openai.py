@@ -33,17 +33,20 @@ def speculation(record: RequestRecord) -> Json:
     """`metrics` of a response, in vLLM's per-request form, plus accepted tokens by drafter."""
     counts = record.counts
     by_drafter = {name: counts.accepted_by_drafter[i] for i, name in enumerate(record.drafters)}
+    explained = {} if record.steps is None else {"steps": record.steps}
     return {
+        **explained,
         "speculative_decoding": {
             "acceptance_histogram": counts.histogram(),
             "num_spec_steps": counts.num_passes,
+            "num_plain_steps": counts.num_plain_passes,
             "num_spec_tokens": counts.max_depth,
             "num_draft_tokens": counts.num_draft_tokens,
             "num_accepted_draft_tokens": counts.num_accepted,
             "mean_acceptance_length": counts.acceptance_length,
             "draft_acceptance_rate": counts.draft_acceptance_rate,
             "accepted_by_drafter": by_drafter,
-        }
+        },
     }
 
 

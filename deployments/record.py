@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import Any
 
 from deployments.requests import Generation
-from taps.decoding.loop import Step
 from taps.decoding.metrics import SpeculationCounts, drafters_in
+from taps.decoding.policy import Step
 
 
 class RequestRecord:
@@ -30,6 +31,7 @@ class RequestRecord:
         self.draft_ms = self.verify_ms = 0.0
         self.step_ms, self.step_tokens = 0.0, 0  # since the step before, and what the newest delivered
         self.drafted_by_drafter: Counter[int] = Counter()
+        self.steps: list[dict[str, Any]] | None = [] if job.explains else None  # what each did, and why
         self.id = request_id
         self._started = self._last = time.perf_counter()
         self._first_ms = 0.0
@@ -53,6 +55,23 @@ class RequestRecord:
                 self.drafted_by_drafter.update(drafters_in(owners))
             self.draft_ms += step.draft_ms
             self.verify_ms += step.verify_ms
+            if self.steps is not None:
+                self.steps.append(self._explained(step))
+
+    def _explained(self, step: Step) -> dict[str, Any]:
+        verdict = step.verdict
+        kept = [[self.drafters[i] for i in drafters_in(owners)] for owners in step.drafted]
+        return {
+            **(step.why or {}),
+            "kept": kept,
+            "accepted": len(verdict.owners),
+            "tokens": len(verdict.tokens),
+            "passes": verdict.num_passes,
+            "batch": verdict.batch_size,
+            "pass_ms": None if verdict.cost is None else round(verdict.cost.ms, 2),
+            "draft_ms": round(step.draft_ms, 2),
+            "verify_ms": round(step.verify_ms, 2),
+        }
 
     def line(self, outcome: str) -> str:
         seconds = time.perf_counter() - self._started

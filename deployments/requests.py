@@ -37,6 +37,7 @@ class Generation:
     strategy: str
     drafters: tuple[str, ...]  # names, in the order their nodes are marked
     ask: Ask
+    explains: bool = False  # its steps, in the answer
 
 
 class Drafters(NamedTuple):
@@ -125,10 +126,11 @@ class RequestReader:
             tree.strategy,
             self._choose(tree.strategy, request.options.drafters, drafters),
             Ask(tree.num_nodes, tree.depth, tree.top_k, params if tree.coupled else None),
+            request.options.explain,
         )
 
     def _tree(self, options: TapsOptions) -> TreeArgs:
-        chosen = options.model_dump(exclude={"drafters"}, exclude_none=True)
+        chosen = options.model_dump(exclude={"drafters", "explain"}, exclude_none=True)
         try:
             return TreeArgs(**self._args.tree.model_dump() | chosen)
         except ValidationError as error:

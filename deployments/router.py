@@ -38,7 +38,7 @@ class Router:
             args,
             self._target,
             RequestReader(target_path(locate(target.path)), self._target, args),
-            Generator(verifier, args),
+            Generator(verifier, args, self._target.pass_seconds),
             self._directory,
             Observer(),
         )

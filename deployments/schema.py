@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from deployments.config import Depth, NumNodes
+from deployments.config import STRATEGY_NAMES, Depth, NumNodes
 from deployments.errors import RequestError
 from deployments.neutral import (
     CHAT,
@@ -32,7 +32,6 @@ from deployments.neutral import (
     is_one_of,
     said,
 )
-from taps.composing import STRATEGIES
 
 R = TypeVar("R", bound="_Request")
 
@@ -73,12 +72,13 @@ class TapsOptions(_Body):
     drafters: list[str] | None = None
     num_nodes: Annotated[NumNodes, _WHOLE] | None = None
     depth: Annotated[Depth, _WHOLE] | None = None
+    explain: bool = False  # in the answer: what each step did, and why
 
     @field_validator("strategy")
     @classmethod
     def _known(cls, name: str | None) -> str | None:
-        if name is not None and name not in STRATEGIES:
-            raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
+        if name is not None and name not in STRATEGY_NAMES:
+            raise ValueError(f"unknown strategy {name!r}; choose one of {', '.join(STRATEGY_NAMES)}")
         return name
 
 

@@ -55,6 +55,8 @@ class RemoteVerifierSession:
 class RemoteDrafterSession:
     """Implements `taps.decoding.sessions.DrafterSession`."""
 
+    is_at_hand = False
+
     def __init__(self, session: RemoteSession, name: str, index: int, timeout_s: float) -> None:
         self.name = name
         self.index = index

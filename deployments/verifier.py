@@ -33,7 +33,8 @@ class Verifier:
         self._verifier, self._description = load_verifier(target, args)
         await self._verifier.warm_up()
         served = self._verifier.target
-        self._description = replace(self._description, numerics=served.numerics)
+        profiled = served.costs.table() if served.costs.is_known else {}
+        self._description = replace(self._description, numerics=served.numerics, pass_seconds=profiled)
         logger.info("numerics: %s", served.numerics)
         if served.inexact_because is not None:
             logger.warning("text is not exact to the bit here: %s", served.inexact_because)

@@ -38,6 +38,9 @@ class ContextDelta:
         return self.start + len(self.tokens)
 
 
+_NO_FEATURES = torch.empty(0, 0)
+
+
 class Context:
     """Tokens of one session and a bounded window of features; no window where nobody drafts."""
 
@@ -76,6 +79,11 @@ class Context:
         self._features.clear()
         self._num_features = 0
         self.extend(verdict)
+
+    def tokens_since(self, known: int) -> ContextDelta:
+        """What happened after the first `known` tokens, without features."""
+        end = len(self.tokens) - 1
+        return ContextDelta(known, tuple(self.tokens[known:]), end, _NO_FEATURES)
 
     def since(self, known: int) -> ContextDelta:
         """What happened after the first `known` tokens.

@@ -6,10 +6,12 @@ The fakes keep the contracts of `taps.decoding.sessions`; they know nothing of m
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import scipy.stats
 import torch
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from taps.composing import Compose
 from taps.context import Context, ContextDelta
-from taps.decoding.loop import Step, decode
+from taps.decoding.loop import decode
 from taps.decoding.panel import Panel
+from taps.decoding.policy import Fixed, Policy, Question, Step
 from taps.decoding.sessions import DrafterSession
 from taps.drafting.drafter import Ask
 from taps.engine.verification import accept
@@ -26,7 +29,7 @@ from taps.peers import PeerBusy, PeerGone
 from taps.sampling import SamplingParams, sample
 from taps.session import SessionState
 from taps.tree import ProposalTree
-from taps.verdict import Verdict
+from taps.verdict import PassCost, Verdict
 
 PROMPT = (1, 2, 3, 1, 2)
 VOCAB = 6
@@ -105,8 +108,13 @@ class TableTarget:
 class TableVerifier:
     """Implements `VerifierSession` over a table; lost after `lives` passes, if that is given."""
 
-    def __init__(self, target: TableTarget, tree_nodes: int = 1 << 30, lives: int | None = None) -> None:
+    def __init__(
+        self, target: TableTarget, tree_nodes: int = 1 << 30, lives: int | None = None,
+        ms_of: Callable[[int], float] | None = None,
+    ) -> None:  # fmt: skip
+        """Args: ms_of: what a pass is said to cost, by its rows."""
         self._target = target
+        self._ms_of = ms_of
         self._params = SamplingParams()
         self._tree_nodes = tree_nodes
         self._lives = lives
@@ -131,7 +139,12 @@ class TableVerifier:
         path, tokens, owners = accept(kept, lambda _, accepted: self._decide(accepted))
         self._tokens += tokens
         positions = range(root_position, root_position + len(path))
-        return make_verdict(tokens, positions, owners, len(kept) - 1, max(kept.depths))
+        verdict = make_verdict(tokens, positions, owners, len(kept) - 1, max(kept.depths))
+        return (
+            verdict
+            if self._ms_of is None
+            else replace(verdict, cost=PassCost(len(kept), self._ms_of(len(kept))))
+        )
 
     async def ahead(self, window: int) -> Verdict:
         if not window:
@@ -158,9 +171,10 @@ class VerifierPool:
 
     def __init__(
         self, target: TableTarget, params: SamplingParams, lives: Sequence[int] = (),
-        tree_nodes: int = 1 << 30, busy: Collection[int] = (),
+        tree_nodes: int = 1 << 30, busy: Collection[int] = (), ms_of: Callable[[int], float] | None = None,
     ) -> None:  # fmt: skip
         self._target = target
+        self._ms_of = ms_of
         self.params = params
         self._lives = iter(lives)
         self._tree_nodes = tree_nodes
@@ -175,7 +189,7 @@ class VerifierPool:
             raise PeerBusy("no room")
         self.num_open += 1
         try:
-            yield TableVerifier(self._target, self._tree_nodes, next(self._lives, None))
+            yield TableVerifier(self._target, self._tree_nodes, next(self._lives, None), self._ms_of)
         finally:
             self.num_open -= 1
 
@@ -195,8 +209,10 @@ class ScriptedDrafter:
         draft: Draft,
         wait: Callable[[], Awaitable[object]] | None = None,
         dies_at: int | None = None,
+        is_at_hand: bool = False,
     ) -> None:
         self.index = index
+        self.is_at_hand = is_at_hand
         self.name = f"drafter {index}"
         self.deltas: list[ContextDelta] = []
         self._draft = draft
@@ -270,23 +286,27 @@ async def until(condition: Callable[[], bool]) -> None:
 async def run_steps(
     pool: VerifierPool,
     panel: Panel,
-    compose: Compose,
+    compose: Compose | Policy,
     num_tokens: int,
     ask: Ask | None = None,
     context: Context | None = None,
 ) -> list[Step]:
-    """Decode after `PROMPT` until at least `num_tokens` tokens are there."""
+    """Decode after `PROMPT` until at least `num_tokens` tokens are there. Args: ask: of a way to compose."""
+    policy = Fixed(compose, ask or Ask(num_nodes=8, depth=2)) if callable(compose) else compose
     context = context or Context(SessionState(tuple(PROMPT), sampling=pool.params), feature_window=8)
     steps = []
-    async with aclosing(
-        decode(context, pool.open, panel, compose, ask or Ask(num_nodes=8, depth=2))
-    ) as decoding:
+    async with aclosing(decode(context, pool.open, panel, policy)) as decoding:
         async for step in decoding:
             steps.append(step)
             if context.num_generated >= num_tokens:
                 break
     await panel.close()
     return steps
+
+
+async def ask_all(panel: Panel, context: Context, ask: Ask, pass_s: float = math.inf) -> list[ProposalTree]:
+    """The same question to all who may be asked."""
+    return await panel.propose(context, {drafter: Question(ask) for drafter in panel.idle()}, pass_s)
 
 
 def tokens_of(steps: Sequence[Step], num_tokens: int) -> list[int]:

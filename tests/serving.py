@@ -18,7 +18,7 @@ from deployments.endpoints import Endpoints
 from deployments.openai import Json
 from deployments.record import RequestRecord
 from deployments.requests import Generation, RequestReader
-from taps.decoding.loop import Step
+from taps.decoding.policy import Step
 from tests.fakes import make_verdict, until
 from tests.test_requests import MODEL, TARGET, CharacterTokenizer
 

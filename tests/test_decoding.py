@@ -21,6 +21,7 @@ from tests.fakes import (
     ScriptedDrafter,
     TableTarget,
     VerifierPool,
+    ask_all,
     chi_square_p,
     foresight,
     guesses,
@@ -195,13 +196,13 @@ async def test_every_drafter_hears_every_token_once_with_the_features_that_belon
 
 
 async def test_trees_come_in_the_drafters_order_and_each_is_owned_by_its_drafter() -> None:
-    trees = await panel_of(good(2), good(0), good(1)).propose(mid_answer(), Ask())
+    trees = await ask_all(panel_of(good(2), good(0), good(1)), mid_answer(), Ask())
     assert [set(tree.owners[1:]) for tree in trees] == [{0b1}, {0b10}, {0b100}]
 
 
 async def test_a_tree_that_grows_from_another_root_is_left_out() -> None:
     confused = ScriptedDrafter(0, lambda tokens, ask: guesses(0)([*tokens, tokens[-1] + 1], ask))
-    trees = await panel_of(confused, good(1)).propose(mid_answer(), Ask())
+    trees = await ask_all(panel_of(confused, good(1)), mid_answer(), Ask())
     assert [tree.owners[1] for tree in trees] == [0b10]
 
 
@@ -210,7 +211,7 @@ async def test_a_drafter_slower_than_the_panels_patience_is_late() -> None:
     slow = ScriptedDrafter(0, foresight(TARGET, GREEDY), wait=never.wait)
     panel = Panel([slow, good(1)], deadline_s=60.0, patience=2.0)
     async with asyncio.timeout(5):
-        trees = await panel.propose(mid_answer(), Ask(), pass_s=0.001)
+        trees = await ask_all(panel, mid_answer(), Ask(), pass_s=0.001)
     assert [tree.owners[1] for tree in trees] == [0b10]
     await panel.close()
 
@@ -220,13 +221,13 @@ async def test_a_late_drafter_is_left_out_and_asked_again_once_its_answer_has_co
     late = ScriptedDrafter(0, foresight(TARGET, GREEDY), wait=gate.wait)
     panel = panel_of(late, good(1))
     for token in (2, 5):
-        trees = await panel.propose(context, Ask())
+        trees = await ask_all(panel, context, Ask())
         assert [tree.owners[1] for tree in trees] == [0b10]
         context.extend(make_verdict([token], [len(context.tokens) - 1]))
     assert len(late.deltas) == 1, "it is not asked while it owes an answer"
     gate.set()
     await turns(2)
-    trees = await panel.propose(context, Ask())
+    trees = await ask_all(panel, context, Ask())
     assert [tree.owners[1] for tree in trees] == [0b1, 0b10]
     assert all(tree.tokens[0] == 5 for tree in trees), "the late answer itself is not used"
     assert late.deltas[1].start == late.deltas[0].end
@@ -237,8 +238,8 @@ async def test_a_lost_drafter_leaves_the_panel_and_its_member_call_says_why() ->
     dying = ScriptedDrafter(0, foresight(TARGET, GREEDY), dies_at=1)
     membership = asyncio.create_task(panel.member(dying))
     await turns(1)
-    assert len(await panel.propose(mid_answer(), Ask())) == 2
-    assert len(await panel.propose(mid_answer(), Ask())) == 1
+    assert len(await ask_all(panel, mid_answer(), Ask())) == 2
+    assert len(await ask_all(panel, mid_answer(), Ask())) == 1
     await turns(1)
     assert isinstance(membership.exception(), PeerGone)
     assert dying not in panel.drafters
@@ -250,10 +251,10 @@ async def test_a_drafter_lost_while_its_answer_is_owed_leaves_the_panel_too() ->
     dying = ScriptedDrafter(0, foresight(TARGET, GREEDY), wait=gate.wait, dies_at=0)
     membership = asyncio.create_task(panel.member(dying))
     await turns(1)
-    assert len(await panel.propose(mid_answer(), Ask())) == 1
+    assert len(await ask_all(panel, mid_answer(), Ask())) == 1
     gate.set()
     await turns(2)
-    assert len(await panel.propose(mid_answer(), Ask())) == 1
+    assert len(await ask_all(panel, mid_answer(), Ask())) == 1
     await turns(1)
     assert isinstance(membership.exception(), PeerGone)
     assert dying not in panel.drafters
@@ -261,11 +262,11 @@ async def test_a_drafter_lost_while_its_answer_is_owed_leaves_the_panel_too() ->
 
 async def test_a_drafter_that_joins_midway_hears_everything_from_the_start() -> None:
     context, panel, joining = mid_answer(), panel_of(good(0)), good(1)
-    await panel.propose(context, Ask())
+    await ask_all(panel, context, Ask())
     membership = asyncio.create_task(panel.member(joining))
     await turns(1)
     context.extend(make_verdict([2], [len(PROMPT)]))
-    assert len(await panel.propose(context, Ask())) == 2
+    assert len(await ask_all(panel, context, Ask())) == 2
     assert list(joining.deltas[0].tokens) == context.tokens
     membership.cancel()
     await turns(1)
@@ -275,7 +276,7 @@ async def test_a_drafter_that_joins_midway_hears_everything_from_the_start() -> 
 async def test_closing_the_panel_cancels_the_answers_still_owed() -> None:
     ended: list[str] = []
     panel = panel_of(ScriptedDrafter(0, guesses(0), wait=lambda: forever(ended)))
-    await panel.propose(mid_answer(), Ask())
+    await ask_all(panel, mid_answer(), Ask())
     await panel.close()
     assert ended == ["cancelled"]
 
@@ -283,7 +284,7 @@ async def test_closing_the_panel_cancels_the_answers_still_owed() -> None:
 async def test_a_cancelled_request_leaves_no_drafter_at_work() -> None:
     ended: list[str] = []
     panel = Panel([ScriptedDrafter(0, guesses(0), wait=lambda: forever(ended))], deadline_s=60.0)
-    request = asyncio.create_task(panel.propose(mid_answer(), Ask()))
+    request = asyncio.create_task(ask_all(panel, mid_answer(), Ask()))
     await turns(2)
     request.cancel()
     await asyncio.gather(request, return_exceptions=True)

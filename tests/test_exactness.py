@@ -15,6 +15,7 @@ from taps.composing import STRATEGIES, Compose, concatenated, off
 from taps.context import Context
 from taps.decoding import loop
 from taps.decoding.in_process import decode_in_process
+from taps.decoding.policy import Fixed
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
 from taps.engine.verifier import BatchedVerifier, BatchedVerifierSession
@@ -110,7 +111,7 @@ async def answer(
     state = SessionState(question.prompt, sampling=question.params, cache_salt=cache_salt)
     context = Context(state, 512)
     ask = Ask(num_nodes=6, depth=3, top_k=3, sampling=question.params)
-    steps = decode_in_process(context, verifier, drafters, compose, ask)
+    steps = decode_in_process(context, verifier, drafters, Fixed(compose, ask))
     async with aclosing(steps):
         async for _ in steps:
             if context.num_generated >= new_tokens:

@@ -16,7 +16,7 @@ from deployments.messages import Message
 from deployments.requests import Generation
 from deployments.sessions import answering_drafter, answering_verifier
 from taps.decoding import loop
-from taps.decoding.loop import Step
+from taps.decoding.policy import Step
 from taps.drafting.drafter import Ask
 from taps.peers import PeerBusy, PeerGone
 from taps.sampling import SamplingParams

@@ -9,12 +9,13 @@ import torch
 
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, DraftJob, InvalidAsk
-from taps.drafting.ngram import NgramDrafter
+from taps.drafting.ngram import NgramDrafter, NgramIndex, NgramSession
+from taps.peers import PeerGone
 from taps.tree import ProposalTree
 
 
 def draft(
-    drafter: NgramDrafter, session: list[int], tokens: list[int], start: int = 0, **ask: int
+    drafter: NgramDrafter, session: NgramIndex, tokens: list[int], start: int = 0, **ask: int
 ) -> ProposalTree:
     delta = ContextDelta(start, tuple(tokens), 0, torch.empty(0, 0))
     (tree,) = drafter.step([DraftJob(session, delta, Ask(**ask))])  # type: ignore[arg-type]  # ask holds ints only
@@ -114,3 +115,32 @@ def test_every_proposal_is_a_chain_under_the_newest_token_that_occurred_before(s
     assert tree.tokens[0] == tokens[-1]
     n = len(tree)
     assert n == 1 or list(tree.tokens) in [tokens[i : i + n] for i in range(len(tokens) - n + 1)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_index_finds_what_a_scan_does(seed: int) -> None:
+    rng = random.Random(seed)
+    index, tokens = NgramIndex(), list[int]()
+    for _ in range(60):
+        news = [rng.randrange(4) for _ in range(rng.randrange(1, 4))]
+        index.extend(news)
+        tokens += news
+        assert index.lookup() == scan(tokens)
+
+
+def scan(tokens: list[int]) -> tuple[int, int]:
+    """Where the latest earlier occurrence of the longest suffix of 4 to 2 ends, and its length."""
+    for n in range(min(4, len(tokens) - 1), 1, -1):
+        for start in range(len(tokens) - n - 1, -1, -1):
+            if tokens[start : start + n] == tokens[-n:]:
+                return start + n, n
+    return 0, 0
+
+
+async def test_at_hand_it_answers_again_where_there_is_no_news() -> None:
+    session, nothing = NgramSession("ngram", 2), torch.empty(0, 0)
+    asked = await session.propose(ContextDelta(0, (1, 2, 5, 1, 2), 4, nothing), Ask())
+    assert asked.tokens == (2, 5, 1, 2)
+    assert await session.propose(ContextDelta(5, (), 4, nothing), Ask()) == asked
+    with pytest.raises(PeerGone):
+        await session.propose(ContextDelta(7, (1,), 7, nothing), Ask())

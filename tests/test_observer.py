@@ -12,7 +12,7 @@ import pytest
 
 from deployments.metrics import Observer
 from deployments.record import RequestRecord
-from taps.decoding.loop import Step
+from taps.decoding.policy import Step
 from tests.fakes import make_verdict
 from tests.test_record import JOB, PREFILL, VERIFY
 

@@ -11,7 +11,7 @@ from deployments.errors import RequestError
 from deployments.openai import Json, Writer
 from deployments.record import RequestRecord
 from deployments.requests import Generation
-from taps.decoding.loop import Step
+from taps.decoding.policy import Step
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams
 from taps.session import SessionState
@@ -116,6 +116,7 @@ def test_speculation_metrics_name_the_drafters() -> None:
     assert openai.speculation(record)["speculative_decoding"] == {
         "acceptance_histogram": [0, 0, 1, 0],
         "num_spec_steps": 1,
+        "num_plain_steps": 0,
         "num_spec_tokens": 3,
         "num_draft_tokens": 8,
         "num_accepted_draft_tokens": 2,

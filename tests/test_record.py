@@ -9,7 +9,7 @@ import pytest
 
 from deployments.record import RequestRecord
 from deployments.requests import Generation
-from taps.decoding.loop import Step
+from taps.decoding.policy import Step
 from taps.drafting.drafter import Ask
 from taps.sampling import SamplingParams
 from taps.session import SessionState

@@ -13,6 +13,7 @@ from taps.composing import STRATEGIES, Compose, concatenated
 from taps.context import Context
 from taps.decoding.in_process import decode_in_process
 from taps.decoding.metrics import SpeculationCounts
+from taps.decoding.policy import Fixed
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask, Drafter
 from taps.drafting.eagle import EagleDrafter
@@ -41,7 +42,7 @@ async def live(
 ) -> tuple[SpeculationCounts, Recording]:
     counts, context = SpeculationCounts(), Context(SessionState(tuple(PROMPT), sampling=PARAMS), 1 << 20)
     verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 1, 256, StepBudget(tree_nodes=64)))
-    steps = decode_in_process(context, verifier, drafters, compose, ask)
+    steps = decode_in_process(context, verifier, drafters, Fixed(compose, ask))
     async with aclosing(steps):
         async for step in steps:
             room = NEW_TOKENS - (context.num_generated - len(step.verdict.tokens))

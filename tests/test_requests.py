@@ -188,7 +188,7 @@ def test_messages_the_template_refuses_are_the_users_error(reader: RequestReader
 def test_options_go_before_the_configuration(reader: RequestReader) -> None:
     job = read_chat(reader, taps={"strategy": "confidence", "num_nodes": 3, "depth": 2})
     assert (job.strategy, job.ask.num_nodes, job.ask.depth, job.ask.top_k) == ("confidence", 3, 2, 4)
-    assert read_chat(reader).strategy == "merged"
+    assert read_chat(reader).strategy == "adaptive"
 
 
 @pytest.mark.parametrize("strategy", ["single", "merged", "confidence"])

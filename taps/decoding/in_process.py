@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing, contextmanager
 
-from taps.composing import Compose
 from taps.context import Context
-from taps.decoding.loop import Step, decode
+from taps.decoding.loop import decode
 from taps.decoding.panel import Panel
+from taps.decoding.policy import Policy, Step
 from taps.decoding.sessions import Verifier
 from taps.drafting.batched import BatchedDrafter
-from taps.drafting.drafter import Ask, Drafter
+from taps.drafting.drafter import Drafter
 from taps.engine.target import Target
 from taps.engine.verifier import BatchedVerifier
 
@@ -36,15 +36,14 @@ def in_process(
 
 
 async def decode_in_process(
-    context: Context, verifier: Verifier, drafters: Sequence[BatchedDrafter], compose: Compose,
-    ask: Ask,
+    context: Context, verifier: Verifier, drafters: Sequence[BatchedDrafter], policy: Policy
 ) -> AsyncGenerator[Step, None]:  # fmt: skip
     """The steps of one answer, until the caller closes the generator, which frees its sessions."""
     async with AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(d.session(i)) for i, d in enumerate(drafters)]
         panel = Panel(sessions, _PATIENT_S)
         stack.push_async_callback(panel.close)
-        steps = decode(context, verifier.session, panel, compose, ask)
+        steps = decode(context, verifier.session, panel, policy)
         async with aclosing(steps):
             async for step in steps:
                 yield step

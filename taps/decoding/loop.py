@@ -11,15 +11,12 @@ import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 
-from taps.composing import Compose
 from taps.context import Context
 from taps.decoding.panel import Panel
+from taps.decoding.policy import Policy, Step
 from taps.decoding.sessions import VerifierSession
-from taps.drafting.drafter import Ask
 from taps.peers import PeerBusy, PeerGone
-from taps.verdict import Verdict
 
 # Wait before another verifier is tried, doubled each time: eight tries span the restart of a replica.
 _FAILOVER_DELAY_S = 0.2
@@ -27,24 +24,11 @@ _MOST_FAILOVERS = 8
 _WINDOW = 16  # tokens that plain decoding may be ahead of what is delivered
 
 
-@dataclass(frozen=True)
-class Step:
-    """What one turn of the loop delivered."""
-
-    verdict: Verdict
-    is_prefill: bool
-    draft_ms: float  # waiting for drafters
-    verify_ms: float  # waiting for the verifier
-    drafted: tuple[int, ...] = ()  # owner bits of the drafted nodes that were checked
-    numerics: str = ""  # of the verifier, at a prefill
-
-
 async def decode(
     context: Context,
     open_verifier: Callable[[], AbstractAsyncContextManager[VerifierSession]],
     panel: Panel,
-    compose: Compose,
-    ask: Ask,
+    policy: Policy,
 ) -> AsyncGenerator[Step, None]:
     """Decode until the caller closes the generator (`contextlib.aclosing` frees the verifier's session).
 
@@ -56,7 +40,7 @@ async def decode(
     while True:
         try:
             async with open_verifier() as verifier:
-                async for step in _decode_on(verifier, context, panel, compose, ask):
+                async for step in _decode_on(verifier, context, panel, policy):
                     yield step
                     if not step.is_prefill:
                         failures = 0
@@ -69,7 +53,7 @@ async def decode(
 
 
 async def _decode_on(
-    verifier: VerifierSession, context: Context, panel: Panel, compose: Compose, ask: Ask
+    verifier: VerifierSession, context: Context, panel: Panel, policy: Policy
 ) -> AsyncGenerator[Step, None]:
     """Decode on one verifier session, fresh at the start."""
     started = time.perf_counter()
@@ -79,20 +63,25 @@ async def _decode_on(
     pass_s = math.inf  # unknown before the first
     is_ahead = False
     while True:
-        started = time.perf_counter()
-        if is_ahead or not panel.drafters:
-            is_ahead = not panel.drafters  # nobody to wait for
-            verdict = await verifier.ahead(_WINDOW if is_ahead else 0)
-            context.extend(verdict)
-            if verdict.tokens:
-                yield Step(verdict, False, 0.0, (time.perf_counter() - started) * 1e3)
-            continue
-        trees = await panel.propose(context, ask, pass_s)
-        tree = compose(trees, context.root, ask.num_nodes)
-        drafted = time.perf_counter()
-        verdict = await verifier.verify(tree)
+        started = drafted = time.perf_counter()
+        free = await panel.at_hand(context, policy.ask)
+        plan = policy.plan(context, panel.idle(), free)
+        is_plain = plan.is_plain or not panel.drafters  # nobody to wait for
+        checked: tuple[int, ...] = ()
+        if is_ahead or is_plain:
+            is_ahead = is_plain
+            await panel.propose(context, plan.questions if is_plain else {})
+            verdict = await verifier.ahead(_WINDOW if is_plain else 0)
+        else:
+            trees = free + await panel.propose(context, plan.questions, pass_s)
+            tree = policy.compose(trees, context.root)
+            drafted = time.perf_counter()
+            verdict = await verifier.verify(tree)
+            checked = tree.owners[1 : 1 + verdict.num_nodes]
+            pass_s = time.perf_counter() - drafted
         context.extend(verdict)
-        verified = time.perf_counter()
-        pass_s = verified - drafted
-        checked = tree.owners[1 : 1 + verdict.num_nodes]
-        yield Step(verdict, False, (drafted - started) * 1e3, (verified - drafted) * 1e3, checked)
+        if verdict.tokens:
+            times = (drafted - started) * 1e3, (time.perf_counter() - drafted) * 1e3
+            step = Step(verdict, False, *times, checked, why=policy.explain())
+            policy.observe(context, step, panel.take_arrived())
+            yield step

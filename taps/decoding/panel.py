@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
-from taps.context import Context, ContextDelta
+from taps.context import Context
+from taps.decoding.policy import Arrived, Question
 from taps.decoding.sessions import DrafterSession
 from taps.drafting.drafter import Ask
 from taps.peers import PeerGone
@@ -23,7 +25,8 @@ class Panel:
     a drafter slower than the target costs more than it saves.
 
     A drafter that is late is left out of this step and asked again once its answer has arrived; one that
-    is gone is left out for good. Members may come and go while the session runs: see `member`.
+    is gone is left out for good. Members may come and go while the session runs: see `member`. Every answer can
+    be learned from: see `take_arrived`.
     """
 
     def __init__(
@@ -32,8 +35,9 @@ class Panel:
         self._deadline_s = deadline_s
         self._patience = patience
         self._known: dict[DrafterSession, int] = dict.fromkeys(drafters, 0)
-        self._pending: dict[DrafterSession, asyncio.Task[ProposalTree]] = {}
+        self._pending: dict[DrafterSession, asyncio.Task[Arrived]] = {}
         self._lost: dict[DrafterSession, asyncio.Future[None]] = {}
+        self._arrived: list[Arrived] = []
 
     async def member(self, drafter: DrafterSession) -> None:
         """Put a drafter on the panel until it is lost, which raises its `PeerGone`, or cancelled."""
@@ -49,49 +53,72 @@ class Panel:
     def drafters(self) -> list[DrafterSession]:
         return list(self._known)
 
-    async def propose(self, context: Context, ask: Ask, pass_s: float = math.inf) -> list[ProposalTree]:
-        """The trees of the drafters that answered in time, each owned by its drafter.
+    def idle(self) -> list[DrafterSession]:
+        """Those that may be asked: a late answer, if they owed one, has arrived. Not those at hand."""
+        return [drafter for drafter in list(self._known) if not drafter.is_at_hand and self._is_idle(drafter)]
 
-        Args: pass_s: seconds the last verify pass took.
+    async def at_hand(self, context: Context, ask: Ask) -> list[ProposalTree]:
+        """The trees of drafters of this process, which nobody waits for."""
+        here = [drafter for drafter in self._known if drafter.is_at_hand]
+        answers = [await self._question(drafter, context, ask) for drafter in here]
+        return [tree for one in answers if (tree := self._take(one)) is not None and len(tree) > 1]
+
+    async def propose(
+        self, context: Context, questions: Mapping[DrafterSession, Question], pass_s: float = math.inf
+    ) -> list[ProposalTree]:
+        """Ask, and wait for those that are waited for. The trees that came in time, each owned by its drafter.
+
+        Args: questions: to idle drafters; pass_s: seconds the last verify pass took.
         """
-        asked = [drafter for drafter in list(self._known) if self._idle(drafter)]
-        tasks = {drafter: self._ask(drafter, context, ask) for drafter in asked}
+        tasks = {
+            drafter: asyncio.create_task(self._question(drafter, context, question.ask))
+            for drafter, question in questions.items()
+        }
         self._pending |= tasks
-        if tasks:
-            await asyncio.wait(tasks.values(), timeout=min(self._deadline_s, self._patience * pass_s))
+        awaited = [task for drafter, task in tasks.items() if questions[drafter].is_waited_for]
+        if awaited:
+            await asyncio.wait(awaited, timeout=min(self._deadline_s, self._patience * pass_s))
         trees = []
         for drafter, task in tasks.items():
             if not task.done():
                 continue
             del self._pending[drafter]
-            if (tree := self._tree_of(drafter, task)) is not None and tree.tokens[0] == context.root:
-                trees.append((drafter.index, tree.owned_by(drafter.index)))
+            tree = self._take(task.result())
+            if tree is not None and questions[drafter].is_waited_for and tree.tokens[0] == context.root:
+                trees.append((drafter.index, tree))
         return [tree for _, tree in sorted(trees, key=lambda pair: pair[0])]
 
-    def _ask(self, drafter: DrafterSession, context: Context, ask: Ask) -> asyncio.Task[ProposalTree]:
-        delta = context.since(self._known[drafter])
-        self._known[drafter] = len(context.tokens)
-        return asyncio.create_task(_as_coroutine(drafter, delta, ask))
+    def take_arrived(self) -> list[Arrived]:
+        """The answers that came since the last call, late ones too."""
+        arrived, self._arrived = self._arrived, []
+        return arrived
 
-    def _idle(self, drafter: DrafterSession) -> bool:
-        """Whether the drafter may be asked: its late answer, if it owed one, has arrived."""
+    async def _question(self, drafter: DrafterSession, context: Context, ask: Ask) -> Arrived:
+        """One answer; without a tree where the drafter is gone."""
+        known, end, began = self._known[drafter], len(context.tokens), time.perf_counter()
+        delta = context.tokens_since(known) if drafter.is_at_hand else context.since(known)
+        self._known[drafter] = end
+        try:
+            tree = (await drafter.propose(delta, ask)).owned_by(drafter.index)
+        except PeerGone as error:
+            self._known.pop(drafter, None)
+            if drafter in self._lost:
+                self._lost[drafter].set_exception(error)
+            return Arrived(drafter, ask, end, None, 0.0)
+        return Arrived(drafter, ask, end, tree, time.perf_counter() - began)
+
+    def _take(self, one: Arrived) -> ProposalTree | None:
+        self._arrived.append(one)
+        return one.tree
+
+    def _is_idle(self, drafter: DrafterSession) -> bool:
         task = self._pending.get(drafter)
         if task is None:
             return True
         if not task.done():
             return False
         del self._pending[drafter]
-        return self._tree_of(drafter, task) is not None
-
-    def _tree_of(self, drafter: DrafterSession, task: asyncio.Task[ProposalTree]) -> ProposalTree | None:
-        """The task's tree; None when the drafter is gone, which takes it off the panel."""
-        try:
-            return task.result()
-        except PeerGone as error:
-            self._known.pop(drafter, None)
-            if drafter in self._lost:
-                self._lost[drafter].set_exception(error)
-            return None
+        return self._take(task.result()) is not None
 
     async def close(self) -> None:
         """Cancel what is still owed; the drafters' sessions belong to whoever opened them."""
@@ -99,7 +126,3 @@ class Panel:
             task.cancel()
         await asyncio.gather(*self._pending.values(), return_exceptions=True)
         self._pending.clear()
-
-
-async def _as_coroutine(drafter: DrafterSession, delta: ContextDelta, ask: Ask) -> ProposalTree:
-    return await drafter.propose(delta, ask)

@@ -20,6 +20,7 @@ class DrafterSession(Protocol):
 
     index: int  # the bit that marks its nodes
     name: str
+    is_at_hand: bool  # it answers at once, in this process, and needs no features
 
     async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
         """Take in what the target decided since the last call and draft from the new root.

@@ -44,6 +44,8 @@ class BatchedDrafter:
 class BatchedDrafterSession:
     """Implements `taps.decoding.sessions.DrafterSession`."""
 
+    is_at_hand = False
+
     def __init__(self, batcher: Batcher[DraftJob, ProposalTree], state: Any, name: str, index: int) -> None:
         self._batcher = batcher
         self._state = state

@@ -20,10 +20,12 @@ _PER_ROW = 0.05  # of the smallest step, that a row is thought to cost before an
 class StepCosts:
     """Seconds of a step by its size."""
 
-    def __init__(self, measured: Mapping[int, float] | None = None) -> None:
-        """Args: measured: size -> seconds, of at least two sizes where any were profiled."""
+    def __init__(self, measured: Mapping[int, float] | None = None, is_guess: bool = False) -> None:
+        """Args: measured: size -> seconds, of at least two sizes where any were profiled; is_guess: they are
+        right in proportion at best, and the first step says how large they are.
+        """
         self._sizes = list(_SIZES)
-        self._is_known = bool(measured)
+        self._is_known = bool(measured) and not is_guess
         if measured:
             self._seconds = _interpolated(sorted(measured.items()))
         else:

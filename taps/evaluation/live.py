@@ -21,6 +21,7 @@ from taps.composing import STRATEGIES, Compose, concatenated
 from taps.context import Context
 from taps.decoding.in_process import decode_in_process, in_process
 from taps.decoding.metrics import SpeculationCounts
+from taps.decoding.policy import Fixed
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
@@ -87,7 +88,7 @@ async def time_answer(
     state = SessionState(tuple(prompt), sampling=params, max_tokens=new_tokens)
     context, counts = Context(state, MAX_LEN), SpeculationCounts()
     draft_ms = verify_ms = started = seconds = 0.0
-    async with aclosing(decode_in_process(context, verifier, drafters, compose, ask)) as steps:
+    async with aclosing(decode_in_process(context, verifier, drafters, Fixed(compose, ask))) as steps:
         async for step in steps:
             if step.is_prefill:
                 started = time.perf_counter()

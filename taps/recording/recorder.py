@@ -25,6 +25,7 @@ from taps.composing import merged
 from taps.context import Context
 from taps.decoding.delivery import end_tokens
 from taps.decoding.in_process import decode_in_process, in_process
+from taps.decoding.policy import Fixed
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import RESERVED_ROWS, Ask
 from taps.drafting.eagle import EagleDrafter
@@ -212,7 +213,7 @@ class AnswerRecorder:
         state = SessionState(tuple(ids), sampling=question.params, max_tokens=self._recipe.max_new_tokens)
         context = self._answering[question.id] = Context(state, _UNBOUNDED)
         ask = replace(self._ask, sampling=question.params)
-        steps = decode_in_process(context, self._verifier, self._drafters, merged, ask)
+        steps = decode_in_process(context, self._verifier, self._drafters, Fixed(merged, ask))
         async with aclosing(steps):
             async for _ in steps:
                 if (length := self._answer_length(context)) is not None:

@@ -1,0 +1,58 @@
+"""What a drafter adds to a pass: tokens accepted of its trees, by how deep they may be.
+
+A session's own history counts quickly, since domains shift within an answer; all sessions' is the prior.
+
+Knows counts; nothing of trees or costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MOST_DEPTH = 8  # tokens of a path that are told apart
+_HOPED_FOR = 0.6  # of one more token, that is thought to be accepted before anything was seen
+_FLEET, _OWN = 0.98, 0.88  # of older trees, at each new one
+_PRIOR = 2.0  # trees that the prior counts for at first
+
+
+class Gains:
+    """Mean accepted tokens of trees cut at each depth."""
+
+    def __init__(self, prior: Gains | None = None) -> None:
+        """Args: prior: what all sessions saw, from which a session's own begin; without one this is it."""
+        self._memory = _FLEET if prior is None else _OWN
+        self._weight = _PRIOR
+        depths = range(MOST_DEPTH + 1)
+        hoped = [sum(_HOPED_FOR**n for n in range(1, depth + 1)) for depth in depths]
+        means = hoped if prior is None else [prior.expected(depth) for depth in depths]
+        self._sums = [_PRIOR * mean for mean in means]
+
+    def observe(self, accepted: int, depth: int) -> None:
+        """Take in a tree. Args: accepted: tokens of it that the text has; depth: of its paths, as was asked.
+
+        One that was right to its end might have gone on: as far as it is thought to, so far.
+        """
+        asked = min(depth, MOST_DEPTH)
+        beyond = [self.expected(cap) - self.expected(asked) for cap in range(MOST_DEPTH + 1)]
+        self._weight = self._memory * self._weight + 1.0
+        for cap in range(1, MOST_DEPTH + 1):
+            more = beyond[cap] if cap > asked and accepted >= asked else 0.0
+            self._sums[cap] = self._memory * self._sums[cap] + min(accepted, cap) + more
+
+    def expected(self, depth: int) -> float:
+        """Tokens accepted of a tree with paths of so many tokens."""
+        return self._sums[min(depth, MOST_DEPTH)] / self._weight
+
+
+def accepted_of(path_tokens: Sequence[int], parents: Sequence[int], text: Sequence[int]) -> list[bool]:
+    """Which nodes of a tree the text has; the root first, which it has by definition.
+
+    Args: path_tokens, parents: of every node; text: what the target decided after the root.
+    """
+    depths = [0] * len(parents)
+    found = [True] + [False] * (len(parents) - 1)
+    for node in range(1, len(parents)):
+        parent = parents[node]
+        depths[node] = depth = depths[parent] + 1
+        found[node] = found[parent] and depth <= len(text) and path_tokens[node] == text[depth - 1]
+    return found

@@ -1,0 +1,209 @@
+"""Whether drafting pays, and how: expected tokens over measured seconds, for all sessions of a router together.
+
+One session that drafts makes every other one's pass longer, and the first of them pays for a draft that the
+others share: so it is decided for all of them, who are ranked by what drafting gives them.
+
+Knows sessions by what they gain, and times; nothing of trees, tokens or who drafts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import NamedTuple
+
+from taps.engine.costs import StepCosts
+from taps.verdict import PassCost
+
+_REPLAN_S = 0.02  # a plan is good for so long
+_STICKY = 0.03  # of the tokens per second, that a change must gain
+_NEWEST = 0.1  # weight of the newest time in what steps cost beside passes
+_FORGET_S = 20.0  # after which what was not tried again is thought to cost what it did at first
+_TAKES_IN = 1.5  # levels of a draft, that taking in the news costs as much as
+_USUAL_DEPTH = 5  # tokens of a path that drafts' times are kept for
+_FIRST_DRAFT_S = 0.004
+_PROBES = 0.02  # of the time, that may go into asking drafters who do not pay
+_FIRST_NODES = 6.0
+
+
+class Choice(NamedTuple):
+    """What a session may do in a step."""
+
+    drafters: tuple[str, ...]  # none: nobody is waited for
+    depth: int  # tokens of a path
+    gain: float  # tokens expected beyond one
+
+
+class Overhead:
+    """Seconds of a step beside its pass and its drafts, by sessions."""
+
+    def __init__(self, first_s: float, clock: Callable[[], float]) -> None:
+        self._first_s, self._clock = first_s, clock
+        self._known: dict[int, tuple[float, float]] = {}  # power of two -> seconds, when
+
+    def observe(self, sessions: int, seconds: float) -> None:
+        size, now = _bucket(sessions), self._clock()
+        known = self.seconds(sessions)
+        self._known[size] = known + _NEWEST * (max(seconds, 0.0) - known), now
+
+    def seconds(self, sessions: int) -> float:
+        """Of so many sessions; of more or fewer in proportion where these were never seen."""
+        size, now = _bucket(sessions), self._clock()
+        if size in self._known:
+            seconds, seen = self._known[size]
+            old = math.exp(-max(now - seen - _FORGET_S, 0.0) / _FORGET_S)
+            return self._first_s + old * (seconds - self._first_s)
+        return self._first_s
+
+
+def _bucket(sessions: int) -> int:
+    return max(sessions, 1).bit_length()
+
+
+class Planner:
+    """What is known of costs, and who drafts now. One for all sessions of a router."""
+
+    def __init__(self, passes: StepCosts | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        """Args: passes: seconds of a pass by its rows, as far as known."""
+        self._clock = clock
+        self.passes = passes or StepCosts()
+        self._drafts: dict[str, StepCosts] = {}  # seconds of a draft of the usual depth, by sessions asking
+        self._asking: dict[str, int] = {}
+        self._plain, self._drafted = Overhead(0.0005, clock), Overhead(0.002, clock)
+        self._best: dict[Hashable, Choice] = {}  # of the sessions that are open
+        self._drafting: set[Hashable] = set()
+        self._nodes = _FIRST_NODES  # that are kept of a session's tree
+        self._overlap = 1.0  # of drafters that are asked at once: 1 adds their times, 0 takes the longest
+        self._threshold = 0.0  # tokens that a session must gain to draft
+        self._planned_at = -math.inf
+        self._next_probe = 0.0
+
+    def open(self, session: Hashable) -> None:
+        self._best[session] = Choice((), 0, 0.0)
+        self._planned_at = -math.inf
+
+    def close(self, session: Hashable) -> None:
+        self._best.pop(session, None)
+        self._drafting.discard(session)
+        self._planned_at = -math.inf
+
+    @property
+    def num_sessions(self) -> int:
+        return max(len(self._best), 1)
+
+    def asked(self, drafter: str) -> int:
+        """A session asks a drafter; how many do now, until they are `answered`."""
+        self._asking[drafter] = self._asking.get(drafter, 0) + 1
+        return self._asking[drafter]
+
+    def answered(self, drafter: str, asking: int, depth: int, seconds: float | None) -> None:
+        """Args: asking: as `asked` said; depth: of the paths; seconds: None where there was no answer."""
+        together = max(asking, self._asking[drafter])  # the first to ask is answered first
+        self._asking[drafter] -= 1
+        if seconds is not None:
+            self._costs_of(drafter).observe(together, seconds / _scale(depth))
+
+    def observe_pass(self, cost: PassCost | None) -> None:
+        if cost is not None:
+            self.passes.observe(cost.rows, cost.ms / 1e3)
+
+    def observe_step(self, cost: PassCost | None, waited_s: float, drafted: bool, kept: int) -> None:
+        """Args: waited_s: for one verdict; drafted: whether it was for a tree; kept: its nodes in the pass."""
+        self.observe_pass(cost)
+        if cost is None:
+            return
+        overhead = self._drafted if drafted else self._plain
+        overhead.observe(self.num_sessions, waited_s - cost.ms / 1e3)
+        if drafted:
+            self._nodes += _NEWEST * (kept - self._nodes)
+
+    def choose(
+        self, session: Hashable, gains: Mapping[str, Callable[[int], float]], free_gain: float
+    ) -> Choice:
+        """What the session should do now.
+
+        Args: gains: of each drafter that may be asked, the tokens it adds by the depth of its paths; free_gain:
+        of the nodes that are there without asking.
+        """
+        best = self._best_of(gains, free_gain)
+        self._best[session] = best
+        if self._clock() - self._planned_at > _REPLAN_S:
+            self._plan()
+        drafts = best.gain >= self._threshold and bool(best.drafters)
+        (self._drafting.add if drafts else self._drafting.discard)(session)
+        return best if drafts else Choice((), 0, free_gain)
+
+    def pays(self, gain: float, nodes: int) -> bool:
+        """Whether a session that decodes plainly should stop for nodes that are there, all in all."""
+        sessions = self.num_sessions
+        plain = self._plain_cycle(sessions)
+        # The nodes make everyone's pass longer; the round trip is the session's own.
+        longer = plain + self.passes.seconds(sessions + nodes) - self.passes.seconds(sessions)
+        trip = self._drafted.seconds(sessions) - self._plain.seconds(sessions)
+        return (sessions + gain - trip / plain) / longer > (1.0 + _STICKY) * sessions / plain
+
+    def may_probe(self, drafter: str, depth: int) -> bool:
+        """Whether there is time to ask a drafter who does not pay. It is, where this says so."""
+        now = self._clock()
+        if now < self._next_probe:
+            return False
+        self._next_probe = now + self.draft_s((drafter,), depth, 1) / _PROBES
+        return True
+
+    def draft_s(self, drafters: tuple[str, ...], depth: int, sessions: int) -> float:
+        """Seconds until these have answered so many sessions."""
+        each = [self._costs_of(name).seconds(sessions) * _scale(depth) for name in drafters]
+        longest = max(each, default=0.0)
+        return longest + self._overlap * (sum(each) - longest)
+
+    def _costs_of(self, drafter: str) -> StepCosts:
+        if drafter not in self._drafts:
+            self._drafts[drafter] = StepCosts({1: _FIRST_DRAFT_S, 16: 4 * _FIRST_DRAFT_S}, is_guess=True)
+        return self._drafts[drafter]
+
+    def _best_of(self, gains: Mapping[str, Callable[[int], float]], free_gain: float) -> Choice:
+        """The drafter and depth that give one session the most, were all sessions to draft as it does."""
+        sessions = max(len(self._drafting), 1)
+        best = Choice((), 0, free_gain)
+        reached = (1.0 + free_gain) / self._drafted_cycle((), 0, sessions, sessions) if free_gain else 0.0
+        for name, gain_of in gains.items():
+            for depth in range(2, _USUAL_DEPTH + 2):
+                gain = max(gain_of(depth), free_gain)
+                rate = (1.0 + gain) / self._drafted_cycle((name,), depth, sessions, sessions)
+                if rate > reached:
+                    best, reached = Choice((name,), depth, gain), rate
+        return best
+
+    def _plain_cycle(self, sessions: int) -> float:
+        return self.passes.seconds(sessions) + self._plain.seconds(sessions)
+
+    def _drafted_cycle(self, drafters: tuple[str, ...], depth: int, drafting: int, sessions: int) -> float:
+        rows = sessions + self._nodes * drafting
+        return (
+            self.draft_s(drafters, depth, drafting)
+            + self.passes.seconds(rows)
+            + self._drafted.seconds(sessions)
+        )
+
+    def _plan(self) -> None:
+        """How many sessions should draft: those that gain most, as many as give the most tokens a second."""
+        self._planned_at = self._clock()
+        ranked = sorted(self._best.values(), key=lambda choice: -choice.gain)
+        sessions, was = len(ranked), len(self._drafting)
+        tokens, depth, threshold = float(sessions), 0, math.inf
+        # A change must gain something.
+        reached = (1.0 + _STICKY * (-1 if was else 1)) * sessions / self._plain_cycle(sessions)
+        for number, choice in enumerate(ranked, 1):
+            if not choice.drafters:
+                continue
+            tokens, depth = tokens + choice.gain, max(depth, choice.depth)
+            rate = tokens / self._drafted_cycle(choice.drafters, depth, number, sessions)
+            if rate > reached:
+                reached, threshold = rate, choice.gain
+        self._threshold = threshold
+
+
+def _scale(depth: int) -> float:
+    """How long a draft with paths of so many tokens takes, of one of the usual depth."""
+    return (_TAKES_IN + depth) / (_TAKES_IN + _USUAL_DEPTH)

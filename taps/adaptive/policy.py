@@ -1,0 +1,214 @@
+"""The adaptive strategy of one session, and what all sessions of a router learn together.
+
+Before a step: what nodes at hand are worth, who is asked for how much if that pays, and who is asked aside, to
+be learned from. After it: every tree, chosen or not, is compared with the text once that has passed its depth
+(full information: HedgeSpec, arXiv 2510.20064).
+
+Knows drafters by name, trees and texts; nothing of who decodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from taps.adaptive.calibration import Calibration
+from taps.adaptive.gains import Gains, accepted_of
+from taps.adaptive.planning import Choice, Planner
+from taps.context import Context
+from taps.decoding.policy import Arrived, Plan, Question, Step
+from taps.decoding.sessions import DrafterSession
+from taps.drafting.drafter import Ask
+from taps.tree import ROOT, ProposalTree
+
+_LEAST_LIKELY = 0.02  # of a node that is sent to the verifier
+_FIRST_PROBE, _LONGEST_PROBE = 6, 256  # tokens until a drafter who is not asked is asked aside
+_PROMISING = 0.8  # of the best one's gain, that keeps a drafter probed often
+_PROBE_DEPTH = 5  # tokens of a path
+
+
+@dataclass
+class Fleet:
+    """What all sessions learned: of each drafter, in each way to sample."""
+
+    planner: Planner = field(default_factory=Planner)
+    gains: dict[tuple[str, str], Gains] = field(default_factory=dict)
+    calibrations: dict[tuple[str, str], Calibration] = field(default_factory=dict)
+
+
+@dataclass
+class _Known:
+    """Of one drafter in this session."""
+
+    gains: Gains
+    calibration: Calibration
+    next_probe: int  # tokens decided by then
+    interval: int = _FIRST_PROBE
+
+
+class _Judged(NamedTuple):
+    """A tree that is compared with the text once that has passed it."""
+
+    name: str
+    is_at_hand: bool
+    depth: int  # tokens of its longest path that were asked for
+    end: int  # tokens decided when it was grown
+    tree: ProposalTree
+
+
+class Adaptive:
+    """Implements `taps.decoding.policy.Policy`. `close` it with its session."""
+
+    def __init__(self, fleet: Fleet, names: Sequence[str], ask: Ask, explains: bool = False) -> None:
+        """Args: names: of the drafters, by index; ask: the largest tree, and what drafts are coupled to."""
+        self.ask = ask
+        self._names = names
+        self._fleet, self._planner = fleet, fleet.planner
+        self._explains = explains
+        self._way = "greedy" if ask.sampling is None or ask.sampling.greedy else "coupled"
+        self._known: dict[str, _Known] = {}
+        self._waiting: list[_Judged] = []  # for the text to pass them
+        self._choice = Choice((), 0, 0.0)
+        self._offered = ProposalTree.root_only(0)
+        self._probed: list[str] = []
+        self._owed: dict[str, int] = {}  # of drafters asked: how many sessions asked then
+        self._planner.open(self)
+
+    def close(self) -> None:
+        """Nothing more comes of this session."""
+        for name, asking in self._owed.items():
+            self._planner.answered(name, asking, _PROBE_DEPTH, None)
+        self._owed.clear()
+        self._planner.close(self)
+
+    def plan(self, context: Context, idle: Sequence[DrafterSession], free: Sequence[ProposalTree]) -> Plan:
+        for drafter in idle:  # asked in a plan that was dropped
+            if (asking := self._owed.pop(drafter.name, None)) is not None:
+                self._planner.answered(drafter.name, asking, _PROBE_DEPTH, None)
+        at_hand = self._merged(free, context.root)
+        free_gain = sum(map(math.exp, at_hand.scores[1:]))
+        there = {drafter.name: drafter for drafter in idle}
+        gains = {name: self._of(name, len(context.tokens)).gains.expected for name in there}
+        choice = self._choice = self._planner.choose(self, gains, free_gain)
+        questions = {there[name]: Question(self._asking(choice.depth)) for name in choice.drafters}
+        aside = self._probes(context, [name for name in there if name not in choice.drafters])
+        questions |= {there[name]: Question(self._asking(_PROBE_DEPTH), False) for name in aside}
+        self._owed |= {drafter.name: self._planner.asked(drafter.name) for drafter in questions}
+        is_plain = not choice.drafters and not self._planner.pays(free_gain, len(at_hand) - 1)
+        self._offered = ProposalTree.root_only(context.root)
+        return Plan(questions, is_plain)
+
+    def compose(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
+        self._offered = self._merged(trees, root)
+        return self._offered
+
+    def observe(self, context: Context, step: Step, arrived: Sequence[Arrived]) -> None:
+        verdict = step.verdict
+        if step.is_prefill:
+            self._planner.observe_pass(verdict.cost)
+        else:
+            waited_s = step.verify_ms / 1e3 / verdict.num_passes
+            self._planner.observe_step(verdict.cost, waited_s, len(self._offered) > 1, verdict.num_nodes)
+        for answer in arrived:
+            self._take(answer)
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            if max(one.tree.depths) <= len(context.tokens) - one.end:
+                self._learn(one, context)
+            else:
+                self._waiting.append(one)
+
+    def explain(self) -> Mapping[str, Any] | None:
+        if not self._explains:
+            return None
+        return {
+            "asked": list(self._choice.drafters),
+            "asked_aside": self._probed,
+            "depth": self._choice.depth,
+            "expected": round(1.0 + self._choice.gain, 3),
+            "offered": [round(math.exp(score), 3) for score in self._offered.scores[1:]],
+            "sessions": self._planner.num_sessions,
+        }
+
+    def _asking(self, depth: int) -> Ask:
+        return replace(self.ask, depth=depth - 1)
+
+    def _take(self, one: Arrived) -> None:
+        """An answer: what it cost, and that it waits for the text to pass it."""
+        name, tree = one.drafter.name, one.tree
+        if (asking := self._owed.pop(name, None)) is not None:
+            self._planner.answered(name, asking, one.ask.depth + 1, None if tree is None else one.seconds)
+        if tree is not None and (len(tree) > 1 or not one.drafter.is_at_hand):
+            self._waiting.append(_Judged(name, one.drafter.is_at_hand, one.ask.depth + 1, one.end, tree))
+
+    def _of(self, name: str, end: int) -> _Known:
+        if name not in self._known:
+            key = (name, self._way)
+            prior = self._fleet.gains.setdefault(key, Gains())
+            calibration = self._fleet.calibrations.setdefault(key, Calibration())
+            first = end + _FIRST_PROBE * (1 + len(self._known)) // 2
+            self._known[name] = _Known(Gains(prior), calibration, first)
+        return self._known[name]
+
+    def _probes(self, context: Context, others: Sequence[str]) -> list[str]:
+        """Who is asked aside now, one at most."""
+        end = len(context.tokens)
+        due = [name for name in others if self._known[name].next_probe <= end]
+        self._probed = [name for name in due[:1] if self._planner.may_probe(name, _PROBE_DEPTH)]
+        for name in self._probed:
+            known = self._known[name]
+            known.next_probe = end + known.interval
+        return self._probed
+
+    def _merged(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
+        """The union, each path by the best of its calibrated probabilities."""
+        place: dict[tuple[int, int], int] = {}
+        tokens, parents, scores, owners = [root], [-1], [0.0], [0]
+        for tree in trees:
+            merged_at = [ROOT] * len(tree)
+            for node, score in self._calibrated(tree):
+                parent, token = merged_at[tree.parents[node]], tree.tokens[node]
+                at = place.setdefault((parent, token), len(tokens))
+                merged_at[node] = at
+                if at == len(tokens):
+                    tokens.append(token)
+                    parents.append(parent)
+                    scores.append(score)
+                    owners.append(tree.owners[node])
+                else:
+                    scores[at] = max(scores[at], score)
+                    owners[at] |= tree.owners[node]
+        nodes = list(zip(tokens, parents, scores, owners, strict=True))[1:]
+        return replace(ProposalTree.ordered(root, nodes, self.ask.num_nodes), calibrated=True)
+
+    def _calibrated(self, tree: ProposalTree) -> list[tuple[int, float]]:
+        """Nodes and logarithms of their probabilities, without those that are hopeless."""
+        calibration = self._calibration_of(tree)
+        logs = {ROOT: 0.0}
+        for node in range(1, len(tree)):
+            chance = calibration.probability(tree.depths[node], tree.scores[node])
+            if tree.parents[node] in logs and chance >= _LEAST_LIKELY:
+                logs[node] = min(math.log(chance), logs[tree.parents[node]])
+        return [pair for pair in logs.items() if pair[0] != ROOT]
+
+    def _calibration_of(self, tree: ProposalTree) -> Calibration:
+        """Of the one drafter that a tree is from."""
+        name = self._names[max(tree.owners).bit_length() - 1]
+        return self._of(name, 0).calibration
+
+    def _learn(self, one: _Judged, context: Context) -> None:
+        """Compare a tree with the text."""
+        tree, known = one.tree, self._of(one.name, one.end)
+        accepted = accepted_of(tree.tokens, tree.parents, context.tokens[one.end :])
+        for node in range(1, len(tree)):
+            known.calibration.observe(tree.depths[node], tree.scores[node], accepted[node])
+        length = max(depth for depth, right in zip(tree.depths, accepted, strict=True) if right)
+        if one.is_at_hand:
+            return
+        for gains in (known.gains, self._fleet.gains[one.name, self._way]):
+            gains.observe(length, one.depth)
+        best = max(other.gains.expected(_PROBE_DEPTH) for other in self._known.values())
+        promising = known.gains.expected(_PROBE_DEPTH) >= _PROMISING * best
+        known.interval = _FIRST_PROBE if promising else min(2 * known.interval, _LONGEST_PROBE)

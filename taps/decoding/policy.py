@@ -1,0 +1,95 @@
+"""What the loop asks before and after every step: whom to ask for what, how to compose, and what came of it.
+
+A fixed strategy asks everyone for the same; the adaptive one learns (`taps.adaptive`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from taps.composing import Compose
+from taps.context import Context
+from taps.decoding.sessions import DrafterSession
+from taps.drafting.drafter import Ask
+from taps.tree import ProposalTree
+from taps.verdict import Verdict
+
+
+class Question(NamedTuple):
+    """What a drafter is asked."""
+
+    ask: Ask
+    is_waited_for: bool = True  # in this step; else its answer is only learned from
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step does."""
+
+    questions: Mapping[DrafterSession, Question] = field(default_factory=dict)
+    is_plain: bool = False  # the verifier decodes by itself
+
+
+class Arrived(NamedTuple):
+    """A drafter's answer, late or not."""
+
+    drafter: DrafterSession
+    ask: Ask
+    end: int  # tokens decided when it was asked, the root included
+    tree: ProposalTree | None  # None where there is none to come
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one turn of the loop delivered."""
+
+    verdict: Verdict
+    is_prefill: bool
+    draft_ms: float  # waiting for drafters
+    verify_ms: float  # waiting for the verifier
+    drafted: tuple[int, ...] = ()  # owner bits of the drafted nodes that were checked
+    numerics: str = ""  # of the verifier, at a prefill
+    why: Mapping[str, Any] | None = None  # where the policy says what it did
+
+
+class Policy(Protocol):
+    """One session's."""
+
+    ask: Ask  # of drafters that are at hand, whom asking costs nothing
+
+    def plan(self, context: Context, idle: Sequence[DrafterSession], free: Sequence[ProposalTree]) -> Plan:
+        """Args: idle: drafters that may be asked; free: trees of those at hand."""
+        ...
+
+    def compose(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree: ...
+
+    def observe(self, context: Context, step: Step, arrived: Sequence[Arrived]) -> None:
+        """What a step came to, already in the context, and answers that came since the last one."""
+        ...
+
+    def explain(self) -> Mapping[str, Any] | None:
+        """What the step at hand does and why; None where nobody wants to know."""
+        ...
+
+
+class Fixed:
+    """Everyone is asked for the same, and what they say is composed in one way."""
+
+    def __init__(self, compose: Compose, ask: Ask) -> None:
+        self.ask = ask
+        self._compose = compose
+
+    def plan(self, context: Context, idle: Sequence[DrafterSession], free: Sequence[ProposalTree]) -> Plan:
+        return Plan({drafter: Question(self.ask) for drafter in idle})
+
+    def compose(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
+        return self._compose(trees, root, self.ask.num_nodes)
+
+    def observe(self, context: Context, step: Step, arrived: Sequence[Arrived]) -> None:
+        pass
+
+    def explain(self) -> Mapping[str, Any] | None:
+        return None
