@@ -214,7 +214,7 @@ async def decoded(
     drafters: Sequence[ScriptedDrafter | NgramSession], num_tokens: int = 60, fleet: Fleet | None = None,
     params: SamplingParams = GREEDY, ms_of: Callable[[int], float] = lambda rows: 10.0 + 0.3 * rows,
 ) -> list[Step]:  # fmt: skip
-    pool, fleet = VerifierPool(TARGET, params, ms_of=ms_of), fleet or Fleet()
+    pool, fleet = VerifierPool(TARGET, params, ms_of=ms_of), fleet or Fleet(Planner(clock=Clock()))
     policy = policy_of(pool, fleet, drafters)
     steps = await run_steps(pool, Panel(drafters, deadline_s=1.0), policy, num_tokens)
     policy.close()
@@ -246,7 +246,7 @@ async def test_drafters_who_are_wrong_are_left_idle_and_tried_now_and_then() -> 
 
 
 async def test_what_one_answer_taught_the_next_one_knows() -> None:
-    fleet = Fleet()
+    fleet = Fleet(Planner(clock=Clock()))
     wrong, right = ScriptedDrafter(0, guesses(3)), ScriptedDrafter(1, foresight(TARGET, GREEDY))
     await decoded([wrong, right], 200, fleet)
     first = await decoded(
