@@ -17,7 +17,7 @@ from taps.engine.costs import StepCosts
 from taps.verdict import PassCost
 
 _REPLAN_S = 0.02  # a plan is good for so long
-_STICKY = 0.03  # of the tokens per second, that a change must gain
+_STICKY = 0.01  # of the tokens per second, that a change must gain
 _NEWEST = 0.1  # weight of the newest time in what steps cost beside passes
 _FORGET_S = 20.0  # after which what was not tried again is thought to cost what it did at first
 _TAKES_IN = 1.5  # levels of a draft, that taking in the news costs as much as
@@ -140,7 +140,7 @@ class Planner:
         plain = self._plain_cycle(sessions)
         # The nodes make everyone's pass longer; the round trip is the session's own.
         longer = plain + self.passes.seconds(sessions + nodes) - self.passes.seconds(sessions)
-        trip = self._drafted.seconds(sessions) - self._plain.seconds(sessions)
+        trip = self._drafted.seconds(sessions) - (plain - self.passes.seconds(sessions))
         return (sessions + gain - trip / plain) / longer > (1.0 + _STICKY) * sessions / plain
 
     def may_probe(self, drafter: str, depth: int) -> bool:
@@ -176,7 +176,9 @@ class Planner:
         return best
 
     def _plain_cycle(self, sessions: int) -> float:
-        return self.passes.seconds(sessions) + self._plain.seconds(sessions)
+        # A plain step does nothing that another one does not do too.
+        beside = min(self._plain.seconds(sessions), self._drafted.seconds(sessions))
+        return self.passes.seconds(sessions) + beside
 
     def _drafted_cycle(self, drafters: tuple[str, ...], depth: int, drafting: int, sessions: int) -> float:
         rows = sessions + self._nodes * drafting
