@@ -26,6 +26,7 @@ from deployments.priority import NICENESS
 PROJECT = Path(__file__).resolve().parent.parent
 MODEL = "SmolLM2-135M-Instruct"
 START_DEADLINE_S = 400.0
+DRAFTERS = {"math", "chat", "code", "ngram"}  # of the shipped configuration
 
 
 def free_port() -> int:
@@ -55,7 +56,7 @@ class Cluster:
         try:
             cluster = cls(directory, f"http://127.0.0.1:{port}")
             cluster.apply(cluster.config)
-            cluster.wait_for_drafters({"math", "chat"})
+            cluster.wait_for_drafters(DRAFTERS)
             yield cluster
         finally:
             cast(Any, serve).shutdown()

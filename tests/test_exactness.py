@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+import random
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from itertools import cycle, product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import pytest
 import torch
 
+from taps.adaptive.planning import Choice, Planner
+from taps.adaptive.policy import Adaptive, Fleet
 from taps.composing import STRATEGIES, Compose, concatenated, off
 from taps.context import Context
 from taps.decoding import loop
 from taps.decoding.in_process import decode_in_process
-from taps.decoding.policy import Fixed
+from taps.decoding.policy import Fixed, Policy
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
 from taps.engine.verifier import BatchedVerifier, BatchedVerifierSession
@@ -100,22 +103,50 @@ class Losing:
             yield Lost(session, self._passes)
 
 
+Strategy: TypeAlias = Compose | Fleet
+
+
+class Restless(Planner):
+    """Switches between drafting and plain decoding, and from drafter to drafter, for no reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rng = random.Random(6)
+
+    def choose(
+        self, session: Hashable, gains: Mapping[str, Callable[[int], float]], free_gain: float
+    ) -> Choice:
+        if not gains or self._rng.random() < 0.5:
+            return Choice((), 0, 0.0)
+        count = self._rng.randrange(1, len(gains) + 1)
+        return Choice(tuple(self._rng.sample(sorted(gains), count)), self._rng.randrange(1, 5), 1.0)
+
+
+@contextmanager
+def following(strategy: Strategy, ask: Ask, names: Sequence[str]) -> Iterator[Policy]:
+    if not isinstance(strategy, Fleet):
+        yield Fixed(strategy, ask)
+        return
+    with closing(Adaptive(strategy, names, ask)) as policy:
+        yield policy
+
+
 async def answer(
     question: Question,
     verifier: BatchedVerifier | Losing,
     drafters: Sequence[BatchedDrafter],
-    compose: Compose,
+    strategy: Strategy,
     new_tokens: int,
     cache_salt: str = "",
 ) -> Text:
     state = SessionState(question.prompt, sampling=question.params, cache_salt=cache_salt)
     context = Context(state, 512)
     ask = Ask(num_nodes=6, depth=3, top_k=3, sampling=question.params)
-    steps = decode_in_process(context, verifier, drafters, Fixed(compose, ask))
-    async with aclosing(steps):
-        async for _ in steps:
-            if context.num_generated >= new_tokens:
-                break
+    with following(strategy, ask, [drafter.name for drafter in drafters]) as policy:
+        async with aclosing(decode_in_process(context, verifier, drafters, policy)) as steps:
+            async for _ in steps:
+                if context.num_generated >= new_tokens:
+                    break
     return tuple(context.tokens[context.prompt_length :][:new_tokens])
 
 
@@ -123,15 +154,15 @@ def answer_all(
     asked: Sequence[Question],
     verifier: BatchedVerifier | Losing,
     drafters: Sequence[BatchedDrafter],
-    compose: Compose | Sequence[Compose],
+    strategy: Strategy | list[Strategy],
     new_tokens: int = NEW_TOKENS,
     at_once: int = 20,
 ) -> list[Text]:
     """Answers of `new_tokens` tokens each; `at_once` sessions of every kind of sampling share their passes.
 
-    Args: compose: of every answer; several are taken in turn.
+    Args: strategy: of every answer; several are taken in turn.
     """
-    turns = cycle([compose] if callable(compose) else compose)
+    turns = cycle(strategy if isinstance(strategy, list) else [strategy])
 
     async def run(batch: Sequence[Question]) -> list[Text]:
         return await asyncio.gather(*(answer(q, verifier, drafters, next(turns), new_tokens) for q in batch))
@@ -249,13 +280,23 @@ def test_in_bfloat16_too(
     assert ours == plain_bf16
 
 
+@pytest.mark.parametrize("planner", [Planner, Restless])
+def test_switching_drafters_on_and_off_changes_no_text(
+    planner: type[Planner], asked: list[Question], plain: list[Text], plain_bf16: list[Text],
+    verifier: BatchedVerifier, verifier_bf16: BatchedVerifier, drafters: list[BatchedDrafter],
+) -> None:  # fmt: skip
+    fleet = Fleet(planner())
+    assert answer_all(asked, verifier, drafters, fleet) == plain
+    assert answer_all(asked, verifier_bf16, drafters, fleet) == plain_bf16
+
+
 def test_strategies_may_be_mixed_and_the_verifier_killed_in_mid_answer(
     asked: list[Question], plain_bf16: list[Text], verifier_bf16: BatchedVerifier,
     drafters: list[BatchedDrafter], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The second time with pages of the first that are found again."""
     monkeypatch.setattr(loop, "_FAILOVER_DELAY_S", 0.0)
-    mixture = list(STRATEGIES.values())
+    mixture: list[Strategy] = [*STRATEGIES.values(), Fleet(), Fleet(Restless())]
     for _ in range(2):
         assert answer_all(asked, verifier_bf16, drafters, mixture) == plain_bf16
     assert answer_all(asked, Losing(verifier_bf16, 3), drafters, mixture) == plain_bf16

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from taps.adaptive.policy import Fleet
 from taps.composing import STRATEGIES, off
 from taps.decoding import loop
 from taps.drafting.batched import BatchedDrafter
@@ -26,6 +27,8 @@ from tests.test_exactness import (
     GREEDY,
     Losing,
     Question,
+    Restless,
+    Strategy,
     Text,
     answer_all,
     check_near_ties,
@@ -86,7 +89,10 @@ def test_not_one_different_token(
         texts = answer_all(asked, served, panel, STRATEGIES[strategy], NEW_TOKENS, AT_ONCE)
         report.add(f"{strategy}, {num_drafters} drafters, eight at a time", texts, plain)
     monkeypatch.setattr(loop, "_FAILOVER_DELAY_S", 0.0)
-    mixture = list(STRATEGIES.values())
+    for what, fleet in (("adaptive", Fleet()), ("adaptive, switching at random", Fleet(Restless()))):
+        texts = answer_all(asked, served, drafters, fleet, NEW_TOKENS, AT_ONCE)
+        report.add(f"{what}, 3 drafters, eight at a time", texts, plain)
+    mixture: list[Strategy] = [*STRATEGIES.values(), Fleet(), Fleet(Restless())]
     for what, verifier_of in (("", served), (", verifiers killed after 9 passes", Losing(served, 9))):
         texts = answer_all(asked, verifier_of, drafters, mixture, NEW_TOKENS, AT_ONCE)
         report.add(f"strategies mixed, 3 drafters, prefixes found again{what}, eight at a time", texts, plain)

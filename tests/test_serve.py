@@ -61,7 +61,7 @@ def test_completions_streamed_equal_whole(cluster: Cluster) -> None:
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1.0, "seed": 7, "top_p": 0.95}])
 def test_every_strategy_gives_the_text_of_plain_decoding(cluster: Cluster, sampling: dict[str, Any]) -> None:
     plain = text_of(cluster, **sampling, extra_body={"taps": {"strategy": "off"}})
-    for strategy in ("single", "confidence", "entropy", "merged"):
+    for strategy in ("single", "confidence", "entropy", "merged", "adaptive"):
         assert text_of(cluster, **sampling, extra_body={"taps": {"strategy": strategy}}) == plain
 
 
@@ -177,7 +177,7 @@ def test_killing_a_specialist_leaves_the_stream_alive_and_its_text_unchanged(clu
     text = streamed_text([next(stream) for _ in range(3)])
     os.kill(victim, signal.SIGKILL)
     assert text + streamed_text(stream) == plain
-    cluster.wait_for_drafters({"math", "chat"})
+    cluster.wait_for_drafters(DRAFTERS)
 
 
 def test_a_lost_verifier_is_replaced_and_the_stream_goes_on_with_the_same_text(cluster: Cluster) -> None:
@@ -205,10 +205,10 @@ def test_a_specialist_joins_the_running_cluster(cluster: Cluster) -> None:
     try:
         config = cluster.changed()
         third = cluster.changed()["applications"][-1]
-        third.update(name="ngram", args={"name": "ngram", "kind": "ngram"})
+        third.update(name="lookup", args={"name": "lookup", "kind": "ngram"})
         config["applications"].append(third)
         cluster.apply(config)
-        cluster.wait_for_drafters({"math", "chat", "ngram"})
+        cluster.wait_for_drafters(DRAFTERS | {"lookup"})
     finally:
         joined.set()
         reader.join(timeout=300)
@@ -216,7 +216,7 @@ def test_a_specialist_joins_the_running_cluster(cluster: Cluster) -> None:
     after = cluster.processes()
     assert {name: after[name] for name in before} == before
     used = ask(cluster).metrics["speculative_decoding"]
-    assert list(used["accepted_by_drafter"]) == ["math", "chat", "ngram"]
+    assert list(used["accepted_by_drafter"]) == ["math", "chat", "code", "lookup", "ngram"]
 
 
 def test_the_edge_is_what_clients_and_browsers_expect(cluster: Cluster) -> None:

@@ -83,9 +83,10 @@ class Batcher(Generic[Job, Result]):
         self._waiting.append((job, done))
         if self._session_of is not None:
             self._lingering.arrive(id(self._session_of(job)), time.monotonic())
-        self._news.set()
         if self._runner is None or self._runner.done():
+            self._news = asyncio.Event()  # of this loop
             self._runner = asyncio.create_task(self._run())
+        self._news.set()
         return await done
 
     async def between_steps(self, action: Callable[[], T]) -> T:
