@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from deployments.config import RouterArgs
-from tests.cluster import MODEL, Cluster
+from tests.cluster import DRAFTERS, MODEL, Cluster
 from tests.prompts import PROMPTS
 
 pytestmark = pytest.mark.serve
