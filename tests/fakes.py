@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -290,12 +291,13 @@ async def run_steps(
     num_tokens: int,
     ask: Ask | None = None,
     context: Context | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Step]:
     """Decode after `PROMPT` until at least `num_tokens` tokens are there. Args: ask: of a way to compose."""
     policy = Fixed(compose, ask or Ask(num_nodes=8, depth=2)) if callable(compose) else compose
     context = context or Context(SessionState(tuple(PROMPT), sampling=pool.params), feature_window=8)
     steps = []
-    async with aclosing(decode(context, pool.open, panel, policy)) as decoding:
+    async with aclosing(decode(context, pool.open, panel, policy, clock)) as decoding:
         async for step in decoding:
             steps.append(step)
             if context.num_generated >= num_tokens:

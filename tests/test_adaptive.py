@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 
@@ -11,7 +12,6 @@ from taps.adaptive.calibration import Calibration
 from taps.adaptive.gains import Gains, accepted_of
 from taps.adaptive.planning import Choice, Planner
 from taps.adaptive.policy import Adaptive, Fleet
-from taps.decoding import loop, panel
 from taps.decoding.panel import Panel
 from taps.decoding.policy import Step
 from taps.drafting.drafter import Ask
@@ -181,24 +181,6 @@ def test_asking_aside_takes_little_of_the_time() -> None:
 # The policy, with verifier and drafters that are made up
 
 
-class Ticks:
-    """A clock by which everything takes a tenth of a millisecond, however busy the machine is."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def perf_counter(self) -> float:
-        self.now += 1e-4
-        return self.now
-
-
-@pytest.fixture(autouse=True)
-def steady_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = Ticks()
-    for module in (loop, panel):
-        monkeypatch.setattr(module, "time", ticks)
-
-
 def mistaken(tokens: Sequence[int], ask: Ask) -> ProposalTree:
     """A drafter who is sure of what never comes."""
     right = TARGET.decide(list(tokens), len(PROMPT), GREEDY)
@@ -216,7 +198,13 @@ async def decoded(
 ) -> list[Step]:  # fmt: skip
     pool, fleet = VerifierPool(TARGET, params, ms_of=ms_of), fleet or Fleet(Planner(clock=Clock()))
     policy = policy_of(pool, fleet, drafters)
-    steps = await run_steps(pool, Panel(drafters, deadline_s=1.0), policy, num_tokens)
+    looks = itertools.count()  # by this clock everything takes a tenth of a millisecond, however busy all is
+
+    def clock() -> float:
+        return 1e-4 * next(looks)
+
+    panel = Panel(drafters, deadline_s=60.0, clock=clock)
+    steps = await run_steps(pool, panel, policy, num_tokens, clock=clock)
     policy.close()
     assert tokens_of(steps, num_tokens) == TARGET.continuation(PROMPT, params, num_tokens)
     assert fleet.planner.num_sessions == 1, "none is left open"

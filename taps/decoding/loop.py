@@ -29,6 +29,7 @@ async def decode(
     open_verifier: Callable[[], AbstractAsyncContextManager[VerifierSession]],
     panel: Panel,
     policy: Policy,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> AsyncGenerator[Step, None]:
     """Decode until the caller closes the generator (`contextlib.aclosing` frees the verifier's session).
 
@@ -40,7 +41,7 @@ async def decode(
     while True:
         try:
             async with open_verifier() as verifier:
-                async for step in _decode_on(verifier, context, panel, policy):
+                async for step in _decode_on(verifier, context, panel, policy, clock):
                     yield step
                     if not step.is_prefill:
                         failures = 0
@@ -53,17 +54,19 @@ async def decode(
 
 
 async def _decode_on(
-    verifier: VerifierSession, context: Context, panel: Panel, policy: Policy
+    verifier: VerifierSession, context: Context, panel: Panel, policy: Policy, clock: Callable[[], float]
 ) -> AsyncGenerator[Step, None]:
     """Decode on one verifier session, fresh at the start."""
-    started = time.perf_counter()
+    started = clock()
     verdict = await verifier.prefill(context.state(), context.feature_window)
     context.restart(verdict)
-    yield Step(verdict, True, 0.0, (time.perf_counter() - started) * 1e3, numerics=verifier.numerics)
+    step = Step(verdict, True, 0.0, (clock() - started) * 1e3, numerics=verifier.numerics)
+    policy.observe(context, step, ())
+    yield step
     pass_s = math.inf  # unknown before the first
     is_ahead = False
     while True:
-        started = drafted = time.perf_counter()
+        started = drafted = clock()
         free = await panel.at_hand(context, policy.ask)
         plan = policy.plan(context, panel.idle(), free)
         is_plain = plan.is_plain or not panel.drafters  # nobody to wait for
@@ -75,13 +78,13 @@ async def _decode_on(
         else:
             trees = free + await panel.propose(context, plan.questions, pass_s)
             tree = policy.compose(trees, context.root)
-            drafted = time.perf_counter()
+            drafted = clock()
             verdict = await verifier.verify(tree)
             checked = tree.owners[1 : 1 + verdict.num_nodes]
-            pass_s = time.perf_counter() - drafted
+            pass_s = clock() - drafted
         context.extend(verdict)
         if verdict.tokens:
-            times = (drafted - started) * 1e3, (time.perf_counter() - drafted) * 1e3
+            times = (drafted - started) * 1e3, (clock() - drafted) * 1e3
             step = Step(verdict, False, *times, checked, why=policy.explain())
             policy.observe(context, step, panel.take_arrived())
             yield step

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from taps.context import Context
 from taps.decoding.policy import Arrived, Question
@@ -30,8 +30,10 @@ class Panel:
     """
 
     def __init__(
-        self, drafters: Sequence[DrafterSession], deadline_s: float, patience: float = math.inf
-    ) -> None:
+        self, drafters: Sequence[DrafterSession], deadline_s: float, patience: float = math.inf,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:  # fmt: skip
+        self._clock = clock
         self._deadline_s = deadline_s
         self._patience = patience
         self._known: dict[DrafterSession, int] = dict.fromkeys(drafters, 0)
@@ -95,7 +97,7 @@ class Panel:
 
     async def _question(self, drafter: DrafterSession, context: Context, ask: Ask) -> Arrived:
         """One answer; without a tree where the drafter is gone."""
-        known, end, began = self._known[drafter], len(context.tokens), time.perf_counter()
+        known, end, began = self._known[drafter], len(context.tokens), self._clock()
         delta = context.tokens_since(known) if drafter.is_at_hand else context.since(known)
         self._known[drafter] = end
         try:
@@ -105,7 +107,7 @@ class Panel:
             if drafter in self._lost:
                 self._lost[drafter].set_exception(error)
             return Arrived(drafter, ask, end, None, 0.0)
-        return Arrived(drafter, ask, end, tree, time.perf_counter() - began)
+        return Arrived(drafter, ask, end, tree, self._clock() - began)
 
     def _take(self, one: Arrived) -> ProposalTree | None:
         self._arrived.append(one)
