@@ -12,6 +12,7 @@ from collections.abc import Sequence
 MOST_DEPTH = 8  # tokens of a path that are told apart
 _HOPED_FOR = 0.6  # of one more token, that is thought to be accepted before anything was seen
 _FLEET, _OWN = 0.98, 0.88  # of older trees, at each new one
+_RARELY = 0.01
 _PRIOR = 2.0  # trees that the prior counts for at first
 
 
@@ -33,10 +34,11 @@ class Gains:
         One that was right to its end might have gone on: as far as it is thought to, so far.
         """
         asked = min(depth, MOST_DEPTH)
-        beyond = [self.expected(cap) - self.expected(asked) for cap in range(MOST_DEPTH + 1)]
+        to_the_end = max(self.expected(asked) - self.expected(asked - 1), _RARELY)  # how often it is
+        beyond = [(self.expected(cap) - self.expected(asked)) / to_the_end for cap in range(MOST_DEPTH + 1)]
         self._weight = self._memory * self._weight + 1.0
         for cap in range(1, MOST_DEPTH + 1):
-            more = beyond[cap] if cap > asked and accepted >= asked else 0.0
+            more = min(beyond[cap], cap - asked) if cap > asked and accepted >= asked else 0.0
             self._sums[cap] = self._memory * self._sums[cap] + min(accepted, cap) + more
 
     def expected(self, depth: int) -> float:

@@ -18,12 +18,13 @@ from taps.verdict import PassCost
 
 _REPLAN_S = 0.02  # a plan is good for so long
 _STICKY = 0.01  # of the tokens per second, that a change must gain
+_SAME = 0.85  # of a gain
 _NEWEST = 0.1  # weight of the newest time in what steps cost beside passes
 _FORGET_S = 20.0  # after which what was not tried again is thought to cost what it did at first
 _TAKES_IN = 1.5  # levels of a draft, that taking in the news costs as much as
 _USUAL_DEPTH = 5  # tokens of a path that drafts' times are kept for
 _FIRST_DRAFT_S = 0.004
-_PROBES = 0.02  # of the time, that may go into asking drafters who do not pay
+_PROBES = 0.01  # of the time, that may go into asking drafters who do not pay
 _FIRST_NODES = 6.0
 
 
@@ -35,26 +36,32 @@ class Choice(NamedTuple):
     gain: float  # tokens expected beyond one
 
 
-class Overhead:
-    """Seconds of a step beside its pass and its drafts, by sessions."""
+class Drafted(NamedTuple):
+    """What came of a tree."""
 
-    def __init__(self, first_s: float, clock: Callable[[], float]) -> None:
-        self._first_s, self._clock = first_s, clock
-        self._known: dict[int, tuple[float, float]] = {}  # power of two -> seconds, when
+    kept: int  # nodes that were checked
+    accepted: int  # tokens
+    expected: float  # tokens, of the whole tree
 
-    def observe(self, sessions: int, seconds: float) -> None:
-        size, now = _bucket(sessions), self._clock()
-        known = self.seconds(sessions)
-        self._known[size] = known + _NEWEST * (max(seconds, 0.0) - known), now
 
-    def seconds(self, sessions: int) -> float:
-        """Of so many sessions; of more or fewer in proportion where these were never seen."""
-        size, now = _bucket(sessions), self._clock()
-        if size in self._known:
-            seconds, seen = self._known[size]
-            old = math.exp(-max(now - seen - _FORGET_S, 0.0) / _FORGET_S)
-            return self._first_s + old * (seconds - self._first_s)
-        return self._first_s
+class ByLoad:
+    """Something measured at every load: by the number of sessions, to powers of two."""
+
+    def __init__(self, first: float, clock: Callable[[], float]) -> None:
+        """Args: first: what it is thought to be where it was not measured, or not for long."""
+        self._first, self._clock = first, clock
+        self._known: dict[int, tuple[float, float]] = {}  # value, when
+
+    def observe(self, sessions: int, value: float) -> None:
+        known = self.at(sessions)
+        self._known[_bucket(sessions)] = known + _NEWEST * (value - known), self._clock()
+
+    def at(self, sessions: int) -> float:
+        if _bucket(sessions) not in self._known:
+            return self._first
+        value, seen = self._known[_bucket(sessions)]
+        old = math.exp(-max(self._clock() - seen - _FORGET_S, 0.0) / _FORGET_S)
+        return self._first + old * (value - self._first)
 
 
 def _bucket(sessions: int) -> int:
@@ -68,12 +75,15 @@ class Planner:
         """Args: passes: seconds of a pass by its rows, as far as known."""
         self._clock = clock
         self.passes = passes or StepCosts()
-        self._drafts: dict[str, StepCosts] = {}  # seconds of a draft of the usual depth, by sessions asking
+        self._drafts: dict[
+            str, dict[int, StepCosts]
+        ] = {}  # seconds of a draft by its depth and sessions asking
         self._asking: dict[str, int] = {}
-        self._plain, self._drafted = Overhead(0.0005, clock), Overhead(0.002, clock)
+        self._plain, self._drafted = ByLoad(0.0005, clock), ByLoad(0.002, clock)
         self._best: dict[Hashable, Choice] = {}  # of the sessions that are open
         self._drafting: set[Hashable] = set()
-        self._nodes = _FIRST_NODES  # that are kept of a session's tree
+        self._nodes = ByLoad(_FIRST_NODES, clock)  # that are kept of a session's tree
+        self._realised = ByLoad(1.0, clock)  # of what whole trees would gain, since they are cut
         self._overlap = 1.0  # of drafters that are asked at once: 1 adds their times, 0 takes the longest
         self._threshold = 0.0  # tokens that a session must gain to draft
         self._planned_at = -math.inf
@@ -102,21 +112,27 @@ class Planner:
         together = max(asking, self._asking[drafter])  # the first to ask is answered first
         self._asking[drafter] -= 1
         if seconds is not None:
-            self._costs_of(drafter).observe(together, seconds / _scale(depth))
+            self._costs_of(drafter, depth).observe(together, seconds)
 
     def observe_pass(self, cost: PassCost | None) -> None:
         if cost is not None:
             self.passes.observe(cost.rows, cost.ms / 1e3)
 
-    def observe_step(self, cost: PassCost | None, waited_s: float, drafted: bool, kept: int) -> None:
-        """Args: waited_s: for one verdict; drafted: whether it was for a tree; kept: its nodes in the pass."""
+    def observe_step(self, cost: PassCost | None, waited_s: float, drafted: Drafted | None) -> None:
+        """Args: waited_s: for one verdict; drafted: what it was for, where it was for a tree."""
         self.observe_pass(cost)
         if cost is None:
             return
-        overhead = self._drafted if drafted else self._plain
-        overhead.observe(self.num_sessions, waited_s - cost.ms / 1e3)
-        if drafted:
-            self._nodes += _NEWEST * (kept - self._nodes)
+        sessions = self.num_sessions
+        overhead = self._plain if drafted is None else self._drafted
+        overhead.observe(sessions, max(waited_s - cost.ms / 1e3, 0.0))
+        if drafted is not None:
+            self._nodes.observe(sessions, drafted.kept)
+            if drafted.expected > 0:
+                # The mean of ratios is not the ratio of means: weighed by what was expected.
+                share = self._realised.at(sessions)
+                error = min(max(drafted.accepted - share * drafted.expected, -1.0), 1.0)
+                self._realised.observe(sessions, min(max(share + error, 0.0), 1.0))
 
     def choose(
         self, session: Hashable, gains: Mapping[str, Callable[[int], float]], free_gain: float
@@ -130,7 +146,8 @@ class Planner:
         self._best[session] = best
         if self._clock() - self._planned_at > _REPLAN_S:
             self._plan()
-        drafts = best.gain >= self._threshold and bool(best.drafters)
+        # Gains have changed a little since the plan was made.
+        drafts = best.gain >= _SAME * self._threshold and bool(best.drafters)
         (self._drafting.add if drafts else self._drafting.discard)(session)
         return best if drafts else Choice((), 0, free_gain)
 
@@ -140,7 +157,7 @@ class Planner:
         plain = self._plain_cycle(sessions)
         # The nodes make everyone's pass longer; the round trip is the session's own.
         longer = plain + self.passes.seconds(sessions + nodes) - self.passes.seconds(sessions)
-        trip = self._drafted.seconds(sessions) - (plain - self.passes.seconds(sessions))
+        trip = self._drafted.at(sessions) - (plain - self.passes.seconds(sessions))
         return (sessions + gain - trip / plain) / longer > (1.0 + _STICKY) * sessions / plain
 
     def may_probe(self, drafter: str, depth: int) -> bool:
@@ -153,23 +170,33 @@ class Planner:
 
     def draft_s(self, drafters: tuple[str, ...], depth: int, sessions: int) -> float:
         """Seconds until these have answered so many sessions."""
-        each = [self._costs_of(name).seconds(sessions) * _scale(depth) for name in drafters]
+        each = [self._seconds_of(name, depth, sessions) for name in drafters]
         longest = max(each, default=0.0)
         return longest + self._overlap * (sum(each) - longest)
 
-    def _costs_of(self, drafter: str) -> StepCosts:
-        if drafter not in self._drafts:
-            self._drafts[drafter] = StepCosts({1: _FIRST_DRAFT_S, 16: 4 * _FIRST_DRAFT_S}, is_guess=True)
-        return self._drafts[drafter]
+    def _costs_of(self, drafter: str, depth: int) -> StepCosts:
+        """Of drafts of that depth, which are thought to last what others say until there was one."""
+        known = self._drafts.setdefault(drafter, {})
+        if depth not in known:
+            guess = {n: self._seconds_of(drafter, depth, n) for n in (1, 2, 4, 8, 16)}
+            known[depth] = StepCosts(guess, is_guess=True)
+        return known[depth]
+
+    def _seconds_of(self, drafter: str, depth: int, sessions: int) -> float:
+        known = self._drafts.get(drafter, {})
+        if not known:
+            return _FIRST_DRAFT_S * _scale(depth) * (0.8 + 0.2 * sessions)
+        nearest = min(known, key=lambda other: (abs(other - depth), other))
+        return known[nearest].seconds(sessions) * _scale(depth) / _scale(nearest)
 
     def _best_of(self, gains: Mapping[str, Callable[[int], float]], free_gain: float) -> Choice:
         """The drafter and depth that give one session the most, were all sessions to draft as it does."""
-        sessions = max(len(self._drafting), 1)
+        sessions, realised = max(len(self._drafting), 1), self._realised.at(self.num_sessions)
         best = Choice((), 0, free_gain)
         reached = (1.0 + free_gain) / self._drafted_cycle((), 0, sessions, sessions) if free_gain else 0.0
         for name, gain_of in gains.items():
             for depth in range(2, _USUAL_DEPTH + 2):
-                gain = max(gain_of(depth), free_gain)
+                gain = max(realised * gain_of(depth), free_gain)
                 rate = (1.0 + gain) / self._drafted_cycle((name,), depth, sessions, sessions)
                 if rate > reached:
                     best, reached = Choice((name,), depth, gain), rate
@@ -177,16 +204,12 @@ class Planner:
 
     def _plain_cycle(self, sessions: int) -> float:
         # A plain step does nothing that another one does not do too.
-        beside = min(self._plain.seconds(sessions), self._drafted.seconds(sessions))
+        beside = min(self._plain.at(sessions), self._drafted.at(sessions))
         return self.passes.seconds(sessions) + beside
 
     def _drafted_cycle(self, drafters: tuple[str, ...], depth: int, drafting: int, sessions: int) -> float:
-        rows = sessions + self._nodes * drafting
-        return (
-            self.draft_s(drafters, depth, drafting)
-            + self.passes.seconds(rows)
-            + self._drafted.seconds(sessions)
-        )
+        rows = sessions + self._nodes.at(sessions) * drafting
+        return self.draft_s(drafters, depth, drafting) + self.passes.seconds(rows) + self._drafted.at(sessions)
 
     def _plan(self) -> None:
         """How many sessions should draft: those that gain most, as many as give the most tokens a second."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from taps.adaptive.calibration import Calibration
 from taps.adaptive.gains import Gains, accepted_of
-from taps.adaptive.planning import Choice, Planner
+from taps.adaptive.planning import Choice, Drafted, Planner
 from taps.context import Context
 from taps.decoding.policy import Arrived, Plan, Question, Step
 from taps.decoding.sessions import DrafterSession
@@ -72,6 +72,7 @@ class Adaptive:
         self._waiting: list[_Judged] = []  # for the text to pass them
         self._choice = Choice((), 0, 0.0)
         self._offered = ProposalTree.root_only(0)
+        self._expected = 0.0  # tokens of it, were all of it checked
         self._probed: list[str] = []
         self._owed: dict[str, int] = {}  # of drafters asked: how many sessions asked then
         self._planner.open(self)
@@ -88,7 +89,7 @@ class Adaptive:
             if (asking := self._owed.pop(drafter.name, None)) is not None:
                 self._planner.answered(drafter.name, asking, _PROBE_DEPTH, None)
         at_hand = self._merged(free, context.root)
-        free_gain = sum(map(math.exp, at_hand.scores[1:]))
+        free_gain = _expected(at_hand)
         there = {drafter.name: drafter for drafter in idle}
         gains = {name: self._of(name, len(context.tokens)).gains.expected for name in there}
         choice = self._choice = self._planner.choose(self, gains, free_gain)
@@ -102,6 +103,7 @@ class Adaptive:
 
     def compose(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
         self._offered = self._merged(trees, root)
+        self._expected = _expected(self._offered)
         return self._offered
 
     def observe(self, context: Context, step: Step, arrived: Sequence[Arrived]) -> None:
@@ -110,7 +112,10 @@ class Adaptive:
             self._planner.observe_pass(verdict.cost)
         else:
             waited_s = step.verify_ms / 1e3 / verdict.num_passes
-            self._planner.observe_step(verdict.cost, waited_s, len(self._offered) > 1, verdict.num_nodes)
+            drafted = None
+            if len(self._offered) > 1:
+                drafted = Drafted(verdict.num_nodes, len(verdict.owners), self._expected)
+            self._planner.observe_step(verdict.cost, waited_s, drafted)
         for answer in arrived:
             self._take(answer)
         waiting, self._waiting = self._waiting, []
@@ -212,3 +217,8 @@ class Adaptive:
         best = max(other.gains.expected(_PROBE_DEPTH) for other in self._known.values())
         promising = known.gains.expected(_PROBE_DEPTH) >= _PROMISING * best
         known.interval = _FIRST_PROBE if promising else min(2 * known.interval, _LONGEST_PROBE)
+
+
+def _expected(tree: ProposalTree) -> float:
+    """Tokens accepted of a calibrated tree."""
+    return sum(map(math.exp, tree.scores[1:]))

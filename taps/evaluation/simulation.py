@@ -1,0 +1,316 @@
+"""A serving system in simulated time: recorded texts and trees, measured costs, and the loop and policies that serve.
+
+Seconds pass on a clock that no machine slows down, so policies are compared at any load in a moment, to the
+token. What a pass and a draft last comes from tables; that replicas on the same cores do not compute at the same
+time is simulated, what the network does is one constant.
+
+Knows recordings, trees, tables and policies; never runs a model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import selectors
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from taps.context import Context, ContextDelta
+from taps.decoding.loop import decode
+from taps.decoding.panel import Panel
+from taps.decoding.policy import Policy
+from taps.decoding.sessions import DrafterSession
+from taps.drafting.drafter import Ask
+from taps.drafting.ngram import NgramSession
+from taps.engine.ahead import RunsAhead
+from taps.engine.costs import Rhythm, StepCosts
+from taps.engine.lingering import Lingering
+from taps.engine.scheduling import StepBudget, share_nodes
+from taps.engine.verification import accept
+from taps.evaluation.replay import TreesByEnd
+from taps.session import SessionState
+from taps.tree import ProposalTree
+from taps.verdict import PassCost, Verdict
+
+_TAKES_IN = 1.5  # levels, that taking in the news of a draft lasts as long as
+_USUAL_DEPTH = 5  # tokens of a path, that drafts' tables are about
+T = TypeVar("T")
+Job = TypeVar("Job")
+
+
+@dataclass(frozen=True)
+class Told:
+    """A text that is known, and every drafter's tree at every position of its answer."""
+
+    tokens: Sequence[int]
+    answer_start: int
+    trees: Mapping[str, TreesByEnd]
+
+
+@dataclass(frozen=True)
+class System:
+    """What serves. Tables are seconds: of a pass by rows, of a drafter's usual draft by sessions."""
+
+    passes: Mapping[int, float]
+    drafts: Mapping[str, Mapping[int, float]]
+    hop_s: float  # there and back, between a session's loop and a replica
+    shares_cores: bool = True  # replicas compute one after the other
+    budget: StepBudget = field(default_factory=StepBudget)
+    ngram: str = ""  # the name of the drafter at hand; none where it is empty
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time goes on exactly when all tasks wait for it."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        super().__init__(_Impatient(self))
+
+    def time(self) -> float:
+        return self._seconds
+
+    def pass_time(self, seconds: float) -> None:
+        self._seconds += seconds
+
+
+class _Impatient(selectors.SelectSelector):
+    """Never sleeps."""
+
+    def __init__(self, loop: VirtualLoop) -> None:
+        super().__init__()
+        self._loop = loop
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise RuntimeError("all wait for one another")
+        self._loop.pass_time(max(timeout, 0.0))
+        return super().select(0)
+
+
+def run_virtually(main: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that waits for nothing but time."""
+    with contextlib.closing(VirtualLoop()) as loop:
+        return loop.run_until_complete(main)
+
+
+class _Replica(Generic[Job, T]):
+    """Takes whatever waits, computes, and answers all at once."""
+
+    def __init__(
+        self, compute: Callable[[Sequence[Job]], tuple[float, Sequence[T]]], cores: asyncio.Lock
+    ) -> None:
+        """Args: compute: how long it lasts, and the answers."""
+        self._compute, self._cores = compute, cores
+        self._waiting: list[tuple[Job, asyncio.Future[T]]] = []
+        self._runner: asyncio.Task[None] | None = None
+        self._lingering, self._step_s, self._news = Lingering(), 0.0, asyncio.Event()
+
+    async def submit(self, session: Hashable, job: Job) -> T:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[T] = loop.create_future()
+        self._waiting.append((job, done))
+        self._lingering.arrive(session, loop.time())
+        done.add_done_callback(lambda _: self._lingering.leave(session, loop.time()))
+        self._news.set()
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._run())
+        return await done
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            self._waiting = [(job, done) for job, done in self._waiting if not done.done()]
+            if not self._waiting:
+                return
+            now = asyncio.get_running_loop().time()
+            if (wait_s := self._lingering.wait_s(len(self._waiting), self._step_s, now)) > 0:
+                self._news.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await self._news.wait()
+                continue
+            async with self._cores:
+                jobs, self._waiting = self._waiting, []
+                seconds, answers = self._compute([job for job, _ in jobs])
+                self._step_s = seconds
+                await asyncio.sleep(seconds)
+            for (_, done), answer in zip(jobs, answers, strict=True):
+                if not done.done():
+                    done.set_result(answer)
+
+
+class _Verifier:
+    """The verifier's rule for what is checked, with a table for a model."""
+
+    def __init__(self, system: System, cores: asyncio.Lock) -> None:
+        self._system = system
+        self._costs, self._rhythm = StepCosts(system.passes), Rhythm()
+        self._replica: _Replica[tuple[_TextSession, ProposalTree], Verdict] = _Replica(self._step, cores)
+
+    async def verify(self, session: _TextSession, tree: ProposalTree) -> Verdict:
+        return await self._replica.submit(session, (session, tree))
+
+    def _step(self, jobs: Sequence[tuple[_TextSession, ProposalTree]]) -> tuple[float, Sequence[Verdict]]:
+        now, costs = asyncio.get_running_loop().time(), self._costs
+
+        def cost(nodes: int) -> float:
+            return costs.seconds(len(jobs) + nodes) + self._rhythm.between_s
+
+        trees = share_nodes([tree for _, tree in jobs], self._system.budget.tree_nodes, cost)
+        rows = sum(map(len, trees))
+        seconds = costs.seconds(rows)
+        self._rhythm.observe(now, now + seconds)
+        told = PassCost(rows, seconds * 1e3)
+        return seconds, [
+            replace(session.decide(tree), cost=told, batch_size=len(jobs))
+            for (session, _), tree in zip(jobs, trees, strict=True)
+        ]
+
+
+class _TextSession:
+    """Implements `taps.decoding.sessions.VerifierSession` for a text that is known."""
+
+    numerics = "simulated"
+
+    def __init__(self, text: Told, verifier: _Verifier, hop_s: float) -> None:
+        self._text, self._verifier, self._hop_s = text, verifier, hop_s
+        self._end = text.answer_start
+        self._plain = RunsAhead(self._decide_one, lambda: self._end >= len(text.tokens))
+
+    async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
+        self._end = len(state.tokens) + 1
+        return Verdict((self._text.tokens[self._end - 1],), (), torch.empty(0, 0), 0, 0, 1)
+
+    async def verify(self, tree: ProposalTree) -> Verdict:
+        await asyncio.sleep(self._hop_s / 2)
+        verdict = await self._verifier.verify(self, tree)
+        await asyncio.sleep(self._hop_s / 2)
+        return verdict
+
+    async def ahead(self, window: int) -> Verdict:
+        verdict = await self._plain.fetch(window)
+        await asyncio.sleep(self._hop_s / 2)
+        return verdict
+
+    async def close(self) -> None:
+        await self._plain.close()
+
+    def decide(self, tree: ProposalTree) -> Verdict:
+        tokens, end = self._text.tokens, self._end
+
+        def right(_: int, accepted: Sequence[int]) -> int:
+            at = end + len(accepted)
+            return tokens[at] if at < len(tokens) else -1
+
+        found = accept(tree, right)
+        self._end += len(found.tokens)
+        depth = max(tree.depths)
+        return Verdict(found.tokens, found.owners, torch.empty(0, 0), len(tree) - 1, depth, 1)
+
+    async def _decide_one(self) -> Verdict:
+        at = min(self._end, len(self._text.tokens)) - 1
+        return await self._verifier.verify(self, ProposalTree.root_only(self._text.tokens[at]))
+
+
+class _Drafter:
+    """One specialist's replica: trees that are known, after as long as drafting lasts."""
+
+    def __init__(self, table: Mapping[int, float], cores: asyncio.Lock) -> None:
+        self._costs = StepCosts(table)
+        self._replica: _Replica[int, None] = _Replica(self._step, cores)
+
+    async def draft(self, session: Hashable, depth: int) -> None:
+        await self._replica.submit(session, depth)
+
+    def _step(self, depths: Sequence[int]) -> tuple[float, Sequence[None]]:
+        scale = (_TAKES_IN + max(depths)) / (_TAKES_IN + _USUAL_DEPTH)
+        return scale * self._costs.seconds(len(depths)), [None] * len(depths)
+
+
+class _TreesSession:
+    """Implements `taps.decoding.sessions.DrafterSession`."""
+
+    is_at_hand = False
+
+    def __init__(self, name: str, index: int, trees: TreesByEnd, drafter: _Drafter, hop_s: float) -> None:
+        self.name, self.index = name, index
+        self._trees, self._drafter, self._hop_s = trees, drafter, hop_s
+
+    async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
+        await asyncio.sleep(self._hop_s / 2)
+        await self._drafter.draft(self, ask.depth + 1)
+        await asyncio.sleep(self._hop_s / 2)
+        tree = self._trees.get(delta.end) or ProposalTree.root_only(delta.root)
+        return cut(tree, ask.depth + 1).prefix(ask.num_nodes)
+
+
+def cut(tree: ProposalTree, depth: int) -> ProposalTree:
+    """The tree without nodes deeper than that."""
+    if max(tree.depths) <= depth:
+        return tree
+    kept = [node for node in range(len(tree)) if tree.depths[node] <= depth]
+    place = {node: number for number, node in enumerate(kept)} | {-1: -1}
+    return replace(
+        tree,
+        tokens=tuple(tree.tokens[n] for n in kept),
+        parents=tuple(place[tree.parents[n]] for n in kept),
+        scores=tuple(tree.scores[n] for n in kept),
+        owners=tuple(tree.owners[n] for n in kept),
+        entropies=tuple(tree.entropies[n] for n in kept) if tree.entropies else (),
+    )
+
+
+MakePolicy = Callable[[Sequence[str], Callable[[], float]], AbstractContextManager[Policy]]
+
+
+async def serve(
+    texts: Sequence[Told], streams: int, names: Sequence[str], make: MakePolicy, system: System
+) -> float:
+    """Tokens per second of so many streams, each answering the next text there is; call it with `run_virtually`.
+
+    Args: names: of the drafters that may be asked; make: a policy for each answer.
+    """
+    loop = asyncio.get_running_loop()
+    cores = asyncio.Lock()
+    lock = (lambda: cores) if system.shares_cores else asyncio.Lock
+    verifier = _Verifier(system, lock())
+    drafters = {name: _Drafter(table, lock()) for name, table in system.drafts.items()}
+    waiting: Iterator[Told] = iter(texts)
+
+    @asynccontextmanager
+    async def open_session(text: Told) -> AsyncIterator[_TextSession]:
+        async with contextlib.AsyncExitStack() as stack:
+            session = _TextSession(text, verifier, system.hop_s)
+            stack.push_async_callback(session.close)
+            yield session
+
+    def sessions_of(text: Told) -> Iterator[DrafterSession]:
+        for index, name in enumerate(names):
+            if name == system.ngram:
+                yield NgramSession(name, index)
+            else:
+                yield _TreesSession(name, index, text.trees[name], drafters[name], system.hop_s)
+
+    async def stream() -> int:
+        tokens = 0
+        for text in waiting:
+            prompt = tuple(text.tokens[: text.answer_start])
+            context = Context(SessionState(prompt), 0)
+            panel = Panel([*sessions_of(text)], 600.0, clock=loop.time)
+            with make(names, loop.time) as policy:
+                steps = decode(context, partial(open_session, text), panel, policy, loop.time)
+                async with aclosing(steps):
+                    async for _ in steps:
+                        if len(context.tokens) >= len(text.tokens):
+                            break
+            await panel.close()
+            tokens += len(text.tokens) - text.answer_start
+        return tokens
+
+    counts = await asyncio.gather(*(stream() for _ in range(streams)))
+    return sum(counts) / loop.time()
