@@ -1,0 +1,259 @@
+"""The command: arguments in, tables and one JSON document out. Knows argparse, files and standard output."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cluster.bench import tables
+from cluster.bench.experiment import Plan
+from cluster.bench.session import Wanted, measure
+from cluster.bench.settings import STRATEGY_NAMES, Setting, plain_url
+from cluster.bench.streams import Json
+from cluster.bench.summary import BEST
+from cluster.bench.workloads import MIXTURE, SHIPPED, load_workloads
+from taps.provenance import refuse_unwritable, write_result
+
+_EPILOG = f"""\
+A running server (`make serve`) is asked the same questions in every setting: plain decoding (`off`), every
+strategy and the peers, as closed loops of so many streams, one setting after the other, in another order each
+time. Ratios are taken between what was measured side by side; medians over rounds, or over questions where
+one stream asks, with 95 % bootstrap intervals. Every request has a `cache_salt` of its own, so that nothing is
+found in a cache; what that would save is measured apart (--no-reuse leaves it out).
+
+A request refused with 503 or 429 is sent again and its time goes on; every other failure is reported, counts
+with its time and without its tokens, and is left out of ratios. Ctrl-C ends the measurement and keeps what was
+done.
+The last line of the output is one JSON document.
+
+  python -m cluster.bench --quick                    a few minutes; this is `make bench`
+  python -m cluster.bench --out result.json          everything, hours
+  python -m cluster.bench --peer vllm=http://127.0.0.1:8100 --strategies off,merged --streams 1,16
+  python -m cluster.bench --data gsm8k=gsm8k.jsonl --setting 'four={{"strategy": "merged", "num_nodes": 4}}'
+  python -m cluster.bench report result.json --readme README.md --out docs/performance
+
+Workloads that are shipped: {", ".join(SHIPPED)}; `{MIXTURE}` asks one of each in turn.
+"""
+_FULL = {
+    "streams": (1, 2, 4, 8, 16),
+    "temperatures": (0.0, 1.0),
+    "rounds": 5,
+    "questions": 16,
+    "max_tokens": 128,
+}
+_QUICK = {"streams": (1, 8), "temperatures": (0.0,), "rounds": 2, "questions": 4, "max_tokens": 64}
+_QUICK_STRATEGIES = ("off", "single", "merged", "adaptive")
+T = TypeVar("T")
+
+
+def main(arguments: Sequence[str]) -> int | str:
+    """What the process exits with."""
+    if [*arguments[:1]] == ["report"]:
+        return report(arguments[1:])
+    args = _parser().parse_args(arguments)
+    try:
+        return _measure(args)
+    except (ValueError, OSError) as error:  # bad data, no server, no place for the result
+        return f"cluster.bench: {error}"
+    except KeyboardInterrupt:
+        return "cluster.bench: interrupted before anything was measured"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m cluster.bench", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Speed of a running server over HTTP, beside plain decoding and other servers.",
+        epilog=_EPILOG,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="our server (default: %(default)s)")
+    add("--quick", action="store_true", help="less of everything that is not named: minutes")
+    add("--strategies", type=_names, help=f"default: {','.join(STRATEGY_NAMES)}, those that the server knows")
+    add(
+        "--setting",
+        type=_named(_object),
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help="another way to ask our server: the `taps` of its requests",
+    )
+    add(
+        "--peer",
+        type=_named(plain_url),
+        action="append",
+        default=[],
+        metavar="NAME=URL",
+        help="another OpenAI endpoint",
+    )
+    add(
+        "--peer-body",
+        type=_named(_object),
+        action="append",
+        default=[],
+        metavar="NAME=JSON",
+        help='more fields of a peer\'s requests; null leaves one out: {"cache_salt": null}',
+    )
+    add(
+        "--peer-key",
+        type=_named(_variable),
+        action="append",
+        default=[],
+        metavar="NAME=VARIABLE",
+        help="the environment variable that holds a peer's API key",
+    )
+    add(
+        "--workloads",
+        type=_names,
+        default=(),
+        help=f"default: {', '.join((*SHIPPED, MIXTURE))}, or those of --data",
+    )
+    add(
+        "--data",
+        type=_named(str),
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a workload of your own or in place of a shipped one: questions as for `taps eval`",
+    )
+    add("--streams", type=_list(_count), help="how many ask at once (default: 1,2,4,8,16; quick 1,8)")
+    add("--temperatures", type=_list(_temperature), help="default: 0,1; quick 0")
+    add("--rounds", type=_count, help="default: 5; quick 2")
+    add("--questions", type=_count, help="a round, and no fewer than two a stream (default: 16; quick 4)")
+    add("--max-tokens", type=_count, help="of an answer (default: 128; quick 64)")
+    add("--seed", type=int, default=0)
+    add("--timeout", type=float, default=600.0, help="seconds of silence that end a stream (default: 600)")
+    add("--reuse", action=argparse.BooleanOptionalAction, default=True, help="measure prefixes found again")
+    add("--out", type=Path, help="where the document goes, too")
+    return parser
+
+
+def _measure(args: argparse.Namespace) -> int:
+    """Measure, print and write. Raises `ValueError` and `OSError`."""
+    if args.out:
+        refuse_unwritable(args.out)
+    sizes = _QUICK if args.quick else _FULL
+    chosen: dict[str, Any] = {
+        name: default if getattr(args, name) is None else getattr(args, name) for name, default in sizes.items()
+    }
+    plan = Plan(seed=args.seed, **chosen)
+    workloads = load_workloads(args.workloads, dict(args.data), plan.questions_wanted)
+    strategies = args.strategies or (_QUICK_STRATEGIES if args.quick else STRATEGY_NAMES)
+    wanted = Wanted(
+        plain_url(args.url), strategies, dict(args.setting), _peers(args), plan, args.reuse, args.timeout
+    )
+    document = asyncio.run(measure(wanted, workloads))
+    print("\n" + printed(document))
+    if args.out:
+        write_result(document, args.out)
+    print(json.dumps(document))
+    return 0
+
+
+def _peers(args: argparse.Namespace) -> tuple[Setting, ...]:
+    """Raises `ValueError` of a body or a key for no peer."""
+    urls, bodies, keys = dict(args.peer), dict(args.peer_body), dict(args.peer_key)
+    if strangers := [name for name in (*bodies, *keys) if name not in urls]:
+        raise ValueError(f"there is no peer {strangers[0]!r}; name its URL with --peer {strangers[0]}=URL")
+    headers = {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
+    return tuple(
+        Setting(name, url, "peer", bodies.get(name, {}), headers.get(name, {})) for name, url in urls.items()
+    )
+
+
+def printed(document: Json) -> str:
+    """What a reader wants to see at the end of a run."""
+    parts = []
+    for temperature, streams in tables.places(document):
+        for workload in document["workloads"]:
+            where = f"{workload}, {tables.place_name((temperature, streams))}"
+            parts.append(f"{where}\n{tables.cell_table(document, temperature, streams, workload)}")
+    peers = [name for name, setting in document["settings"].items() if setting["kind"] == "peer"]
+    for to in (tables.plain_name(document), BEST, *peers):
+        if found := tables.means_table(document, "tokens_per_second", to):
+            parts.append(f"tokens a second ÷ {to}, geometric mean of the workloads (95 %)\n{found}")
+    if found := tables.reuse_table(document):
+        parts.append(f"prefixes found again\n{found}")
+    return "\n".join([*parts, *warnings(document)])
+
+
+def warnings(document: Json) -> list[str]:
+    """What a reader must know before believing a figure."""
+    found = []
+    for row in document["rows"]:
+        where = (
+            f"{row['setting']}, {row['workload']}, {tables.place_name((row['temperature'], row['streams']))}"
+        )
+        if row["failed"]:
+            why = "; ".join(f"{count} times {reason}" for reason, count in row["failures"].items())
+            found.append(f"failed: {row['failed']} of {row['requests']} requests of {where}: {why}\n")
+        if row["cached_tokens"]:
+            share = row["cached_tokens"] / row["prompt_tokens"]
+            found.append(f"not cold: {where}: {share:.0%} of the prompts' tokens were in the server's cache\n")
+        if row["tokens_are_chunks"]:
+            found.append(f"uncounted: {where}: the server gives no usage, so a chunk counts as one token\n")
+    return found
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _list(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    def parse(text: str) -> tuple[T, ...]:
+        return tuple(dict.fromkeys(kind(part) for part in text.split(",")))
+
+    return parse
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a temperature; give a number from 0 to 2")
+    return value
+
+
+def _named(kind: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    def parse(text: str) -> tuple[str, T]:
+        name, _, rest = text.partition("=")
+        if not name or not rest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=...")
+        try:
+            return name, kind(rest)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
+def _object(text: str) -> Json:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is not a JSON object")
+    return value
+
+
+def _variable(name: str) -> str:
+    if not (key := os.environ.get(name)):
+        raise ValueError(f"the environment variable {name} is not set; put the API key into it")
+    return key
+
+
+def report(arguments: Sequence[str]) -> int | str:
+    raise NotImplementedError
