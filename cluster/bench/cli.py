@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from cluster.bench import tables
 from cluster.bench.experiment import Plan
+from cluster.bench.report import BEGIN, END, Plots, load_documents, section, write_page, write_section
 from cluster.bench.session import Wanted, measure
 from cluster.bench.settings import STRATEGY_NAMES, Setting, plain_url
 from cluster.bench.streams import Json
-from cluster.bench.summary import BEST
 from cluster.bench.workloads import MIXTURE, SHIPPED, load_workloads
 from taps.provenance import refuse_unwritable, write_result
 
@@ -53,11 +53,10 @@ T = TypeVar("T")
 
 def main(arguments: Sequence[str]) -> int | str:
     """What the process exits with."""
-    if [*arguments[:1]] == ["report"]:
-        return report(arguments[1:])
-    args = _parser().parse_args(arguments)
+    is_report = [*arguments[:1]] == ["report"]
+    args = _report_parser().parse_args(arguments[1:]) if is_report else _parser().parse_args(arguments)
     try:
-        return _measure(args)
+        return _report(args) if is_report else _measure(args)
     except (ValueError, OSError) as error:  # bad data, no server, no place for the result
         return f"cluster.bench: {error}"
     except KeyboardInterrupt:
@@ -132,6 +131,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _report_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m cluster.bench report", description="Tables and plots of what was measured."
+    )
+    parser.add_argument(
+        "results", nargs="+", type=Path, metavar="RESULT", help="what --out wrote, or an output"
+    )
+    parser.add_argument("--out", type=Path, help="where a page with every table goes, and the plots")
+    parser.add_argument("--readme", type=Path, help=f"whose lines between {BEGIN} and {END} are replaced")
+    return parser
+
+
+def _report(args: argparse.Namespace) -> int:
+    """Write what is asked for, or else print the section. Raises `ValueError` and `OSError`."""
+    documents = load_documents(args.results)
+    plots: Plots = {}
+    if args.out:
+        plots = write_page(documents, args.out)
+        print(f"{args.out / 'README.md'} and {sum(map(len, plots.values()))} plots written")
+    if args.readme:
+        write_section(documents, args.readme, args.out, plots)
+        print(f"{args.readme}: the section is replaced")
+    if not (args.out or args.readme):
+        print("\n".join(section(document) for document in documents.values()))
+    return 0
+
+
 def _measure(args: argparse.Namespace) -> int:
     """Measure, print and write. Raises `ValueError` and `OSError`."""
     if args.out:
@@ -170,33 +196,11 @@ def printed(document: Json) -> str:
     parts = []
     for temperature, streams in tables.places(document):
         for workload in document["workloads"]:
-            where = f"{workload}, {tables.place_name((temperature, streams))}"
-            parts.append(f"{where}\n{tables.cell_table(document, temperature, streams, workload)}")
-    peers = [name for name, setting in document["settings"].items() if setting["kind"] == "peer"]
-    for to in (tables.plain_name(document), BEST, *peers):
-        if found := tables.means_table(document, "tokens_per_second", to):
-            parts.append(f"tokens a second ÷ {to}, geometric mean of the workloads (95 %)\n{found}")
-    if found := tables.reuse_table(document):
-        parts.append(f"prefixes found again\n{found}")
-    return "\n".join([*parts, *warnings(document)])
-
-
-def warnings(document: Json) -> list[str]:
-    """What a reader must know before believing a figure."""
-    found = []
-    for row in document["rows"]:
-        where = (
-            f"{row['setting']}, {row['workload']}, {tables.place_name((row['temperature'], row['streams']))}"
-        )
-        if row["failed"]:
-            why = "; ".join(f"{count} times {reason}" for reason, count in row["failures"].items())
-            found.append(f"failed: {row['failed']} of {row['requests']} requests of {where}: {why}\n")
-        if row["cached_tokens"]:
-            share = row["cached_tokens"] / row["prompt_tokens"]
-            found.append(f"not cold: {where}: {share:.0%} of the prompts' tokens were in the server's cache\n")
-        if row["tokens_are_chunks"]:
-            found.append(f"uncounted: {where}: the server gives no usage, so a chunk counts as one token\n")
-    return found
+            if found := tables.cell_table(document, temperature, streams, workload):
+                parts.append(f"{workload}, {tables.place_name((temperature, streams))}\n{found}")
+            if found := tables.server_table(document, temperature, streams, workload):
+                parts.append(found)
+    return "\n".join([*parts, section(document)])
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -253,7 +257,3 @@ def _variable(name: str) -> str:
     if not (key := os.environ.get(name)):
         raise ValueError(f"the environment variable {name} is not set; put the API key into it")
     return key
-
-
-def report(arguments: Sequence[str]) -> int | str:
-    raise NotImplementedError

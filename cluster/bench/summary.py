@@ -79,14 +79,14 @@ def _estimated(values: Sequence[float]) -> Row:
 
 
 def pairs(kinds: Mapping[str, Kind]) -> list[Pair]:
-    """Which settings are compared: ours to plain decoding, adaptive to the best fixed, all of ours to peers."""
+    """Which settings are compared: all to plain decoding, adaptive to the best fixed, all of ours to peers."""
     of: dict[Kind, list[str]] = {}
     for name, kind in kinds.items():
         of.setdefault(kind, []).append(name)
     plain, peers = of.get("plain", []), of.get("peer", [])
     ours = [name for name, kind in kinds.items() if kind != "peer"]
     return [
-        *(Pair(name, to) for to in plain for name in ours if name != to),
+        *(Pair(name, to) for to in plain for name in kinds if name != to),
         *(Pair(name, BEST) for name in of.get("adaptive", []) if of.get("fixed")),
         *(Pair(name, to) for to in peers for name in ours),
     ]

@@ -51,7 +51,19 @@ def cell_table(document: Document, temperature: float, streams: int, workload: s
         "setting", "tokens/s (95 %)", "÷ plain", "per user", "TTFT ms", "p95", "ITL ms", "p95", "p99", "τ",
         "nodes", "failed",
     )  # fmt: skip
-    return table(header, lines)
+    return table(header, lines) if lines else ""
+
+
+def server_table(document: Document, temperature: float, streams: int, workload: str) -> str:
+    """Where the time of a step goes, and what else a server says under `metrics`; empty where none does."""
+    rows = [
+        row
+        for row in document["rows"]
+        if (row["temperature"], row["streams"], row["workload"]) == (temperature, streams, workload)
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row["server"]))
+    lines = [[r["setting"], *(f"{r['server'][n]:g}" if n in r["server"] else "" for n in names)] for r in rows]
+    return table(["setting", *names], lines) if names else ""
 
 
 def plain_name(document: Document) -> str:
@@ -69,18 +81,24 @@ def ratio_row(
     return None
 
 
-def means_table(document: Document, measure: str, to: str) -> str:
-    """Geometric means over the workloads of the ratios to `to`; empty where nothing was compared to it."""
-    at = places(document)
+def means_table(document: Document, measure: str, to: str, temperature: float, only: Sequence[str] = ()) -> str:
+    """Geometric means over the workloads of the ratios to `to`; empty where nothing was compared to it.
+
+    Args: only: the settings to show, where not all.
+    """
+    at = [place for place in places(document) if place[0] == temperature]
     names = dict.fromkeys(
-        row["setting"] for row in document["ratios"] if (row["measure"], row["to"]) == (measure, to)
+        row["setting"]
+        for row in document["ratios"]
+        if (row["measure"], row["to"], row["temperature"]) == (measure, to, temperature)
+        and (not only or row["setting"] in only)
     )
-    found = {name: [ratio_row(document, measure, name, to, *place) for place in at] for name in names}
-    lines = [
-        [name, *("" if row is None else _mean(row["geometric_mean"]) for row in cells)]
-        for name, cells in found.items()
-    ]
-    return table(["setting", *map(place_name, at)], lines) if lines else ""
+    lines = []
+    for name in names:
+        rows = [ratio_row(document, measure, name, to, *place) for place in at]
+        lines.append([name, *("" if row is None else _mean(row["geometric_mean"]) for row in rows)])
+    header = [streams_name(streams) for _, streams in at]
+    return table(["setting", *header], lines) if lines else ""
 
 
 def workloads_table(document: Document, measure: str, to: str, temperature: float, streams: int) -> str:
@@ -105,7 +123,7 @@ def reuse_table(document: Document) -> str:
         [row["setting"], row["kind"].replace("_", " "), f"{row['prompt_tokens']:.0f}",
          f"{row['cached_tokens_warm']:.0f}", f"{row['ttft_ms_cold']:.0f}", f"{row['ttft_ms_warm']:.0f}",
          _mean(row["cold_over_warm"])]
-        for row in document.get("reuse", ())
+        for row in document["reuse"]
     ]  # fmt: skip
     header = ("setting", "what", "prompt tokens", "found again", "TTFT ms cold", "warm", "cold ÷ warm")
     return table(header, lines) if lines else ""
@@ -113,7 +131,11 @@ def reuse_table(document: Document) -> str:
 
 def place_name(place: tuple[float, int]) -> str:
     temperature, streams = place
-    return f"T = {temperature:g}, {streams} stream{'s' * (streams > 1)}"
+    return f"T = {temperature:g}, {streams_name(streams)}"
+
+
+def streams_name(streams: int) -> str:
+    return f"{streams} stream{'s' * (streams > 1)}"
 
 
 def _median(found: Document | None, digits: int = 1) -> str:
@@ -140,3 +162,21 @@ def _mean(found: Document) -> str:
 
 def _failed(row: Document) -> str:
     return f"{row['failed']} of {row['requests']}" if row["failed"] else ""
+
+
+def warnings(document: Document) -> list[str]:
+    """What a reader must know before believing a figure."""
+    found = []
+    for row in document["rows"]:
+        where = f"{row['setting']}, {row['workload']}, {place_name((row['temperature'], row['streams']))}"
+        if row["failed"]:
+            why = "; ".join(f"{count} times {reason}" for reason, count in row["failures"].items())
+            found.append(f"failed: {row['failed']} of {row['requests']} requests of {where}: {why}\n")
+        if row["refusals"]:
+            found.append(f"refused: {where}: {row['refusals']} times, and sent again\n")
+        if row["cached_tokens"]:
+            share = row["cached_tokens"] / row["prompt_tokens"]
+            found.append(f"not cold: {where}: {share:.0%} of the prompts' tokens were in the server's cache\n")
+        if row["tokens_are_chunks"]:
+            found.append(f"uncounted: {where}: the server gives no usage, so a chunk counts as one token\n")
+    return found
