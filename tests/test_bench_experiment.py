@@ -119,7 +119,7 @@ def test_a_mixture_asks_one_of_each_in_turn_until_none_is_left() -> None:
 
 def test_data_of_ones_own_replaces_shipped_workloads_or_adds_to_them(tmp_path: Path) -> None:
     path = str(written(tmp_path / "q.jsonl", {"question": "One?", "system": "Be brief."}))
-    assert list(load_workloads((), {"mine": path}, 5)) == ["mine", MIXTURE]
+    assert list(load_workloads((), {"mine": path}, 5)) == [*SHIPPED, "mine", MIXTURE]
     replaced = load_workloads(("math", "chat", MIXTURE), {"math": path}, 5)
     assert [len(questions) for questions in replaced.values()] == [1, 5, 6]
     assert replaced["math"][0].first_turn[0] == {"role": "system", "content": "Be brief."}
@@ -131,3 +131,5 @@ def test_an_unknown_workload_is_refused_with_those_there_are() -> None:
         ValueError, match=r"no workload 'poems'; choose among math, .*, mine, mixture, or add it"
     ):
         load_workloads(("poems",), {"mine": "x"}, 5)
+    with pytest.raises(ValueError, match=r"--data names 'mine', which --workloads does not"):
+        load_workloads(("math",), {"mine": "x"}, 5)

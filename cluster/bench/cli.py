@@ -54,7 +54,7 @@ T = TypeVar("T")
 def main(arguments: Sequence[str]) -> int | str:
     """What the process exits with."""
     is_report = [*arguments[:1]] == ["report"]
-    args = _report_parser().parse_args(arguments[1:]) if is_report else _parser().parse_args(arguments)
+    args = _report_parser().parse_args(arguments[1:]) if is_report else parser().parse_args(arguments)
     try:
         return _report(args) if is_report else _measure(args)
     except (ValueError, OSError) as error:  # bad data, no server, no place for the result
@@ -63,13 +63,13 @@ def main(arguments: Sequence[str]) -> int | str:
         return "cluster.bench: interrupted before anything was measured"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
         "python -m cluster.bench", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Speed of a running server over HTTP, beside plain decoding and other servers.",
         epilog=_EPILOG,
     )  # fmt: skip
-    add = parser.add_argument
+    add = made.add_argument
     add("--url", default="http://127.0.0.1:8000", help="our server (default: %(default)s)")
     add("--quick", action="store_true", help="less of everything that is not named: minutes")
     add("--strategies", type=_names, help=f"default: {','.join(STRATEGY_NAMES)}, those that the server knows")
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workloads",
         type=_names,
         default=(),
-        help=f"default: {', '.join((*SHIPPED, MIXTURE))}, or those of --data",
+        help=f"default: {', '.join((*SHIPPED, MIXTURE))}, and those of --data",
     )
     add(
         "--data",
@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=600.0, help="seconds of silence that end a stream (default: 600)")
     add("--reuse", action=argparse.BooleanOptionalAction, default=True, help="measure prefixes found again")
     add("--out", type=Path, help="where the document goes, too")
-    return parser
+    return made
 
 
 def _report_parser() -> argparse.ArgumentParser:
@@ -158,15 +158,20 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan_of(args: argparse.Namespace) -> Plan:
+    """What is not named is as the full benchmark has it, or the quick one."""
+    chosen: dict[str, Any] = {
+        name: default if getattr(args, name) is None else getattr(args, name)
+        for name, default in (_QUICK if args.quick else _FULL).items()
+    }
+    return Plan(seed=args.seed, **chosen)
+
+
 def _measure(args: argparse.Namespace) -> int:
     """Measure, print and write. Raises `ValueError` and `OSError`."""
     if args.out:
         refuse_unwritable(args.out)
-    sizes = _QUICK if args.quick else _FULL
-    chosen: dict[str, Any] = {
-        name: default if getattr(args, name) is None else getattr(args, name) for name, default in sizes.items()
-    }
-    plan = Plan(seed=args.seed, **chosen)
+    plan = plan_of(args)
     workloads = load_workloads(args.workloads, dict(args.data), plan.questions_wanted)
     strategies = args.strategies or (_QUICK_STRATEGIES if args.quick else STRATEGY_NAMES)
     wanted = Wanted(

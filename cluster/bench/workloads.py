@@ -16,16 +16,18 @@ Workloads = dict[str, list[Question]]
 
 
 def load_workloads(names: Sequence[str], data: Mapping[str, str], limit: int) -> Workloads:
-    """The workloads `names`; none: those of `data`, or else all that are shipped; and the mixture.
+    """The workloads `names`; none: all that are shipped, those of `data`, and the mixture of them.
 
-    Args: data: files or hub names by workload, which replace shipped ones; limit: questions of each, at most.
-    Raises `ValueError` of an unknown name, of data that cannot be used and of a question with nothing to ask.
+    Args: data: files or hub names by workload, beside shipped ones or in their place; limit: questions of each,
+    at most. Raises `ValueError` of an unknown name, of data for none of them and of data that cannot be used.
     """
     sources = {name: str(_DIRECTORY / f"{name}.jsonl") for name in SHIPPED} | dict(data)
-    names = names or [*(data or SHIPPED), MIXTURE]
+    names = names or [*sources, MIXTURE]
     if unknown := [name for name in names if name not in (*sources, MIXTURE)]:
         known = ", ".join([*sources, MIXTURE])
         raise ValueError(f"there is no workload {unknown[0]!r}; choose among {known}, or add it with --data")
+    if unused := [name for name in data if name not in names and list(names) != [MIXTURE]]:
+        raise ValueError(f"--data names {unused[0]!r}, which --workloads does not; add it there")
     single = [name for name in names if name != MIXTURE]
     loaded = {name: load_questions(sources[name], limit) for name in single or sources}
     return {name: mixed(loaded) if name == MIXTURE else loaded[name] for name in dict.fromkeys(names)}
