@@ -37,6 +37,7 @@ class Endpoint:
     def __init__(self, behave: Callable[[Json], Behaviour], owned_by: str) -> None:
         self.behave = behave
         self.owned_by = owned_by
+        self.drafters = ["math", "chat"]
         self.asked: list[Json] = []
         self.headers: list[bytes] = []
         self.most_at_once = 0
@@ -58,7 +59,7 @@ class Endpoint:
         if path == "/v1/models":
             _write(writer, 200, {"data": [{"id": "small", "owned_by": self.owned_by}]})
         else:
-            _write(writer, 200, {"status": "ok", "drafters": ["math", "chat"], "numerics": "n1"})
+            _write(writer, 200, {"status": "ok", "drafters": self.drafters, "numerics": "n1"})
 
     async def _post(self, head: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         lengths = [line.split(b":")[1] for line in head.lower().split(b"\r\n") if b"content-length" in line]

@@ -25,7 +25,7 @@ GAPS_S = {"off": 0.006, "merged": 0.003, "single": 0.004}
 
 def ours(body: Json) -> Behaviour:
     """A server of ours that does not know `adaptive` yet."""
-    strategy = body["taps"]["strategy"]
+    strategy = body["taps"].get("strategy")
     if strategy == "adaptive":
         return Behaviour(status=400, message="unknown strategy 'adaptive'")
     counts = {"num_spec_steps": 4, "mean_acceptance_length": 2.0, "num_draft_tokens": 8}
@@ -38,9 +38,9 @@ def later(body: Json) -> Behaviour:
     return Behaviour(gap_s=0.002) if body["taps"]["strategy"] == "adaptive" else ours(body)
 
 
-def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[Json, str]:
-    """The document, and what is printed before it."""
-    assert cli.main(arguments) == 0
+def bench(capsys: pytest.CaptureFixture[str], *arguments: str, complaint: int | str = 0) -> tuple[Json, str]:
+    """The document, and what is printed before it. Args: complaint: what the process would exit with."""
+    assert cli.main(arguments) == complaint
     before, last = capsys.readouterr().out.rstrip("\n").rsplit("\n", 1)
     document: Json = json.loads(last)
     return document, before
@@ -130,9 +130,9 @@ def test_another_way_to_ask_is_a_setting(capsys: pytest.CaptureFixture[str]) -> 
     with endpoint(ours) as server:
         document, _ = bench(
             capsys, "--url", server.url, *SMALL, "--strategies", "off",
-            "--setting", 'four={"strategy": "merged", "num_nodes": 4}',
+            "--setting", 'four={"strategy": "merged", "num_nodes": 4}', "--setting", "own={}",
         )  # fmt: skip
-    assert document["settings"]["four"]["kind"] == "fixed"
+    assert [s["kind"] for s in document["settings"].values()] == ["plain", "fixed", "default"]
     assert {"strategy": "merged", "num_nodes": 4} in [body["taps"] for body in server.asked]
 
 
@@ -145,7 +145,14 @@ def test_what_fails_in_the_middle_is_reported_and_compared_with_nothing(
 
     with endpoint(cut) as server:
         document, before = bench(
-            capsys, "--url", server.url, *SMALL, "--strategies", "off,merged", "--no-reuse"
+            capsys,
+            "--url",
+            server.url,
+            *SMALL,
+            "--strategies",
+            "off,merged",
+            "--no-reuse",
+            complaint="cluster.bench: some cells have no answer at all from merged",
         )
     rows = [row for row in document["rows"] if row["setting"] == "merged"]
     assert all(row["failed"] == row["requests"] > 0 for row in rows)
@@ -177,6 +184,13 @@ def test_no_server_is_one_line_that_says_what_to_do() -> None:
     with endpoint(ours) as server:
         pass
     assert refused("--url", server.url, *SMALL).endswith("run `make serve` first, or name another with --url")
+
+
+def test_a_server_whose_specialists_are_not_up_yet_is_not_measured_as_if_it_drafted() -> None:
+    with endpoint(ours) as server:
+        server.drafters = []
+        assert "no specialist is up" in refused("--url", server.url, *SMALL)
+        assert server.asked == []
 
 
 def test_a_server_of_another_make_is_not_asked_as_if_it_were_ours() -> None:
@@ -299,13 +313,14 @@ def started(server: Endpoint, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_ctrl_c_ends_a_run_with_the_document_of_what_was_done() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_a_run_with_the_document_of_what_was_done(number: signal.Signals) -> None:
     with endpoint(ours) as server:
         process = started(server, *SMALL, "--rounds", "500")
         assert process.stdout is not None
         while not process.stdout.readline().startswith("3 of "):
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")
     document = json.loads(out.rstrip("\n").rsplit("\n", 1)[1])

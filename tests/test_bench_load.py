@@ -65,6 +65,7 @@ async def test_a_request_says_all_that_it_means_and_a_body_changes_or_removes_fi
     with endpoint(lambda _: Behaviour()) as server:
         await asked(server)
         await asked(server, {"taps": {"strategy": "off"}, "cache_salt": None, "max_tokens": 3})
+    assert all(b"accept-encoding: identity" in head.lower() for head in server.headers)
     plain, changed = server.asked
     assert plain == {
         "model": "small", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 8, "temperature": 0.5,

@@ -27,7 +27,7 @@ one stream asks, with 95 % bootstrap intervals. Every request has a `cache_salt`
 found in a cache; what that would save is measured apart (--no-reuse leaves it out).
 
 A request refused with 503 or 429 is sent again and its time goes on; every other failure is reported, counts
-with its time and without its tokens, and is left out of ratios. Ctrl-C ends the measurement and keeps what was
+with its time and without its tokens, and is left out of ratios. Ctrl-C and SIGTERM end it and keep what was
 done.
 The last line of the output is one JSON document.
 
@@ -47,7 +47,7 @@ _FULL = {
     "max_tokens": 128,
 }
 _QUICK = {"streams": (1, 8), "temperatures": (0.0,), "rounds": 2, "questions": 4, "max_tokens": 64}
-_QUICK_STRATEGIES = ("off", "single", "merged", "adaptive")
+_QUICK_STRATEGIES = ("off", "merged", "adaptive")
 T = TypeVar("T")
 
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int | str:
         return _report(args) if is_report else _measure(args)
     except (ValueError, OSError) as error:  # bad data, no server, no place for the result
         return f"cluster.bench: {error}"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         return "cluster.bench: interrupted before anything was measured"
 
 
@@ -167,12 +167,16 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return Plan(seed=args.seed, **chosen)
 
 
-def _measure(args: argparse.Namespace) -> int:
+def _measure(args: argparse.Namespace) -> int | str:
     """Measure, print and write. Raises `ValueError` and `OSError`."""
     if args.out:
         refuse_unwritable(args.out)
     plan = plan_of(args)
-    workloads = load_workloads(args.workloads, dict(args.data), plan.questions_wanted)
+    workloads = load_workloads(
+        args.workloads or (SHIPPED if args.quick and not args.data else ()),
+        dict(args.data),
+        plan.questions_wanted,
+    )
     strategies = args.strategies or (_QUICK_STRATEGIES if args.quick else STRATEGY_NAMES)
     wanted = Wanted(
         plain_url(args.url), strategies, dict(args.setting), _peers(args), plan, args.reuse, args.timeout
@@ -182,7 +186,8 @@ def _measure(args: argparse.Namespace) -> int:
     if args.out:
         write_result(document, args.out)
     print(json.dumps(document))
-    return 0
+    lost = {row["setting"] for row in document["rows"] if row["failed"] == row["requests"]}
+    return f"cluster.bench: some cells have no answer at all from {', '.join(sorted(lost))}" if lost else 0
 
 
 def _peers(args: argparse.Namespace) -> tuple[Setting, ...]:

@@ -17,7 +17,7 @@ from cluster.bench.workloads import Workloads, batch
 from taps.evaluation.questions import Question
 
 _REQUESTS_PER_STREAM = 2  # at least, in every round
-_WARM_UP_TOKENS = 16
+_WARM_UP_TOKENS = 32
 T = TypeVar("T")
 
 
@@ -80,7 +80,7 @@ async def run(
     """
     done: list[Served] = []
     try:
-        await _warm_up(contenders, next(iter(workloads.values()))[0])
+        await _warm_up(contenders, workloads)
         turn = 0
         for number in range(plan.rounds):
             for cell in cells(plan, workloads):
@@ -93,9 +93,11 @@ async def run(
     return done
 
 
-async def _warm_up(contenders: Sequence[Contender], question: Question) -> None:
+async def _warm_up(contenders: Sequence[Contender], workloads: Workloads) -> None:
+    """A question of each workload in each setting, the last one: it is asked least."""
     for contender in contenders:
-        await contender.client.ask(Ask(question.id, question.first_turn, _WARM_UP_TOKENS, 0.0, 0, salt()))
+        for question in (questions[-1] for questions in workloads.values()):
+            await contender.client.ask(Ask(question.id, question.first_turn, _WARM_UP_TOKENS, 0.0, 0, salt()))
 
 
 async def _round(

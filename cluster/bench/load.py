@@ -40,6 +40,11 @@ class Loop(NamedTuple):
     client_cpu_s: float  # of this process
 
 
+def minds_proxies(url: str) -> bool:
+    """Whether the environment's proxies are for this URL: never for this machine."""
+    return httpx.URL(url).host not in _LOOPBACK
+
+
 class Client:
     """One server, asked in one way."""
 
@@ -56,9 +61,10 @@ class Client:
         self._model = model
         self._body = body
         limits = httpx.Limits(max_connections=None, keepalive_expiry=_IDLE_S)
+        plain = {"Accept-Encoding": "identity"}  # what compresses a stream holds text back
         self._http = httpx.AsyncClient(
-            base_url=url, headers=headers, limits=limits, timeout=httpx.Timeout(timeout_s, connect=10.0),
-            trust_env=httpx.URL(url).host not in _LOOPBACK,
+            base_url=url, headers={**plain, **(headers or {})}, limits=limits,
+            timeout=httpx.Timeout(timeout_s, connect=10.0), trust_env=minds_proxies(url),
         )  # fmt: skip
 
     async def close(self) -> None:

@@ -6,6 +6,7 @@ Says what it does on standard output, where the caller puts the document last.
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,7 @@ from cluster.bench.settings import (
 )
 from cluster.bench.streams import Json
 from cluster.bench.summary import by_cell, ratios, rows
+from cluster.bench.tables import place_name
 from cluster.bench.workloads import Workloads
 from taps.evaluation.questions import digest
 from taps.provenance import made_with
@@ -49,7 +51,9 @@ class Wanted:
 
 
 async def measure(wanted: Wanted, workloads: Workloads) -> Json:
-    """The document. Raises `Unmeasurable`."""
+    """The document; when cancelled or sent SIGTERM, of what was done until then. Raises `Unmeasurable`."""
+    if (task := asyncio.current_task()) is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     made, started = made_with(), datetime.now(UTC)
     server = await _ours(wanted.url)
     settings, models = await _settings(wanted, server)
@@ -96,7 +100,13 @@ async def _ours(url: str) -> Server:
 
 async def _settings(wanted: Wanted, server: Server) -> tuple[list[Setting], dict[str, str]]:
     """All settings, and the model each asks for. Raises `Unmeasurable`."""
-    ours = own_settings(wanted.url, wanted.strategies, server.health.get("drafters", []))
+    drafters = server.health.get("drafters", [])
+    if not drafters and set(wanted.strategies) != {PLAIN}:
+        raise Unmeasurable(
+            f"no specialist is up at {wanted.url}, so that nothing would be drafted; wait until /health names "
+            f"them, or measure --strategies {PLAIN}"
+        )
+    ours = own_settings(wanted.url, wanted.strategies, drafters)
     ours += [own_setting(name, wanted.url, taps) for name, taps in wanted.own.items()]
     settings = [*ours, *wanted.peers]
     if twice := [n for n, count in Counter(s.name for s in settings).items() if count > 1]:
@@ -129,13 +139,13 @@ class _Progress:
         self._all = len(workloads) * len(plan.streams) * len(plan.temperatures) * plan.rounds
         self._done = 0
         self._started = asyncio.get_running_loop().time()
-        print(f"{settings} settings, {len(workloads) * per_workload} requests to each", flush=True)
+        print(f"{settings} settings, {len(workloads) * per_workload} requests in each", flush=True)
 
     def say(self, cell: Cell, number: int) -> None:
         self._done += 1
         seconds = asyncio.get_running_loop().time() - self._started
         print(
             f"{self._done} of {self._all}, {seconds:.0f} s: round {number + 1}, {cell.workload}, "
-            f"temperature {cell.temperature:g}, {cell.streams} streams",
+            f"{place_name((cell.temperature, cell.streams))}",
             flush=True,
         )

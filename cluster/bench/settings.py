@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import httpx
 
-from cluster.bench.load import Ask, Client
+from cluster.bench.load import Ask, Client, minds_proxies
 from cluster.bench.streams import Json
 from taps.composing import STRATEGIES
 
@@ -19,7 +19,7 @@ PLAIN, ADAPTIVE = "off", "adaptive"
 STRATEGY_NAMES = (*STRATEGIES, *(() if ADAPTIVE in STRATEGIES else (ADAPTIVE,)))
 _UNKNOWN = (400, 422)  # what servers answer to a field or a value they do not know
 _SHORT_S = 30.0  # for a question that costs nothing
-Kind = Literal["plain", "fixed", "adaptive", "peer"]
+Kind = Literal["plain", "fixed", "adaptive", "default", "peer"]
 
 
 class Unmeasurable(ValueError):
@@ -63,8 +63,7 @@ def plain_url(url: str) -> str:
 
 async def server_at(url: str, headers: Mapping[str, str] | None = None) -> Server:
     """Raises `httpx.HTTPError` where nothing answers, and `Unmeasurable` of anything but an OpenAI endpoint."""
-    trusted = httpx.URL(url).host not in ("127.0.0.1", "localhost", "::1")
-    async with httpx.AsyncClient(headers=headers, timeout=_SHORT_S, trust_env=trusted) as http:
+    async with httpx.AsyncClient(headers=headers, timeout=_SHORT_S, trust_env=minds_proxies(url)) as http:
         answer = await http.get(f"{url}/v1/models")
         try:
             card = answer.json()["data"][0]
@@ -86,9 +85,9 @@ def own_settings(url: str, strategies: Sequence[str], drafters: Sequence[str]) -
 
 
 def own_setting(name: str, url: str, taps: Json) -> Setting:
-    """Args: taps: the request's `taps`."""
-    kinds: dict[str, Kind] = {PLAIN: "plain", ADAPTIVE: "adaptive"}
-    return Setting(name, url, kinds.get(str(taps.get("strategy")), "fixed"), {"taps": taps})
+    """Args: taps: the request's `taps`; without a strategy it is the server's own, whichever that is."""
+    kinds: dict[str | None, Kind] = {PLAIN: "plain", ADAPTIVE: "adaptive", None: "default"}
+    return Setting(name, url, kinds.get(taps.get("strategy"), "fixed"), {"taps": taps})
 
 
 async def contenders(
