@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
         "--workloads",
         type=_names,
         default=(),
-        help=f"default: {', '.join((*SHIPPED, MIXTURE))}, and those of --data",
+        help=f"default: {', '.join((*SHIPPED, MIXTURE))}, and those of --data; quick no {MIXTURE}",
     )
     add(
         "--data",
@@ -172,11 +172,9 @@ def _measure(args: argparse.Namespace) -> int | str:
     if args.out:
         refuse_unwritable(args.out)
     plan = plan_of(args)
-    workloads = load_workloads(
-        args.workloads or (SHIPPED if args.quick and not args.data else ()),
-        dict(args.data),
-        plan.questions_wanted,
-    )
+    data = dict(args.data)
+    quick = dict.fromkeys((*SHIPPED, *data)) if args.quick else ()  # without the mixture
+    workloads = load_workloads(args.workloads or tuple(quick), data, plan.questions_wanted)
     strategies = args.strategies or (_QUICK_STRATEGIES if args.quick else STRATEGY_NAMES)
     wanted = Wanted(
         plain_url(args.url), strategies, dict(args.setting), _peers(args), plan, args.reuse, args.timeout
