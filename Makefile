@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: serve test check slow
+.PHONY: serve bench test check slow
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,10 @@ $(STAMP): pyproject.toml
 serve: $(STAMP)
 	$(BIN)/taps prepare
 	RAY_worker_niceness=0 $(BIN)/serve run serve_config.yaml
+
+# Asks the server that `make serve` runs; more options: make bench BENCH="--peer vllm=http://127.0.0.1:8100"
+bench: $(STAMP)
+	$(BIN)/python -m cluster.bench --quick $(BENCH)
 
 test: $(STAMP)
 	$(BIN)/taps prepare

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import gzip
-import io
 import json
 import re
 import sys
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.bench import measure
 from taps.evaluation.questions import InvalidQuestions, Question, digest, load_questions
 from taps.evaluation.recorded import EvaluationPlan, record
 from taps.recording.answers import AnswerRecipe
@@ -110,29 +106,6 @@ def test_every_turn_is_recorded_with_the_system_message(
     monkeypatch.setattr("taps.evaluation.recorded.answer_prompts", lambda *_: None)
     with pytest.raises(InvalidQuestions, match="none of the questions can be answered"):
         record("target", [Question("a", ("Hi",))], tmp_path / "none", plan)
-
-
-def test_a_running_cluster_is_asked_with_the_system_message(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    answer = {
-        "data": [{"id": "m"}],
-        "usage": {"completion_tokens": 2},
-        "metrics": {"speculative_decoding": {"num_spec_steps": 1, "mean_acceptance_length": 2.0}},
-    }
-
-    def served(request: Any, timeout: float) -> io.BytesIO:
-        if isinstance(request, urllib.request.Request):
-            assert isinstance(request.data, bytes)
-            asked.append(json.loads(request.data)["messages"])
-        return io.BytesIO(json.dumps(answer).encode())
-
-    monkeypatch.setattr("urllib.request.urlopen", served)
-    data = written(tmp_path / "q.jsonl", {"question": "Hi", "system": "Be brief."}, {"question": "Hi"})
-    options = {"max_tokens": 2, "temperature": 0.0, "seed": 0, "taps": None}
-    measure(argparse.Namespace(url="http://here", data=str(data), questions=2, **options))
-    assert asked[2:] == [[SYSTEM, HI], [SYSTEM, HI], [HI], [HI]]
 
 
 @pytest.mark.parametrize(
