@@ -24,6 +24,7 @@ from tests import test_serve
 from tests.cluster import MODEL, Cluster
 
 LISTENING, LOCALHOST = "0A", "0100007F"  # as the kernel writes them
+REPLICA_PORTS = range(30000, 31000)
 STATISTICS = ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT")
 SHORT = {"model": MODEL, "prompt": "Once upon a time", "temperature": 0, "max_tokens": 4}
 LONG = SHORT | {"max_tokens": 1500, "stream": True}
@@ -59,14 +60,23 @@ def test_haproxy_answers_where_it_is_at_hand(cluster: Cluster, environment: dict
 @pytest.mark.serve
 def test_nothing_of_http_is_open_to_the_network(cluster: Cluster, environment: dict[str, str]) -> None:
     """As serve_config.yaml says. Replicas, too, listen where Serve gives clients a direct way to them."""
-    ports = {
-        cluster.config["http_options"]["port"],
-        *(int(environment[name]) for name in STATISTICS if name in environment),
-        *range(30000, 31000),
-    }
-    lines = Path("/proc/net/tcp").read_text().splitlines()
-    places = [line.split()[1].split(":") for line in lines if f" {LISTENING} " in line]
-    assert {address for address, port in places if int(port, 16) in ports} == {LOCALHOST}
+    statistics = [environment[name] for name in STATISTICS if name in environment]
+    ours = {cluster.config["http_options"]["port"], *map(int, statistics)}
+    replicas = set().union(*map(sockets, cluster.processes().values()))
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    addresses = set()
+    for _, local, _, state, *_, inode in (line[:10] for line in lines[1:]):
+        address, port = local.split(":")
+        of_replica = inode in replicas and int(port, 16) in REPLICA_PORTS
+        if state == LISTENING and (int(port, 16) in ours or of_replica):
+            addresses.add(address)
+    assert addresses == {LOCALHOST}
+
+
+def sockets(pid: int) -> set[str]:
+    """Inodes of the sockets that a process has open."""
+    links = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink()]
+    return {link.removeprefix("socket:[").rstrip("]") for link in links if link.startswith("socket:[")}
 
 
 @pytest.mark.serve
