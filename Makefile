@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml
 
 serve: $(STAMP)
 	$(BIN)/taps prepare
-	RAY_worker_niceness=0 $(BIN)/python -m cluster.haproxy $(BIN)/serve run serve_config.yaml
+	RAY_worker_niceness=0 exec $(BIN)/python -m cluster.haproxy $(BIN)/serve run serve_config.yaml
 
 test: $(STAMP)
 	$(BIN)/taps prepare
