@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml
 
 serve: $(STAMP)
 	$(BIN)/taps prepare
-	RAY_worker_niceness=0 $(BIN)/serve run serve_config.yaml
+	RAY_worker_niceness=0 exec $(BIN)/python -m cluster.haproxy $(BIN)/serve run serve_config.yaml
 
 # Asks the server that `make serve` runs; more options: make bench BENCH="--peer vllm=http://127.0.0.1:8100"
 bench: $(STAMP)

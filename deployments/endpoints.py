@@ -171,7 +171,7 @@ class Endpoints:
         pieces: AsyncGenerator[Delivered, None],
         record: RequestRecord,
         writer: Writer,
-    ) -> AsyncIterator[str]:
+    ) -> AsyncIterator[bytes]:
         """Server-sent events. A client that goes away closes this generator, which frees the session.
 
         Args: piece: the first one; pieces: all others.

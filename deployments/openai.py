@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 from deployments.errors import RequestError
@@ -14,6 +16,9 @@ from taps.decoding.delivery import FinishReason
 
 Json = dict[str, Any]
 Kind = Literal["chat", "completion"]
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+# Beside what JSON itself escapes: what careless clients take for the end of a line, and what UTF-8 has not.
+_UNSAFE = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 
 
 def new_id(prefix: str) -> str:
@@ -77,21 +82,33 @@ class Writer:
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head(kind), "choices": [choice], **_summary(record)}
 
-    def first_chunk(self, text: str) -> str:
-        return self._chunk({"delta": {"role": "assistant", "content": text}} if self._chat else {"text": text})
+    def first_chunk(self, text: str) -> bytes:
+        if not self._chat:
+            return self.chunk(text)
+        return self._chunk({"delta": {"role": "assistant", "content": text}})
 
-    def chunk(self, text: str) -> str:
-        return self._chunk({"delta": {"content": text}} if self._chat else {"text": text})
+    def chunk(self, text: str) -> bytes:
+        """Text alone; what all such chunks of an answer share is encoded once."""
+        before, after = self._around
+        return b"%b%b%b" % (before, _encoded(text), after)
 
-    def last_chunk(self, finish_reason: FinishReason) -> str:
+    def last_chunk(self, finish_reason: FinishReason) -> bytes:
         """Without text: clients stop reading text where there is a reason."""
         return self._chunk({"delta": {}} if self._chat else {"text": ""}, finish_reason)
 
-    def _chunk(self, what: Json, finish_reason: FinishReason | None = None) -> str:
+    @cached_property
+    def _around(self) -> tuple[bytes, bytes]:
+        """What stands before and after the text of a chunk."""
+        text = new_id("text")  # found nowhere else
+        event = self._chunk({"delta": {"content": text}} if self._chat else {"text": text})
+        before, _, after = event.partition(_encoded(text))
+        return before, after
+
+    def _chunk(self, what: Json, finish_reason: FinishReason | None = None) -> bytes:
         choice = {"index": 0, **what, "logprobs": None, "finish_reason": finish_reason}
         return _event({**self._chunk_head(), "choices": [choice]})
 
-    def usage_chunk(self, record: RequestRecord) -> str:
+    def usage_chunk(self, record: RequestRecord) -> bytes:
         return _event({**self._chunk_head(), "choices": [], **_summary(record)})
 
     def _chunk_head(self) -> Json:
@@ -99,16 +116,24 @@ class Writer:
         return {**head, "usage": None} if self.include_usage else head
 
 
-def error_event(error: RequestError) -> str:
+def error_event(error: RequestError) -> bytes:
     """An error after the stream has begun: the status line is gone, so it goes in an event."""
     return _event(error.body())
 
 
-DONE = "data: [DONE]\n\n"
+DONE = b"data: [DONE]\n\n"
 
 
-def _event(payload: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(payload, ensure_ascii=False)}\n\n"
+def _event(payload: Mapping[str, Any]) -> bytes:
+    return b"data: %b\n\n" % _encoded(payload)
+
+
+def _encoded(value: object) -> bytes:
+    """JSON in UTF-8, on one line whatever a client takes for the end of one."""
+    encoded = _ENCODER.encode(value)
+    if not encoded.isascii():
+        encoded = _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", encoded)
+    return encoded.encode()
 
 
 def model_card(name: str, created: int, max_model_len: int) -> Json:

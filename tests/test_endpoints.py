@@ -60,6 +60,22 @@ async def test_no_chunk_has_text_and_a_finish_reason(path: str, script: tuple[st
         )
 
 
+@every_path
+async def test_the_tokens_of_a_step_come_in_one_chunk_and_one_message(path: str) -> None:
+    script = ("He", "llo y", "", "ou", chr(END))
+    server = Server(*script)
+    async with server.connection(path, json.dumps(PATHS[path] | {"stream": True}).encode()) as connection:
+        assert (await connection.sent())["status"] == 200
+        sent = [await connection.sent()]
+        while sent[-1]["more_body"]:
+            sent.append(await connection.sent())
+    *chunks, last, done, end = [message["body"] for message in sent]
+    texts = [text_of(json.loads(chunk.removeprefix(b"data: "))["choices"][0]) for chunk in chunks]
+    assert texts == ["He", "llo y", "ou"]
+    assert b'"finish_reason":"stop"' in last
+    assert (done, end) == (b"data: [DONE]\n\n", b"")
+
+
 async def test_a_stream_is_neither_buffered_nor_cached_on_its_way() -> None:
     answer = await Server(chr(END)).post("/v1/completions", stream=True)
     assert answer.headers["content-type"].startswith("text/event-stream")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
 from deployments import openai
 from deployments.errors import RequestError
-from deployments.openai import Json, Writer
+from deployments.openai import Json, Kind, Writer
 from deployments.record import RequestRecord
 from deployments.requests import Generation
 from taps.decoding.policy import Step
@@ -18,12 +19,12 @@ from taps.session import SessionState
 from tests.fakes import make_verdict
 
 
-def payload(event: str) -> Json:
-    """The JSON of a server-sent event."""
-    assert event.startswith("data: ")
-    assert event.endswith("\n\n")
-    assert event.count("\n") == 2
-    parsed: Json = json.loads(event.removeprefix("data: "))
+def payload(event: bytes) -> Json:
+    """The JSON of a server-sent event, which is one line whatever a client takes for the end of one."""
+    line, *rest = event.decode().splitlines()
+    assert rest == [""]
+    assert line.startswith("data: ")
+    parsed: Json = json.loads(line.removeprefix("data: "))
     return parsed
 
 
@@ -89,6 +90,45 @@ def test_completion_chunks_carry_text() -> None:
         [{"index": 0, "finish_reason": None, "logprobs": None, "text": "b"}],
         [{"index": 0, "finish_reason": "length", "logprobs": None, "text": ""}],
     ]
+
+
+ENDS_OF_LINES = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+HARD = [
+    "",
+    '"',
+    "\\",
+    "\\u0041",
+    "\0\x1f\x7f",
+    ENDS_OF_LINES,
+    "{}%s%b",
+    "\N{GRINNING FACE}",
+    "\ud800",
+    "\udc00\ud800",
+]
+
+
+def random_text(draw: random.Random) -> str:
+    alphabet = [*'ab "\\/{}%<&\t', *ENDS_OF_LINES, *HARD, chr(draw.randrange(0x110000))]
+    return "".join(draw.choices(alphabet, k=draw.randrange(12)))
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize("include_usage", [False, True])
+@pytest.mark.parametrize("model", ["m", 'a "model" of \N{GREEK SMALL LETTER PI}\u2028%b'])
+def test_a_chunk_is_the_same_object_whatever_its_text(kind: Kind, include_usage: bool, model: str) -> None:
+    """What chunks share is encoded once; it is as if each had been encoded whole."""
+    writer = Writer(kind, model, include_usage)
+    draw = random.Random(1)
+    for text in HARD + [random_text(draw) for _ in range(500)]:
+        said = {"delta": {"content": text}} if kind == "chat" else {"text": text}
+        choice = {"index": 0, **said, "logprobs": None, "finish_reason": None}
+        whole = payload(writer.last_chunk("stop")) | {"choices": [choice]}
+        assert payload(writer.chunk(text)) == json.loads(json.dumps(whole))
+
+
+def test_text_goes_as_utf_8_and_without_spaces() -> None:
+    chunk = Writer("chat", "m").chunk("gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n")
+    assert b'"delta":{"content":"gr\xc3\xbcn"}' in chunk
 
 
 def test_the_usage_chunk_has_no_choices() -> None:
