@@ -10,7 +10,7 @@ import pytest
 
 from taps.adaptive.calibration import Calibration
 from taps.adaptive.gains import Gains, accepted_of
-from taps.adaptive.planning import Choice, Planner
+from taps.adaptive.planning import Choice, Drafted, Planner
 from taps.adaptive.policy import Adaptive, Fleet
 from taps.decoding.panel import Panel
 from taps.decoding.policy import Step
@@ -164,10 +164,10 @@ def test_what_steps_cost_beside_passes_counts() -> None:
     slow, gains = planner(0.0003, 1), [1.2]
     assert choose_all(slow, gains)[0].drafters
     for _ in range(100):
-        slow.observe_step(PassCost(7, 11.8), 0.0118 + 0.030, True, 6)
+        slow.observe_step(PassCost(7, 11.8), 0.0118 + 0.030, Drafted(6, 1.0))
     assert not choose_all(slow, gains)[0].drafters
     for _ in range(100):
-        slow.observe_step(PassCost(1, 10.0), 0.010 + 0.030, False, 0)
+        slow.observe_step(PassCost(1, 10.0), 0.010 + 0.030, None)
     assert choose_all(slow, gains)[0].drafters, "plain steps have it too"
 
 

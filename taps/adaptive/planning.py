@@ -40,8 +40,7 @@ class Drafted(NamedTuple):
     """What came of a tree."""
 
     kept: int  # nodes that were checked
-    accepted: int  # tokens
-    expected: float  # tokens, of the whole tree
+    share: float  # of what the whole tree was thought to gain, that these were
 
 
 class ByLoad:
@@ -128,11 +127,7 @@ class Planner:
         overhead.observe(sessions, max(waited_s - cost.ms / 1e3, 0.0))
         if drafted is not None:
             self._nodes.observe(sessions, drafted.kept)
-            if drafted.expected > 0:
-                # The mean of ratios is not the ratio of means: weighed by what was expected.
-                share = self._realised.at(sessions)
-                error = min(max(drafted.accepted - share * drafted.expected, -1.0), 1.0)
-                self._realised.observe(sessions, min(max(share + error, 0.0), 1.0))
+            self._realised.observe(sessions, drafted.share)
 
     def choose(
         self, session: Hashable, gains: Mapping[str, Callable[[int], float]], free_gain: float

@@ -72,7 +72,6 @@ class Adaptive:
         self._waiting: list[_Judged] = []  # for the text to pass them
         self._choice = Choice((), 0, 0.0)
         self._offered = ProposalTree.root_only(0)
-        self._expected = 0.0  # tokens of it, were all of it checked
         self._probed: list[str] = []
         self._owed: dict[str, int] = {}  # of drafters asked: how many sessions asked then
         self._planner.open(self)
@@ -103,7 +102,6 @@ class Adaptive:
 
     def compose(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
         self._offered = self._merged(trees, root)
-        self._expected = _expected(self._offered)
         return self._offered
 
     def observe(self, context: Context, step: Step, arrived: Sequence[Arrived]) -> None:
@@ -114,7 +112,8 @@ class Adaptive:
             waited_s = step.verify_ms / 1e3 / verdict.num_passes
             drafted = None
             if len(self._offered) > 1:
-                drafted = Drafted(verdict.num_nodes, len(verdict.owners), self._expected)
+                checked = self._offered.prefix(1 + verdict.num_nodes)
+                drafted = Drafted(verdict.num_nodes, _expected(checked) / _expected(self._offered))
             self._planner.observe_step(verdict.cost, waited_s, drafted)
         for answer in arrived:
             self._take(answer)

@@ -13,6 +13,7 @@ from collections.abc import Hashable
 
 _NEW = 0.3  # weight of the newest time
 _OVERDUE = 1.5  # times what a session usually takes: it may never come
+_LEAST_S = 1e-4  # that is worth waiting
 _AT_LEAST = 0.2  # of what it usually takes, that one past its time is thought to take yet
 
 
@@ -51,4 +52,4 @@ class Lingering:
         for number, due in enumerate(away, 1):
             if due * num_waiting <= (step_s - due) * number:
                 longest = due
-        return longest
+        return longest if longest >= _LEAST_S else 0.0

@@ -1,8 +1,8 @@
-"""A serving system in simulated time: recorded texts and trees, measured costs, and the loop and policies that serve.
+"""A serving system in simulated time: recorded texts and trees, measured costs, and the loop that serves.
 
 Seconds pass on a clock that no machine slows down, so policies are compared at any load in a moment, to the
-token. What a pass and a draft last comes from tables; that replicas on the same cores do not compute at the same
-time is simulated, what the network does is one constant.
+token. What a pass and a draft last comes from tables; that replicas on the same cores do not compute at the
+same time is simulated, what the network does is one constant.
 
 Knows recordings, trees, tables and policies; never runs a model.
 """
@@ -271,15 +271,17 @@ MakePolicy = Callable[[Sequence[str], Callable[[], float]], AbstractContextManag
 async def serve(
     texts: Sequence[Told], streams: int, names: Sequence[str], make: MakePolicy, system: System
 ) -> float:
-    """Tokens per second of so many streams, each answering the next text there is; call it with `run_virtually`.
+    """Tokens per second of so many streams, each answering the next text; call it with `run_virtually`.
 
     Args: names: of the drafters that may be asked; make: a policy for each answer.
     """
     loop = asyncio.get_running_loop()
     cores = asyncio.Lock()
-    lock = (lambda: cores) if system.shares_cores else asyncio.Lock
-    verifier = _Verifier(system, lock())
-    drafters = {name: _Drafter(table, lock()) for name, table in system.drafts.items()}
+    verifier = _Verifier(system, cores)
+    drafters = {
+        name: _Drafter(table, cores if system.shares_cores else asyncio.Lock())
+        for name, table in system.drafts.items()
+    }
     waiting: Iterator[Told] = iter(texts)
 
     @asynccontextmanager
