@@ -114,8 +114,9 @@ class Restless(Planner):
         self._rng = random.Random(6)
 
     def choose(
-        self, session: Hashable, gains: Mapping[str, Callable[[int], float]], free_gain: float
-    ) -> Choice:
+        self, session: Hashable, gains: Mapping[str, Callable[[int], float]], free_gain: float,
+        version: int = 0,
+    ) -> Choice:  # fmt: skip
         if not gains or self._rng.random() < 0.5:
             return Choice((), 0, 0.0)
         count = self._rng.randrange(1, len(gains) + 1)

@@ -111,8 +111,8 @@ def test_adaptive_is_never_slower_than_plain_and_near_the_best(
     system = System(PASSES, dict.fromkeys(SKILLS, DRAFTS), 0.002, shares_cores, StepBudget(tree_nodes=64))
     found = speeds(texts, streams, system, every_setting(system, drafters))
     best = max(found.values())
-    assert found["adaptive"] >= 0.92 * found["off"], found
-    assert found["adaptive"] >= 0.88 * best, found
+    assert found["adaptive"] >= 0.97 * found["off"], found
+    assert found["adaptive"] >= 0.89 * best, found
 
 
 def test_simulated_time_passes_only_where_all_wait() -> None:

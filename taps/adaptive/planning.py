@@ -16,8 +16,9 @@ from typing import NamedTuple
 from taps.engine.costs import StepCosts
 from taps.verdict import PassCost
 
-_REPLAN_S = 0.02  # a plan is good for so long
+_REPLAN_S = 0.05  # a plan is good for so long
 _STICKY = 0.01  # of the tokens per second, that a change must gain
+_PROBED = 0.3  # weight of the newest
 _SAME = 0.85  # of a gain
 _NEWEST = 0.1  # weight of the newest time in what steps cost beside passes
 _FORGET_S = 20.0  # after which what was not tried again is thought to cost what it did at first
@@ -26,6 +27,7 @@ _USUAL_DEPTH = 5  # tokens of a path that drafts' times are kept for
 _FIRST_DRAFT_S = 0.004
 _PROBES = 0.01  # of the time, that may go into asking drafters who do not pay
 _FIRST_NODES = 6.0
+_FIRST_PROBE_S = 0.02
 
 
 class Choice(NamedTuple):
@@ -34,6 +36,13 @@ class Choice(NamedTuple):
     drafters: tuple[str, ...]  # none: nobody is waited for
     depth: int  # tokens of a path
     gain: float  # tokens expected beyond one
+
+
+class _Best(NamedTuple):
+    """What would give a session the most, and what it was found by."""
+
+    choice: Choice
+    found_by: tuple[int, float, float, int] = (-1, 0.0, 0.0, 0)  # gains' version, free gain, when, drafters
 
 
 class Drafted(NamedTuple):
@@ -79,7 +88,8 @@ class Planner:
         ] = {}  # seconds of a draft by its depth and sessions asking
         self._asking: dict[str, int] = {}
         self._plain, self._drafted = ByLoad(0.0005, clock), ByLoad(0.002, clock)
-        self._best: dict[Hashable, Choice] = {}  # of the sessions that are open
+        self._best: dict[Hashable, _Best] = {}  # of the sessions that are open
+        self._cycles: dict[tuple[tuple[str, ...], int, int, int], float] = {}  # seconds
         self._drafting: set[Hashable] = set()
         self._nodes = ByLoad(_FIRST_NODES, clock)  # that are kept of a session's tree
         self._realised = ByLoad(1.0, clock)  # of what whole trees would gain, since they are cut
@@ -87,9 +97,10 @@ class Planner:
         self._threshold = 0.0  # tokens that a session must gain to draft
         self._planned_at = -math.inf
         self._next_probe = 0.0
+        self._probe_s = _FIRST_PROBE_S
 
     def open(self, session: Hashable) -> None:
-        self._best[session] = Choice((), 0, 0.0)
+        self._best[session] = _Best(Choice((), 0, 0.0))
         self._planned_at = -math.inf
 
     def close(self, session: Hashable) -> None:
@@ -106,12 +117,18 @@ class Planner:
         self._asking[drafter] = self._asking.get(drafter, 0) + 1
         return self._asking[drafter]
 
-    def answered(self, drafter: str, asking: int, depth: int, seconds: float | None) -> None:
-        """Args: asking: as `asked` said; depth: of the paths; seconds: None where there was no answer."""
+    def answered(
+        self, drafter: str, asking: int, depth: int, seconds: float | None, is_aside: bool = False
+    ) -> None:
+        """Args: asking: as `asked` said; depth: of the paths; seconds: None where nothing is learned of them;
+        is_aside: whether it was asked after a while, and had much to take in.
+        """
         together = max(asking, self._asking[drafter])  # the first to ask is answered first
         self._asking[drafter] -= 1
-        if seconds is not None:
+        if seconds is not None and not is_aside:
             self._costs_of(drafter, depth).observe(together, seconds)
+        elif seconds is not None:
+            self._probe_s += _PROBED * (seconds - self._probe_s)
 
     def observe_pass(self, cost: PassCost | None) -> None:
         if cost is not None:
@@ -130,17 +147,23 @@ class Planner:
             self._realised.observe(sessions, drafted.share)
 
     def choose(
-        self, session: Hashable, gains: Mapping[str, Callable[[int], float]], free_gain: float
+        self,
+        session: Hashable,
+        gains: Mapping[str, Callable[[int], float]],
+        free_gain: float,
+        version: int = 0,
     ) -> Choice:
         """What the session should do now.
 
         Args: gains: of each drafter that may be asked, the tokens it adds by the depth of its paths; free_gain:
-        of the nodes that are there without asking.
+        of the nodes that are there without asking; version: of the gains, another one where they changed.
         """
-        best = self._best_of(gains, free_gain)
-        self._best[session] = best
-        if self._clock() - self._planned_at > _REPLAN_S:
-            self._plan()
+        known, found_by = self._best.get(session), (version, free_gain, self._planned_at, len(gains))
+        if known is None or known.found_by != found_by:
+            self._best[session] = known = _Best(self._best_of(gains, free_gain), found_by)
+        best, now = known.choice, self._clock()
+        if now - self._planned_at > _REPLAN_S:
+            self._plan(now)
         # Gains have changed a little since the plan was made.
         drafts = best.gain >= _SAME * self._threshold and bool(best.drafters)
         (self._drafting.add if drafts else self._drafting.discard)(session)
@@ -160,7 +183,7 @@ class Planner:
         now = self._clock()
         if now < self._next_probe:
             return False
-        self._next_probe = now + self.draft_s((drafter,), depth, 1) / _PROBES
+        self._next_probe = now + self._probe_s / _PROBES
         return True
 
     def draft_s(self, drafters: tuple[str, ...], depth: int, sessions: int) -> float:
@@ -203,13 +226,18 @@ class Planner:
         return self.passes.seconds(sessions) + beside
 
     def _drafted_cycle(self, drafters: tuple[str, ...], depth: int, drafting: int, sessions: int) -> float:
-        rows = sessions + self._nodes.at(sessions) * drafting
-        return self.draft_s(drafters, depth, drafting) + self.passes.seconds(rows) + self._drafted.at(sessions)
+        key = drafters, depth, drafting, sessions
+        if key not in self._cycles:
+            rows = sessions + self._nodes.at(sessions) * drafting
+            passing = self.passes.seconds(rows) + self._drafted.at(sessions)
+            self._cycles[key] = self.draft_s(drafters, depth, drafting) + passing
+        return self._cycles[key]
 
-    def _plan(self) -> None:
+    def _plan(self, now: float) -> None:
         """How many sessions should draft: those that gain most, as many as give the most tokens a second."""
-        self._planned_at = self._clock()
-        ranked = sorted(self._best.values(), key=lambda choice: -choice.gain)
+        self._planned_at = now
+        self._cycles.clear()
+        ranked = sorted((best.choice for best in self._best.values()), key=lambda choice: -choice.gain)
         sessions, was = len(ranked), len(self._drafting)
         tokens, depth, threshold = float(sessions), 0, math.inf
         # A change must gain something.

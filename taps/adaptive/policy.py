@@ -27,6 +27,7 @@ _LEAST_LIKELY = 0.02  # of a node that is sent to the verifier
 _FIRST_PROBE, _LONGEST_PROBE = 6, 256  # tokens until a drafter who is not asked is asked aside
 _PROMISING = 0.8  # of the best one's gain, that keeps a drafter probed often
 _PROBE_DEPTH = 5  # tokens of a path
+_FEW = 16  # tokens that a drafter takes in beside drafting; more of them last longer
 
 
 @dataclass
@@ -73,6 +74,7 @@ class Adaptive:
         self._choice = Choice((), 0, 0.0)
         self._offered = ProposalTree.root_only(0)
         self._probed: list[str] = []
+        self._version = 0  # of what is known of the drafters
         self._owed: dict[str, int] = {}  # of drafters asked: how many sessions asked then
         self._planner.open(self)
 
@@ -87,11 +89,11 @@ class Adaptive:
         for drafter in idle:  # asked in a plan that was dropped
             if (asking := self._owed.pop(drafter.name, None)) is not None:
                 self._planner.answered(drafter.name, asking, _PROBE_DEPTH, None)
-        at_hand = self._merged(free, context.root)
+        at_hand = self._merged(free, context.root) if free else ProposalTree.root_only(context.root)
         free_gain = _expected(at_hand)
         there = {drafter.name: drafter for drafter in idle}
         gains = {name: self._of(name, len(context.tokens)).gains.expected for name in there}
-        choice = self._choice = self._planner.choose(self, gains, free_gain)
+        choice = self._choice = self._planner.choose(self, gains, free_gain, self._version)
         questions = {there[name]: Question(self._asking(choice.depth)) for name in choice.drafters}
         aside = self._probes(context, [name for name in there if name not in choice.drafters])
         questions |= {there[name]: Question(self._asking(_PROBE_DEPTH), False) for name in aside}
@@ -143,7 +145,8 @@ class Adaptive:
         """An answer: what it cost, and that it waits for the text to pass it."""
         name, tree = one.drafter.name, one.tree
         if (asking := self._owed.pop(name, None)) is not None:
-            self._planner.answered(name, asking, one.ask.depth + 1, None if tree is None else one.seconds)
+            seconds = None if tree is None else one.seconds
+            self._planner.answered(name, asking, one.ask.depth + 1, seconds, one.news > _FEW)
         if tree is not None and (len(tree) > 1 or not one.drafter.is_at_hand):
             self._waiting.append(_Judged(name, one.drafter.is_at_hand, one.ask.depth + 1, one.end, tree))
 
@@ -205,6 +208,7 @@ class Adaptive:
     def _learn(self, one: _Judged, context: Context) -> None:
         """Compare a tree with the text."""
         tree, known = one.tree, self._of(one.name, one.end)
+        self._version += 1
         accepted = accepted_of(tree.tokens, tree.parents, context.tokens[one.end :])
         for node in range(1, len(tree)):
             known.calibration.observe(tree.depths[node], tree.scores[node], accepted[node])

@@ -17,6 +17,8 @@ from taps.drafting.drafter import Ask
 from taps.peers import PeerGone
 from taps.tree import ProposalTree
 
+_ASIDE = 64  # tokens that a drafter is told, at most, who is asked aside: more would cost more than it tells
+
 
 class Panel:
     """The drafters of one session: asked all at once, never waited for beyond the deadline.
@@ -72,8 +74,10 @@ class Panel:
 
         Args: questions: to idle drafters; pass_s: seconds the last verify pass took.
         """
+        if not questions:
+            return []
         tasks = {
-            drafter: asyncio.create_task(self._question(drafter, context, question.ask))
+            drafter: asyncio.create_task(self._question(drafter, context, *question))
             for drafter, question in questions.items()
         }
         self._pending |= tasks
@@ -95,9 +99,12 @@ class Panel:
         arrived, self._arrived = self._arrived, []
         return arrived
 
-    async def _question(self, drafter: DrafterSession, context: Context, ask: Ask) -> Arrived:
+    async def _question(
+        self, drafter: DrafterSession, context: Context, ask: Ask, is_waited_for: bool = True
+    ) -> Arrived:
         """One answer; without a tree where the drafter is gone."""
-        known, end, began = self._known[drafter], len(context.tokens), self._clock()
+        end, began = len(context.tokens), self._clock()
+        known = self._known[drafter] if is_waited_for else max(self._known[drafter], end - _ASIDE)
         delta = context.tokens_since(known) if drafter.is_at_hand else context.since(known)
         self._known[drafter] = end
         try:
@@ -106,8 +113,8 @@ class Panel:
             self._known.pop(drafter, None)
             if drafter in self._lost:
                 self._lost[drafter].set_exception(error)
-            return Arrived(drafter, ask, end, None, 0.0)
-        return Arrived(drafter, ask, end, tree, self._clock() - began)
+            return Arrived(drafter, ask, end, None, 0.0, 0)
+        return Arrived(drafter, ask, end, tree, self._clock() - began, len(delta.tokens))
 
     def _take(self, one: Arrived) -> ProposalTree | None:
         self._arrived.append(one)

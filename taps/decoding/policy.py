@@ -40,6 +40,7 @@ class Arrived(NamedTuple):
     end: int  # tokens decided when it was asked, the root included
     tree: ProposalTree | None  # None where there is none to come
     seconds: float
+    news: int  # tokens it had to take in
 
 
 @dataclass(frozen=True)
