@@ -66,7 +66,10 @@ class Generator:
                 numerics = numerics or verifier.numerics
                 # An answer that still waits for its verifier holds no drafter.
                 if not keepers:
-                    keepers.extend(asyncio.create_task(self._keep_on(panel, s, i)) for i, s in chosen)
+                    likely = policy.likely([specialist.name for _, specialist in chosen])
+                    for index, specialist in chosen:
+                        keeping = self._keep_on(panel, specialist, index, specialist.name in likely)
+                        keepers.append(asyncio.create_task(keeping))
                 yield verifier
 
         try:
@@ -108,11 +111,13 @@ class Generator:
                     yield verifier
                     return
 
-    async def _keep_on(self, panel: Panel, specialist: Specialist, index: int) -> None:
-        """Lease the specialist and keep it on the panel; when it is lost, lease another replica."""
+    async def _keep_on(self, panel: Panel, specialist: Specialist, index: int, at_once: bool) -> None:
+        """Lease the specialist once it is wanted and keep it on the panel; another one when it is lost."""
         waits = self._args.lease_deadline_s, self._args.verify_deadline_s
         while True:
             try:
+                if not at_once:
+                    await panel.wanted(specialist.name, index)
                 async with drafter_session(
                     self._pool, specialist.handle, specialist.name, index, *waits
                 ) as session:

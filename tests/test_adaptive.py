@@ -174,8 +174,12 @@ def test_what_steps_cost_beside_passes_counts() -> None:
 def test_asking_aside_takes_little_of_the_time() -> None:
     clock = Clock()
     of = Planner(StepCosts({1: 0.01, 8: 0.012}), clock)
-    asked = sum(of.may_probe("math", 5) for _ in range(3000))
-    assert 0 < asked * of.draft_s(("math",), 5, 1) <= 0.025 * clock.now
+    for seconds in (0.02, 0.002, 0.2):
+        for _ in range(50):
+            of.answered("math", of.asked("math"), 5, seconds, is_aside=True)
+        began = clock.now
+        asked = sum(of.may_probe() for _ in range(10_000))
+        assert 0 < asked * seconds <= 0.012 * (clock.now - began)
 
 
 # The policy, with verifier and drafters that are made up

@@ -178,7 +178,7 @@ class Planner:
         trip = self._drafted.at(sessions) - (plain - self.passes.seconds(sessions))
         return (sessions + gain - trip / plain) / longer > (1.0 + _STICKY) * sessions / plain
 
-    def may_probe(self, drafter: str, depth: int) -> bool:
+    def may_probe(self) -> bool:
         """Whether there is time to ask a drafter who does not pay. It is, where this says so."""
         now = self._clock()
         if now < self._next_probe:

@@ -18,8 +18,7 @@ from taps.adaptive.calibration import Calibration
 from taps.adaptive.gains import Gains, accepted_of
 from taps.adaptive.planning import Choice, Drafted, Planner
 from taps.context import Context
-from taps.decoding.policy import Arrived, Plan, Question, Step
-from taps.decoding.sessions import DrafterSession
+from taps.decoding.policy import Arrived, Candidate, Offer, Plan, Question, Step
 from taps.drafting.drafter import Ask
 from taps.tree import ROOT, ProposalTree
 
@@ -47,6 +46,7 @@ class _Known:
     calibration: Calibration
     next_probe: int  # tokens decided by then
     interval: int = _FIRST_PROBE
+    is_sent_for: bool = False  # to be asked aside once it is there
 
 
 class _Judged(NamedTuple):
@@ -85,7 +85,11 @@ class Adaptive:
         self._owed.clear()
         self._planner.close(self)
 
-    def plan(self, context: Context, idle: Sequence[DrafterSession], free: Sequence[ProposalTree]) -> Plan:
+    def likely(self, names: Sequence[str]) -> Sequence[str]:
+        gains = {name: self._of(name, 0).gains.expected for name in names}
+        return self._planner.choose(self, gains, 0.0, self._version).drafters
+
+    def plan(self, context: Context, idle: Sequence[Candidate], free: Sequence[ProposalTree]) -> Plan:
         for drafter in idle:  # asked in a plan that was dropped
             if (asking := self._owed.pop(drafter.name, None)) is not None:
                 self._planner.answered(drafter.name, asking, _PROBE_DEPTH, None)
@@ -95,10 +99,13 @@ class Adaptive:
         gains = {name: self._of(name, len(context.tokens)).gains.expected for name in there}
         choice = self._choice = self._planner.choose(self, gains, free_gain, self._version)
         questions = {there[name]: Question(self._asking(choice.depth)) for name in choice.drafters}
-        aside = self._probes(context, [name for name in there if name not in choice.drafters])
+        aside = self._probes(context, [there[name] for name in there if name not in choice.drafters])
         questions |= {there[name]: Question(self._asking(_PROBE_DEPTH), False) for name in aside}
-        self._owed |= {drafter.name: self._planner.asked(drafter.name) for drafter in questions}
-        is_plain = not choice.drafters and not self._planner.pays(free_gain, len(at_hand) - 1)
+        for one in questions:
+            if not isinstance(one, Offer):
+                self._owed[one.name] = self._planner.asked(one.name)
+        comes = any(isinstance(there[name], Offer) for name in choice.drafters)
+        is_plain = (comes or not choice.drafters) and not self._planner.pays(free_gain, len(at_hand) - 1)
         self._offered = ProposalTree.root_only(context.root)
         return Plan(questions, is_plain)
 
@@ -159,14 +166,17 @@ class Adaptive:
             self._known[name] = _Known(Gains(prior), calibration, first)
         return self._known[name]
 
-    def _probes(self, context: Context, others: Sequence[str]) -> list[str]:
+    def _probes(self, context: Context, others: Sequence[Candidate]) -> list[str]:
         """Who is asked aside now, one at most."""
         end = len(context.tokens)
-        due = [name for name in others if self._known[name].next_probe <= end]
-        self._probed = [name for name in due[:1] if self._planner.may_probe(name, _PROBE_DEPTH)]
-        for name in self._probed:
-            known = self._known[name]
-            known.next_probe = end + known.interval
+        due = [one for one in others if self._known[one.name].next_probe <= end]
+        self._probed = []
+        for one in due[:1]:
+            known = self._known[one.name]
+            if known.is_sent_for or self._planner.may_probe():
+                known.is_sent_for = isinstance(one, Offer)
+                known.next_probe = end if known.is_sent_for else end + known.interval
+                self._probed = [one.name]
         return self._probed
 
     def _merged(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:

@@ -69,7 +69,7 @@ async def _decode_on(
         started = drafted = clock()
         free = await panel.at_hand(context, policy.ask)
         plan = policy.plan(context, panel.idle(), free)
-        is_plain = plan.is_plain or not panel.drafters  # nobody to wait for
+        is_plain = plan.is_plain or panel.is_empty  # nobody to wait for
         checked: tuple[int, ...] = ()
         if is_ahead or is_plain:
             is_ahead = is_plain

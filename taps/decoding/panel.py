@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from taps.context import Context
-from taps.decoding.policy import Arrived, Question
+from taps.decoding.policy import Arrived, Candidate, Offer, Question
 from taps.decoding.sessions import DrafterSession
 from taps.drafting.drafter import Ask
 from taps.peers import PeerGone
@@ -42,6 +42,16 @@ class Panel:
         self._pending: dict[DrafterSession, asyncio.Task[Arrived]] = {}
         self._lost: dict[DrafterSession, asyncio.Future[None]] = {}
         self._arrived: list[Arrived] = []
+        self._offers: list[Offer] = []
+
+    async def wanted(self, name: str, index: int) -> None:
+        """Offer a drafter who is not there yet: until someone wants to ask it, or the call is cancelled."""
+        offer = Offer(name, index)
+        self._offers.append(offer)
+        try:
+            await offer.taken.wait()
+        finally:
+            self._offers.remove(offer)
 
     async def member(self, drafter: DrafterSession) -> None:
         """Put a drafter on the panel until it is lost, which raises its `PeerGone`, or cancelled."""
@@ -57,9 +67,15 @@ class Panel:
     def drafters(self) -> list[DrafterSession]:
         return list(self._known)
 
-    def idle(self) -> list[DrafterSession]:
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody is there, nor offered."""
+        return not self._known and not self._offers
+
+    def idle(self) -> list[Candidate]:
         """Those that may be asked: a late answer, if they owed one, has arrived. Not those at hand."""
-        return [drafter for drafter in list(self._known) if not drafter.is_at_hand and self._is_idle(drafter)]
+        there = [drafter for drafter in list(self._known) if not drafter.is_at_hand and self._is_idle(drafter)]
+        return [*there, *self._offers]
 
     async def at_hand(self, context: Context, ask: Ask) -> list[ProposalTree]:
         """The trees of drafters of this process, which nobody waits for."""
@@ -68,14 +84,21 @@ class Panel:
         return [tree for one in answers if (tree := self._take(one)) is not None and len(tree) > 1]
 
     async def propose(
-        self, context: Context, questions: Mapping[DrafterSession, Question], pass_s: float = math.inf
+        self, context: Context, asked: Mapping[Candidate, Question], pass_s: float = math.inf
     ) -> list[ProposalTree]:
         """Ask, and wait for those that are waited for. The trees that came in time, each owned by its drafter.
 
-        Args: questions: to idle drafters; pass_s: seconds the last verify pass took.
+        One that is only offered is sent for, and can be asked once it is there. Args: asked: of those that are
+        idle; pass_s: seconds the last verify pass took.
         """
-        if not questions:
+        if not asked:
             return []
+        questions: dict[DrafterSession, Question] = {}
+        for drafter, question in asked.items():
+            if isinstance(drafter, Offer):
+                drafter.taken.set()
+            else:
+                questions[drafter] = question
         tasks = {
             drafter: asyncio.create_task(self._question(drafter, context, *question))
             for drafter, question in questions.items()

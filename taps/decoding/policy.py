@@ -5,9 +5,10 @@ A fixed strategy asks everyone for the same; the adaptive one learns (`taps.adap
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from taps.composing import Compose
 from taps.context import Context
@@ -15,6 +16,19 @@ from taps.decoding.sessions import DrafterSession
 from taps.drafting.drafter import Ask
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
+
+
+class Offer:
+    """A drafter who is not there yet, and comes if it is wanted."""
+
+    is_at_hand = False
+
+    def __init__(self, name: str, index: int) -> None:
+        self.name, self.index = name, index
+        self.taken = asyncio.Event()
+
+
+Candidate: TypeAlias = DrafterSession | Offer
 
 
 class Question(NamedTuple):
@@ -28,7 +42,7 @@ class Question(NamedTuple):
 class Plan:
     """What a step does."""
 
-    questions: Mapping[DrafterSession, Question] = field(default_factory=dict)
+    questions: Mapping[Candidate, Question] = field(default_factory=dict)
     is_plain: bool = False  # the verifier decodes by itself
 
 
@@ -61,7 +75,11 @@ class Policy(Protocol):
 
     ask: Ask  # of drafters that are at hand, whom asking costs nothing
 
-    def plan(self, context: Context, idle: Sequence[DrafterSession], free: Sequence[ProposalTree]) -> Plan:
+    def likely(self, names: Sequence[str]) -> Sequence[str]:
+        """Those that will be asked at once, as far as is known before the session began."""
+        ...
+
+    def plan(self, context: Context, idle: Sequence[Candidate], free: Sequence[ProposalTree]) -> Plan:
         """Args: idle: drafters that may be asked; free: trees of those at hand."""
         ...
 
@@ -83,7 +101,10 @@ class Fixed:
         self.ask = ask
         self._compose = compose
 
-    def plan(self, context: Context, idle: Sequence[DrafterSession], free: Sequence[ProposalTree]) -> Plan:
+    def likely(self, names: Sequence[str]) -> Sequence[str]:
+        return names
+
+    def plan(self, context: Context, idle: Sequence[Candidate], free: Sequence[ProposalTree]) -> Plan:
         return Plan({drafter: Question(self.ask) for drafter in idle})
 
     def compose(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
