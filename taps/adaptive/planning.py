@@ -94,6 +94,7 @@ class Planner:
         self._nodes = ByLoad(_FIRST_NODES, clock)  # that are kept of a session's tree
         self._realised = ByLoad(1.0, clock)  # of what whole trees would gain, since they are cut
         self._overlap = 1.0  # of drafters that are asked at once: 1 adds their times, 0 takes the longest
+        self._seen: PassCost | None = None  # the newest pass
         self._threshold = 0.0  # tokens that a session must gain to draft
         self._planned_at = -math.inf
         self._next_probe = 0.0
@@ -131,7 +132,8 @@ class Planner:
             self._probe_s += _PROBED * (seconds - self._probe_s)
 
     def observe_pass(self, cost: PassCost | None) -> None:
-        if cost is not None:
+        if cost is not None and cost != self._seen:  # every session of a pass tells of it
+            self._seen = cost
             self.passes.observe(cost.rows, cost.ms / 1e3)
 
     def observe_step(self, cost: PassCost | None, waited_s: float, drafted: Drafted | None) -> None:
@@ -159,10 +161,11 @@ class Planner:
         of the nodes that are there without asking; version: of the gains, another one where they changed.
         """
         known, found_by = self._best.get(session), (version, free_gain, self._planned_at, len(gains))
+        wanted = known is not None and bool(known.choice.drafters)
         if known is None or known.found_by != found_by:
             self._best[session] = known = _Best(self._best_of(gains, free_gain), found_by)
         best, now = known.choice, self._clock()
-        if now - self._planned_at > _REPLAN_S:
+        if bool(best.drafters) != wanted or now - self._planned_at > _REPLAN_S:
             self._plan(now)
         # Gains have changed a little since the plan was made.
         drafts = best.gain >= _SAME * self._threshold and bool(best.drafters)
@@ -177,6 +180,21 @@ class Planner:
         longer = plain + self.passes.seconds(sessions + nodes) - self.passes.seconds(sessions)
         trip = self._drafted.at(sessions) - (plain - self.passes.seconds(sessions))
         return (sessions + gain - trip / plain) / longer > (1.0 + _STICKY) * sessions / plain
+
+    def explain(self, choice: Choice) -> dict[str, float]:
+        """What is thought of the load: milliseconds from verdict to verdict, plain and where all draft."""
+        sessions, drafting = self.num_sessions, len(self._drafting)
+        drafters = choice.drafters or tuple(self._drafts)[:1]
+        drafted = self._drafted_cycle(drafters, choice.depth or _USUAL_DEPTH, max(drafting, 1), sessions)
+        return {
+            "sessions": sessions,
+            "drafting": drafting,
+            "plain_ms": round(1e3 * self._plain_cycle(sessions), 2),
+            "drafted_ms": round(1e3 * drafted, 2),
+            "nodes": round(self._nodes.at(sessions), 2),
+            "share": round(self._realised.at(sessions), 3),
+            "must_gain": round(min(self._threshold, 99.0), 3),
+        }
 
     def may_probe(self) -> bool:
         """Whether there is time to ask a drafter who does not pay. It is, where this says so."""

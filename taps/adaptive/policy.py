@@ -24,6 +24,7 @@ from taps.tree import ROOT, ProposalTree
 
 _LEAST_LIKELY = 0.02  # of a node that is sent to the verifier
 _FIRST_PROBE, _LONGEST_PROBE = 6, 256  # tokens until a drafter who is not asked is asked aside
+_OWN, _TRUSTED = 0.85, 0.7  # of older trees, at each new one; tokens that others' count for
 _PROMISING = 0.8  # of the best one's gain, that keeps a drafter probed often
 _PROBE_DEPTH = 5  # tokens of a path
 _FEW = 16  # tokens that a drafter takes in beside drafting; more of them last longer
@@ -47,6 +48,17 @@ class _Known:
     next_probe: int  # tokens decided by then
     interval: int = _FIRST_PROBE
     is_sent_for: bool = False  # to be asked aside once it is there
+    accepted: float = 0.0  # tokens in this session, older ones counting less, ...
+    expected: float = 0.0  # ... and what was thought by what all sessions taught
+
+    def observe(self, accepted: int, expected: float) -> None:
+        self.accepted = _OWN * self.accepted + accepted
+        self.expected = _OWN * self.expected + expected
+
+    @property
+    def scale(self) -> float:
+        """How much better its nodes do in this session than in others."""
+        return min((self.accepted + _TRUSTED) / (self.expected + _TRUSTED), 1.0 / _TRUSTED)
 
 
 class _Judged(NamedTuple):
@@ -142,7 +154,7 @@ class Adaptive:
             "depth": self._choice.depth,
             "expected": round(1.0 + self._choice.gain, 3),
             "offered": [round(math.exp(score), 3) for score in self._offered.scores[1:]],
-            "sessions": self._planner.num_sessions,
+            **self._planner.explain(self._choice),
         }
 
     def _asking(self, depth: int) -> Ask:
@@ -202,26 +214,30 @@ class Adaptive:
 
     def _calibrated(self, tree: ProposalTree) -> list[tuple[int, float]]:
         """Nodes and logarithms of their probabilities, without those that are hopeless."""
-        calibration = self._calibration_of(tree)
+        known = self._known_of(tree)
+        calibration, scale = known.calibration, known.scale
         logs = {ROOT: 0.0}
         for node in range(1, len(tree)):
-            chance = calibration.probability(tree.depths[node], tree.scores[node])
+            chance = min(scale * calibration.probability(tree.depths[node], tree.scores[node]), 1.0)
             if tree.parents[node] in logs and chance >= _LEAST_LIKELY:
                 logs[node] = min(math.log(chance), logs[tree.parents[node]])
         return [pair for pair in logs.items() if pair[0] != ROOT]
 
-    def _calibration_of(self, tree: ProposalTree) -> Calibration:
+    def _known_of(self, tree: ProposalTree) -> _Known:
         """Of the one drafter that a tree is from."""
         name = self._names[max(tree.owners).bit_length() - 1]
-        return self._of(name, 0).calibration
+        return self._of(name, 0)
 
     def _learn(self, one: _Judged, context: Context) -> None:
         """Compare a tree with the text."""
         tree, known = one.tree, self._of(one.name, one.end)
         self._version += 1
         accepted = accepted_of(tree.tokens, tree.parents, context.tokens[one.end :])
+        expected = 0.0
         for node in range(1, len(tree)):
+            expected += known.calibration.probability(tree.depths[node], tree.scores[node])
             known.calibration.observe(tree.depths[node], tree.scores[node], accepted[node])
+        known.observe(sum(accepted) - 1, expected)
         length = max(depth for depth, right in zip(tree.depths, accepted, strict=True) if right)
         if one.is_at_hand:
             return
