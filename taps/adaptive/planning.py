@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from taps.engine.costs import StepCosts
@@ -18,6 +19,8 @@ from taps.verdict import PassCost
 
 _REPLAN_S = 0.05  # a plan is good for so long
 _STICKY = 0.01  # of the tokens per second, that a change must gain
+_WINDOW_S = 0.3  # in which tokens are counted
+_MIXED = 0.1  # of the steps, that are drafted where sessions draft
 _PROBED = 0.3  # weight of the newest
 _SAME = 0.85  # of a gain
 _NEWEST = 0.1  # weight of the newest time in what steps cost beside passes
@@ -43,6 +46,17 @@ class _Best(NamedTuple):
 
     choice: Choice
     found_by: tuple[int, float, float, int] = (-1, 0.0, 0.0, 0)  # gains' version, free gain, when, drafters
+
+
+@dataclass
+class _Window:
+    """A while in which tokens are counted."""
+
+    began: float
+    sessions: int
+    tokens: int = 0
+    steps: int = 0
+    drafted: int = 0  # steps
 
 
 class Drafted(NamedTuple):
@@ -94,6 +108,10 @@ class Planner:
         self._nodes = ByLoad(_FIRST_NODES, clock)  # that are kept of a session's tree
         self._realised = ByLoad(1.0, clock)  # of what whole trees would gain, since they are cut
         self._overlap = 1.0  # of drafters that are asked at once: 1 adds their times, 0 takes the longest
+        self._window = _Window(-math.inf, 0)
+        # By whether sessions draft: the share of what was thought that came, and tokens a second thought to come.
+        self._truth = ByLoad(1.0, clock), ByLoad(1.0, clock)
+        self._thought = [0.0, 0.0]
         self._seen: PassCost | None = None  # the newest pass
         self._threshold = 0.0  # tokens that a session must gain to draft
         self._planned_at = -math.inf
@@ -136,9 +154,12 @@ class Planner:
             self._seen = cost
             self.passes.observe(cost.rows, cost.ms / 1e3)
 
-    def observe_step(self, cost: PassCost | None, waited_s: float, drafted: Drafted | None) -> None:
+    def observe_step(
+        self, cost: PassCost | None, waited_s: float, drafted: Drafted | None, tokens: int = 1
+    ) -> None:
         """Args: waited_s: for one verdict; drafted: what it was for, where it was for a tree."""
         self.observe_pass(cost)
+        self._count(tokens, drafted is not None)
         if cost is None:
             return
         sessions = self.num_sessions
@@ -147,6 +168,21 @@ class Planner:
         if drafted is not None:
             self._nodes.observe(sessions, drafted.kept)
             self._realised.observe(sessions, drafted.share)
+
+    def _count(self, tokens: int, drafted: bool) -> None:
+        """Compare, now and then, the tokens there were with those that were thought to come."""
+        window, now = self._window, self._clock()
+        window.tokens += tokens
+        window.steps += 1
+        window.drafted += drafted
+        if now - window.began < _WINDOW_S:
+            return
+        mode = self._truth[window.drafted > _MIXED * window.steps]
+        thought = self._thought[window.drafted > _MIXED * window.steps]
+        if window.sessions == self.num_sessions and thought > 0 and now - window.began < 3 * _WINDOW_S:
+            rate = window.tokens / (now - window.began) / thought
+            mode.observe(window.sessions, min(max(rate, 0.3), 1.5))
+        self._window = _Window(now, self.num_sessions)
 
     def choose(
         self,
@@ -258,13 +294,16 @@ class Planner:
         ranked = sorted((best.choice for best in self._best.values()), key=lambda choice: -choice.gain)
         sessions, was = len(ranked), len(self._drafting)
         tokens, depth, threshold = float(sessions), 0, math.inf
+        plain, truth = sessions / self._plain_cycle(sessions), [mode.at(sessions) for mode in self._truth]
+        self._thought = [plain, 0.0]
         # A change must gain something.
-        reached = (1.0 + _STICKY * (-1 if was else 1)) * sessions / self._plain_cycle(sessions)
+        reached = (1.0 + _STICKY * (-1 if was else 1)) * plain * truth[False] / truth[True]
         for number, choice in enumerate(ranked, 1):
             if not choice.drafters:
                 continue
             tokens, depth = tokens + choice.gain, max(depth, choice.depth)
             rate = tokens / self._drafted_cycle(choice.drafters, depth, number, sessions)
+            self._thought[True] = max(self._thought[True], rate)
             if rate > reached:
                 reached, threshold = rate, choice.gain
         self._threshold = threshold

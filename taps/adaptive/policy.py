@@ -135,7 +135,7 @@ class Adaptive:
             if len(self._offered) > 1:
                 checked = self._offered.prefix(1 + verdict.num_nodes)
                 drafted = Drafted(verdict.num_nodes, _expected(checked) / _expected(self._offered))
-            self._planner.observe_step(verdict.cost, waited_s, drafted)
+            self._planner.observe_step(verdict.cost, waited_s, drafted, len(verdict.tokens))
         for answer in arrived:
             self._take(answer)
         waiting, self._waiting = self._waiting, []
