@@ -51,10 +51,16 @@ class Context:
         self.feature_window = feature_window
         self._features: deque[Tensor] = deque()
         self._num_features = 0
+        self._num_missing = 0  # newest positions whose features were not told
 
     @property
     def root(self) -> int:
         return self.tokens[-1]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the features of the newest positions are there, which drafters begin from."""
+        return not self._num_missing or not self.feature_window
 
     @property
     def num_generated(self) -> int:
@@ -67,10 +73,18 @@ class Context:
     def extend(self, verdict: Verdict) -> None:
         """Take in what the target decided."""
         self.tokens += verdict.tokens
-        if not self.feature_window:
+        self._num_missing += len(verdict.tokens)
+        if not self.feature_window or not len(verdict.features):
             return
-        self._features.append(verdict.features)
-        self._num_features += len(verdict.features)
+        if len(verdict.features) < self._num_missing:  # those before them are not known
+            self._features.clear()
+            self._num_features = 0
+        newest = verdict.features
+        if len(newest) > self._num_missing:
+            newest = newest[-self._num_missing :]
+        self._features.append(newest)
+        self._num_features += len(newest)
+        self._num_missing = 0
         while self._num_features - len(self._features[0]) >= self.feature_window:
             self._num_features -= len(self._features.popleft())
 
@@ -78,6 +92,7 @@ class Context:
         """Take in the verdict of a prefill of all tokens, whose features replace those known."""
         self._features.clear()
         self._num_features = 0
+        self._num_missing = len(self.tokens)
         self.extend(verdict)
 
     def tokens_since(self, known: int) -> ContextDelta:

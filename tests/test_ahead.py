@@ -15,7 +15,7 @@ from taps.models.causal_lm import CausalLM
 from taps.session import SessionState
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
-from tests.fakes import features_at, make_verdict, until
+from tests.fakes import make_verdict, until
 from tests.tiny import tiny_target
 
 
@@ -57,7 +57,7 @@ async def test_it_goes_on_up_to_its_window_while_nobody_reads() -> None:
     fetched = await source.run.fetch(4)
     assert fetched.tokens == (1, 2, 3, 4)
     assert fetched.num_passes == 4
-    assert torch.equal(fetched.features, features_at(range(2, 6)))
+    assert len(fetched.features) == 0
     await settled(lambda: source.count == 9)
 
 
@@ -116,17 +116,28 @@ async def test_drafting_resumes_where_plain_decoding_stopped_and_the_text_is_one
     verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 2, 128))
     prompt = SessionState((5, 6, 7), max_tokens=60)
     async with verifier.session() as session:
-        expected = list((await session.prefill(prompt, 8)).tokens)
+        first = await session.prefill(prompt, 8)
+        expected, seen = list(first.tokens), [first.features]
         while len(expected) < 60:
-            expected += (await session.verify(ProposalTree.root_only(expected[-1]))).tokens
+            verdict = await session.verify(ProposalTree.root_only(expected[-1]))
+            expected += verdict.tokens
+            seen.append(verdict.features)
+        features = torch.cat(seen)  # of every position
     async with verifier.session() as session:
-        tokens = list((await session.prefill(prompt, 8)).tokens)
+        tokens, told = list((await session.prefill(prompt, 8)).tokens), 1
         for window in (3, 5, 16):
             for _ in range(3):
                 verdict = await session.ahead(window)
-                assert len(verdict.features) == len(verdict.tokens) == verdict.num_passes
+                assert (len(verdict.features), len(verdict.tokens)) == (0, verdict.num_passes)
                 tokens += verdict.tokens
-            tokens += (await session.ahead(0)).tokens
+            stopped = await session.ahead(0)
+            tokens += stopped.tokens
+            untold = len(tokens) - told
+            told = len(tokens) + 2
+            assert torch.equal(
+                stopped.features,
+                features[len(prompt.tokens) + len(tokens) - 1 - min(untold, 8) :][: min(untold, 8)],
+            )
             tree = ProposalTree.ordered(tokens[-1], [(expected[len(tokens)], 0, -0.1, 1)], 2)
             verdict = await session.verify(tree)
             assert len(verdict.tokens) == 2

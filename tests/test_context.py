@@ -110,3 +110,20 @@ def test_the_callers_prompt_is_not_changed() -> None:
     context = Context(SessionState(tuple(prompt)), feature_window=4)
     context.restart(make_verdict([3], range(2)))
     assert prompt == [1, 2]
+
+
+def test_features_that_come_later_take_their_places_and_leave_no_gap() -> None:
+    context = Context(SessionState((7, 8)), feature_window=8)
+    context.restart(make_verdict([1], [0, 1]))
+    assert context.is_complete
+    for token in (2, 3):
+        context.extend(make_verdict([token]))
+    assert not context.is_complete
+    context.extend(make_verdict([4], [2, 3, 4]))
+    assert context.is_complete
+    assert positions_of(context.since(0).features) == [0, 1, 2, 3, 4]
+    for token in (5, 6, 7):
+        context.extend(make_verdict([token]))
+    context.extend(make_verdict([9], [7, 8]))
+    delta = context.since(0)
+    assert (delta.feature_start, positions_of(delta.features)) == (7, [7, 8]), "those before are not known"

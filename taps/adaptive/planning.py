@@ -109,7 +109,7 @@ class Planner:
         self._realised = ByLoad(1.0, clock)  # of what whole trees would gain, since they are cut
         self._overlap = 1.0  # of drafters that are asked at once: 1 adds their times, 0 takes the longest
         self._window = _Window(-math.inf, 0)
-        # By whether sessions draft: the share of what was thought that came, and tokens a second thought to come.
+        # By whether sessions draft: the share of the tokens thought to come that came, and those a second.
         self._truth = ByLoad(1.0, clock), ByLoad(1.0, clock)
         self._thought = [0.0, 0.0]
         self._seen: PassCost | None = None  # the newest pass

@@ -64,17 +64,20 @@ async def _decode_on(
     policy.observe(context, step, ())
     yield step
     pass_s = math.inf  # unknown before the first
-    is_ahead = False
+    is_ahead, held = False, None
     while True:
         started = drafted = clock()
         free = await panel.at_hand(context, policy.ask)
-        plan = policy.plan(context, panel.idle(), free)
+        plan = policy.plan(context, panel.idle(), free) if held is None else held.among(panel.idle())
         is_plain = plan.is_plain or panel.is_empty  # nobody to wait for
+        # Drafters begin from features, which plain decoding tells when it stops.
+        can_ask = context.is_complete or not plan.asks
+        held = None if can_ask else plan
         checked: tuple[int, ...] = ()
         if is_ahead or is_plain:
-            is_ahead = is_plain
-            await panel.propose(context, plan.questions if is_plain else {})
-            verdict = await verifier.ahead(_WINDOW if is_plain else 0)
+            await panel.propose(context, plan.questions if is_plain and can_ask else {})
+            is_ahead = is_plain and can_ask
+            verdict = await verifier.ahead(_WINDOW if is_ahead else 0)
         else:
             trees = free + await panel.propose(context, plan.questions, pass_s)
             tree = policy.compose(trees, context.root)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from taps.composing import Compose
@@ -44,6 +44,15 @@ class Plan:
 
     questions: Mapping[Candidate, Question] = field(default_factory=dict)
     is_plain: bool = False  # the verifier decodes by itself
+
+    @property
+    def asks(self) -> bool:
+        """Whether somebody is asked now, and not only sent for."""
+        return not all(isinstance(candidate, Offer) for candidate in self.questions)
+
+    def among(self, idle: Sequence[Candidate]) -> Plan:
+        """The same, of those who may still be asked."""
+        return replace(self, questions={one: self.questions[one] for one in idle if one in self.questions})
 
 
 class Arrived(NamedTuple):

@@ -50,8 +50,9 @@ class VerifierSession(Protocol):
     async def ahead(self, window: int) -> Verdict:
         """Decode plainly: what was decided since the last call, one token at least.
 
-        The session goes on by itself for up to `window` tokens beyond; a window of 0 stops it, which gives what
-        is left, perhaps nothing, and comes before `verify`. Raises `PeerGone`.
+        The session goes on by itself for up to `window` tokens beyond, and tells no features. A window of 0
+        stops it, and comes before `verify`: what is left, perhaps nothing, and the features not told, as far as
+        they are wanted. Raises `PeerGone`.
         """
         ...
 

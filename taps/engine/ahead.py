@@ -78,13 +78,11 @@ class RunsAhead:
 
 
 def joined(verdicts: Sequence[Verdict]) -> Verdict:
-    """Several passes without drafts as one verdict."""
-    if len(verdicts) == 1:
-        return verdicts[0]
+    """Several passes without drafts as one verdict, without features."""
     return Verdict(
         tuple(token for verdict in verdicts for token in verdict.tokens),
         (),
-        torch.cat([verdict.features for verdict in verdicts]) if verdicts else torch.empty(0, 0),
+        torch.empty(0, 0),
         0,
         0,
         verdicts[-1].batch_size if verdicts else 1,

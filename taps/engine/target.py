@@ -323,6 +323,11 @@ class Target:
         self._features[torch.tensor(places, dtype=torch.int64, device=device)] = copies
         return copies.split_with_sizes([len(own) for own in rows])
 
+    @torch.inference_mode()
+    def features_of(self, session: TargetSession, window: int) -> Tensor:
+        """[m, H] of the session's newest positions, `window` at most; call it in the thread that steps."""
+        return self._features_of(session.sequence, window)
+
     def _features_of(self, sequence: CachedSequence, window: int) -> Tensor:
         """[m, H] of the sequence's newest positions, `window` at most: a copy."""
         positions = range(max(sequence.length - window, 0), sequence.length)

@@ -33,7 +33,7 @@ class BatchedVerifier:
     async def session(self) -> AsyncIterator[BatchedVerifierSession]:
         """A session that owns a cache slot until the block ends. Raises `CacheFull`."""
         async with self._batcher.holding(self.target.open, self.target.close) as state:
-            session = BatchedVerifierSession(self._batcher, state, self.target.numerics)
+            session = BatchedVerifierSession(self._batcher, state, self.target)
             try:
                 yield session
             finally:
@@ -59,26 +59,35 @@ class BatchedVerifier:
 class BatchedVerifierSession:
     """Implements `taps.decoding.sessions.VerifierSession`."""
 
-    def __init__(self, batcher: Batcher[Job, Verdict], state: TargetSession, numerics: str) -> None:
-        self.numerics = numerics
+    def __init__(self, batcher: Batcher[Job, Verdict], state: TargetSession, target: Target) -> None:
+        self.numerics = target.numerics
+        self._target = target
         self._batcher = batcher
         self._state = state
-        self._wants_features = True
+        self._feature_window = 1 << 30
+        self._num_untold = 0  # positions whose features were not told
         self._plain = RunsAhead(self._decide_one, lambda: state.is_over)
 
     async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
-        self._wants_features = feature_window > 0
+        self._feature_window, self._num_untold = feature_window, 0
         return await self._batcher.submit(PrefillJob(self._state, state, feature_window))
 
     async def verify(self, tree: ProposalTree) -> Verdict:
         verdict = await self._batcher.submit(VerifyJob(self._state, tree))
-        return verdict if self._wants_features else replace(verdict, features=verdict.features[:0])
+        return verdict if self._feature_window else replace(verdict, features=verdict.features[:0])
 
     async def ahead(self, window: int) -> Verdict:
-        return await self._plain.fetch(window)
+        verdict = await self._plain.fetch(window)
+        self._num_untold += len(verdict.tokens)
+        if window or not self._feature_window:
+            return verdict
+        count, self._num_untold = min(self._num_untold, self._feature_window), 0
+        newest = await self._batcher.between_steps(lambda: self._target.features_of(self._state, count))
+        return replace(verdict, features=newest)
 
     async def close(self) -> None:
         await self._plain.close()
 
     async def _decide_one(self) -> Verdict:
-        return await self.verify(ProposalTree.root_only(self._state.tokens[-1]))
+        root = ProposalTree.root_only(self._state.tokens[-1])
+        return await self._batcher.submit(VerifyJob(self._state, root))
