@@ -135,7 +135,7 @@ def test_sixteen_sessions_do_not_where_rows_are_what_a_pass_costs() -> None:
 
 
 def test_those_draft_whom_it_gives_the_most() -> None:
-    chosen = choose_all(planner(0.0003, 4), [3.0, 2.5, 0.1, 0.0])
+    chosen = choose_all(planner(0.0003, 4), [7.0, 6.0, 0.1, 0.0])
     assert [bool(choice.drafters) for choice in chosen] == [True, True, False, False]
 
 

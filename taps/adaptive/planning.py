@@ -69,9 +69,10 @@ class Drafted(NamedTuple):
 class ByLoad:
     """Something measured at every load: by the number of sessions, to powers of two."""
 
-    def __init__(self, first: float, clock: Callable[[], float]) -> None:
+    def __init__(self, first: float | Callable[[int], float], clock: Callable[[], float]) -> None:
         """Args: first: what it is thought to be where it was not measured, or not for long."""
-        self._first, self._clock = first, clock
+        self._first: Callable[[int], float] = first if callable(first) else lambda sessions: first
+        self._clock = clock
         self._known: dict[int, tuple[float, float]] = {}  # value, when
 
     def observe(self, sessions: int, value: float) -> None:
@@ -80,10 +81,16 @@ class ByLoad:
 
     def at(self, sessions: int) -> float:
         if _bucket(sessions) not in self._known:
-            return self._first
+            return self._first(sessions)
         value, seen = self._known[_bucket(sessions)]
         old = math.exp(-max(self._clock() - seen - _FORGET_S, 0.0) / _FORGET_S)
-        return self._first + old * (value - self._first)
+        first = self._first(sessions)
+        return first + old * (value - first)
+
+
+def _doubted(sessions: int) -> float:
+    """Of what drafting is thought to give, before it was tried: drafts may take cores that passes need."""
+    return 1.0 if sessions == 1 else 0.9 if sessions < 4 else 0.8
 
 
 def _bucket(sessions: int) -> int:
@@ -110,7 +117,7 @@ class Planner:
         self._overlap = 1.0  # of drafters that are asked at once: 1 adds their times, 0 takes the longest
         self._window = _Window(-math.inf, 0)
         # By whether sessions draft: the share of the tokens thought to come that came, and those a second.
-        self._truth = ByLoad(1.0, clock), ByLoad(1.0, clock)
+        self._truth = ByLoad(1.0, clock), ByLoad(_doubted, clock)
         self._thought = [0.0, 0.0]
         self._seen: PassCost | None = None  # the newest pass
         self._threshold = 0.0  # tokens that a session must gain to draft
@@ -215,7 +222,8 @@ class Planner:
         # The nodes make everyone's pass longer; the round trip is the session's own.
         longer = plain + self.passes.seconds(sessions + nodes) - self.passes.seconds(sessions)
         trip = self._drafted.at(sessions) - (plain - self.passes.seconds(sessions))
-        return (sessions + gain - trip / plain) / longer > (1.0 + _STICKY) * sessions / plain
+        doubt = (1.0 + _STICKY) / self._truth[True].at(sessions)
+        return (sessions + gain - trip / plain) / longer > doubt * sessions / plain
 
     def explain(self, choice: Choice) -> dict[str, float]:
         """What is thought of the load: milliseconds from verdict to verdict, plain and where all draft."""
