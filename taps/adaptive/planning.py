@@ -114,7 +114,6 @@ class Planner:
         self._drafting: set[Hashable] = set()
         self._nodes = ByLoad(_FIRST_NODES, clock)  # that are kept of a session's tree
         self._realised = ByLoad(1.0, clock)  # of what whole trees would gain, since they are cut
-        self._overlap = 1.0  # of drafters that are asked at once: 1 adds their times, 0 takes the longest
         self._window = _Window(-math.inf, 0)
         # By whether sessions draft: the share of the tokens thought to come that came, and those a second.
         self._truth = ByLoad(1.0, clock), ByLoad(_doubted, clock)
@@ -249,10 +248,8 @@ class Planner:
         return True
 
     def draft_s(self, drafters: tuple[str, ...], depth: int, sessions: int) -> float:
-        """Seconds until these have answered so many sessions."""
-        each = [self._seconds_of(name, depth, sessions) for name in drafters]
-        longest = max(each, default=0.0)
-        return longest + self._overlap * (sum(each) - longest)
+        """Seconds until these have answered so many sessions, on cores that they may share."""
+        return sum(self._seconds_of(name, depth, sessions) for name in drafters)
 
     def _costs_of(self, drafter: str, depth: int) -> StepCosts:
         """Of drafts of that depth, which are thought to last what others say until there was one."""
