@@ -69,7 +69,7 @@ async def _decode_on(
         started = drafted = clock()
         free = await panel.at_hand(context, policy.ask)
         plan = policy.plan(context, panel.idle(), free) if held is None else held.among(panel.idle())
-        is_plain = plan.is_plain or panel.is_empty  # nobody to wait for
+        is_plain = plan.is_plain or (panel.is_empty and not plan.tells_all)  # nobody to wait for
         # Drafters begin from features, which plain decoding tells when it stops.
         can_ask = context.is_complete or not plan.asks
         held = None if can_ask else plan

@@ -44,6 +44,7 @@ class Plan:
 
     questions: Mapping[Candidate, Question] = field(default_factory=dict)
     is_plain: bool = False  # the verifier decodes by itself
+    tells_all: bool = False  # every verdict has its features, also where nobody drafts
 
     @property
     def asks(self) -> bool:
@@ -106,15 +107,17 @@ class Policy(Protocol):
 class Fixed:
     """Everyone is asked for the same, and what they say is composed in one way."""
 
-    def __init__(self, compose: Compose, ask: Ask) -> None:
+    def __init__(self, compose: Compose, ask: Ask, tells_all: bool = False) -> None:
+        """Args: tells_all: the features of every position are wanted, as they come."""
         self.ask = ask
         self._compose = compose
+        self._tells_all = tells_all
 
     def likely(self, names: Sequence[str]) -> Sequence[str]:
         return names
 
     def plan(self, context: Context, idle: Sequence[Candidate], free: Sequence[ProposalTree]) -> Plan:
-        return Plan({drafter: Question(self.ask) for drafter in idle})
+        return Plan({drafter: Question(self.ask) for drafter in idle}, tells_all=self._tells_all)
 
     def compose(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
         return self._compose(trees, root, self.ask.num_nodes)

@@ -213,7 +213,8 @@ class AnswerRecorder:
         state = SessionState(tuple(ids), sampling=question.params, max_tokens=self._recipe.max_new_tokens)
         context = self._answering[question.id] = Context(state, _UNBOUNDED)
         ask = replace(self._ask, sampling=question.params)
-        steps = decode_in_process(context, self._verifier, self._drafters, Fixed(merged, ask))
+        policy = Fixed(merged, ask, tells_all=self._recipe.keep_features)
+        steps = decode_in_process(context, self._verifier, self._drafters, policy)
         async with aclosing(steps):
             async for _ in steps:
                 if (length := self._answer_length(context)) is not None:
