@@ -21,7 +21,7 @@ import pytest
 from cluster import haproxy
 from cluster.haproxy import SWITCH, with_haproxy
 from tests import test_serve
-from tests.cluster import MODEL, Cluster
+from tests.cluster import DRAFTERS, MODEL, Cluster
 
 LISTENING, LOCALHOST = "0A", "0100007F"  # as the kernel writes them
 REPLICA_PORTS = range(30000, 31000)
@@ -135,7 +135,7 @@ def test_a_killed_router_breaks_its_streams_and_comes_back(cluster: Cluster) -> 
         os.kill(victim, signal.SIGKILL)
         with pytest.raises(httpx.HTTPError):
             list(chunks)
-    cluster.wait_for_drafters({"math", "chat"})
+    cluster.wait_for_drafters(DRAFTERS)
     assert httpx.post(f"{cluster.url}/v1/completions", json=SHORT, timeout=60).status_code == 200
 
 
