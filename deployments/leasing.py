@@ -14,9 +14,9 @@ import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -31,6 +31,7 @@ _CONNECT_DEADLINE_S = 10.0
 _CLOSE_DEADLINE_S = 5.0
 _SIGN_OF_LIFE_S = 1.0  # how often a replica that owes answers says that it is at work
 
+T = TypeVar("T")
 Handler = Callable[[Message], Awaitable[Message]]
 # Called with a session's first message; the handler it gives answers all further ones, one at a time.
 OpenSession = Callable[[Message], AbstractAsyncContextManager[Handler]]
@@ -56,8 +57,8 @@ class SessionServer:
     def __init__(
         self, open_session: OpenSession, check: Callable[[], None] = lambda: None, numerics: str = ""
     ) -> None:
-        """Args: check: raises once the replica can do no more, and answers will not come; numerics: what every
-        lease grant says of the replica.
+        """Args: check: raises RuntimeError once the replica can do no more, and no answer will come; numerics:
+        what every lease grant says of the replica.
         """
         self.open_session = open_session
         self.check = check
@@ -169,7 +170,7 @@ class _ServedLink:
             owing = [session for session in self._sessions.values() if session.owes]
             try:
                 self._server.check()
-            except Exception as error:  # whatever the replica's state raises, its sessions are told
+            except RuntimeError as error:
                 for session in owing:
                     session.give_up(error)
             else:
@@ -198,25 +199,33 @@ class _Served:
         try:
             lease = self._server.take(opening["secret"], asyncio.current_task())
             if lease is None:
-                raise PeerGone("no such lease")
-            async with self._server.open_session(opening["hello"]) as handle:
+                self._fail(PeerGone("no such lease"))
+                return
+            async with AsyncExitStack() as stack:
+                opening_it = stack.enter_async_context(self._server.open_session(opening["hello"]))
+                handle = await self._told(opening_it)
+                if handle is None:
+                    return
                 self._answer("opened", None)
                 while True:
                     await self._handle(handle, await self.asked.get())
-        except Exception as error:  # it could not be opened: the far side is told why
-            self._fail(error)
         finally:
             if lease is not None:
                 lease.ended.set()
             self._outbox.put(self._number, "ended")
 
     async def _handle(self, handle: Handler, message: Message) -> None:
-        """An error is an answer too: the session's owner decides what it means."""
         self.owes = True
+        if (answer := await self._told(handle(message))) is not None:
+            self._answer("answer", answer)
+
+    async def _told(self, work: Awaitable[T]) -> T | None:
+        """What the work gives; None where it fails, which the far side is told."""
         try:
-            self._answer("answer", await handle(message))
-        except Exception as error:  # sent to the far side, which raises it
+            return await work
+        except Exception as error:  # of any kind: its owner decides what it means for the session
             self._fail(error)
+            return None
 
     def _answer(self, kind: Any, body: Message | None) -> None:
         self.owes = False

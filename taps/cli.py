@@ -10,6 +10,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from taps.arguments import count
 from taps.models.embedded import EMBEDDED, EmbeddedTargetError, embedded_target
 
 
@@ -69,21 +70,21 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "paper: as TAPS trained its heads (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--method", choices=("eagle-2", "hass"), help="default: the preset's")
-    parser.add_argument("--epochs", type=_count, help="default: the preset's")
+    parser.add_argument("--epochs", type=count, help="default: the preset's")
     parser.add_argument("--learning-rate", type=float, help="default: the preset's")
-    parser.add_argument("--batch-size", type=_count, help="conversations per process (default: the preset's)")
-    parser.add_argument("--accumulation", type=_count, help="batches per update (default: the preset's)")
+    parser.add_argument("--batch-size", type=count, help="conversations per process (default: the preset's)")
+    parser.add_argument("--accumulation", type=count, help="batches per update (default: the preset's)")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="default: the preset's")
     parser.add_argument("--feature-noise", type=float, help="width of uniform noise (default: the preset's)")
     parser.add_argument(
         "--learn-prompts", action=argparse.BooleanOptionalAction,
         help="learn from the prompts' positions too (default: the preset's)",
     )  # fmt: skip
-    parser.add_argument("--num-passes", type=_count, help="drafting steps HASS aligns (default: the preset's)")
+    parser.add_argument("--num-passes", type=count, help="drafting steps HASS aligns (default: the preset's)")
     parser.add_argument("--init", help="a head to start from: a directory or Hugging Face id")
     parser.add_argument(
         "--draft-vocab",
-        type=_count,
+        type=count,
         help="so many, the most frequent, it drafts from (default: the preset's)",
     )
     parser.set_defaults(run=_train)
@@ -99,11 +100,11 @@ def _add_answer(parser: argparse.ArgumentParser) -> None:
 def _add_answering(parser: argparse.ArgumentParser) -> None:
     """What `train` and `answer` share: how the target answers prompts."""
     parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
-    parser.add_argument("--answer-tokens", type=_count, default=1_000_000, help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=_count, default=320, help="per answer (default: %(default)s)")
+    parser.add_argument("--answer-tokens", type=count, default=1_000_000, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=count, default=320, help="per answer (default: %(default)s)")
     parser.add_argument(
         "--max-prompt-tokens",
-        type=_count,
+        type=count,
         default=512,
         help="longer prompts are left out (default: %(default)s)",
     )
@@ -112,11 +113,11 @@ def _add_answering(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--answers-per-prompt",
-        type=_count,
+        type=count,
         default=8,
         help="at most, for few prompts (default: %(default)s)",
     )
-    parser.add_argument("--sessions", type=_count, default=96, help="answered at once (default: %(default)s)")
+    parser.add_argument("--sessions", type=count, default=96, help="answered at once (default: %(default)s)")
     parser.add_argument(
         "--speculate", nargs="+", default=[], metavar="HEAD",
         help="heads to generate answers with: faster where there is compute to spare, the same text",
@@ -126,14 +127,7 @@ def _add_answering(parser: argparse.ArgumentParser) -> None:
         help="keep token ids only and compute features in training: less disk, more compute",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, help="of answers and training (default: 0)")
-    parser.add_argument("--threads", type=_count, help="torch threads")
-
-
-def _count(text: str) -> int:
-    """A whole number of at least one."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+    parser.add_argument("--threads", type=count, help="torch threads")
 
 
 def _share(text: str) -> float:
@@ -187,12 +181,12 @@ def _add_measuring(parser: argparse.ArgumentParser, questions: int, trees: str) 
     parser.add_argument("--alone", default=[], nargs="+", type=Path, help="further heads, not combined")
     parser.add_argument("--out", required=True, type=Path, help="the result file, JSON")
     parser.add_argument("--target", default=EMBEDDED, help="path or Hugging Face id (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=_count, default=128, help="per turn (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=count, default=128, help="per turn (default: %(default)s)")
     parser.add_argument("--temperature", type=_temperature, default=0.0, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--questions", type=_count, default=questions, help="default: %(default)s")
+    parser.add_argument("--questions", type=count, default=questions, help="default: %(default)s")
     for name in ("num-nodes", "depth", "top-k"):
-        parser.add_argument(f"--{name}", type=_count, help=f"of every tree (default: {trees})")
+        parser.add_argument(f"--{name}", type=count, help=f"of every tree (default: {trees})")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
@@ -227,10 +221,10 @@ def _add_bench_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16", help="default: %(default)s"
     )
-    parser.add_argument("--threads", type=_count, help="torch threads of the target (default: torch's choice)")
-    parser.add_argument("--repeats", type=_count, default=15, help="of every step (default: %(default)s)")
+    parser.add_argument("--threads", type=count, help="torch threads of the target (default: torch's choice)")
+    parser.add_argument("--repeats", type=count, default=15, help="of every step (default: %(default)s)")
     parser.add_argument(
-        "--contexts", nargs="+", type=_count, metavar="POSITIONS",
+        "--contexts", nargs="+", type=count, metavar="POSITIONS",
         help="verify every number of sessions and rows at each of these lengths "
         "(default: all at 200, 1 x 8 at 1500, 16 x 1 at 600)",
     )  # fmt: skip

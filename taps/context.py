@@ -100,14 +100,15 @@ class Context:
         end = len(self.tokens) - 1
         return ContextDelta(known, tuple(self.tokens[known:]), end, _NO_FEATURES)
 
-    def since(self, known: int) -> ContextDelta:
-        """What happened after the first `known` tokens.
+    def since(self, known: int, feature_window: int | None = None) -> ContextDelta:
+        """What happened after the first `known` tokens. Args: feature_window: less than this one's own.
 
         Features of the window's positions from `known - 1` on: the pair of a token and the feature before
         it is complete once the token is known.
         """
         first = len(self.tokens) - 1 - self._num_features
-        wanted = max(known - 1, first, len(self.tokens) - 1 - self.feature_window, 0)
+        window = self.feature_window if feature_window is None else min(feature_window, self.feature_window)
+        wanted = max(known - 1, first, len(self.tokens) - 1 - window, 0)
         missing = len(self.tokens) - 1 - wanted
         newest: list[Tensor] = []
         for chunk in reversed(self._features):

@@ -222,8 +222,7 @@ class ScriptedDrafter:
         self._tokens: list[int] = []
 
     async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
-        if delta.start > len(self._tokens):  # it was not asked for a while
-            self._tokens += [-1] * (delta.start - len(self._tokens))
+        assert delta.start <= len(self._tokens), "the news join what is known"
         self.deltas.append(delta)
         self._tokens[delta.start :] = delta.tokens
         if self._wait is not None:

@@ -255,7 +255,10 @@ async def test_rows_that_cost_too_much_are_not_drafted() -> None:
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(temperature=1.0, seed=7)])
 async def test_at_hand_it_drafts_for_nothing_where_text_repeats_itself(params: SamplingParams) -> None:
-    await decoded([NgramSession("ngram", 0), ScriptedDrafter(1, guesses(3))], 200, params=params)
+    steps = await decoded([NgramSession("ngram", 0), ScriptedDrafter(1, mistaken)], 200, params=params)
+    drafted = [step for step in steps if 0b1 in step.drafted]
+    assert drafted
+    assert all(asked(step) == [] for step in drafted)
 
 
 async def test_a_drafter_that_is_lost_is_gone_and_the_text_goes_on() -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import statistics
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -240,26 +238,42 @@ async def test_jobs_of_a_closed_batcher_fail_instead_of_hanging() -> None:
         await batcher.submit(1)
 
 
-async def test_two_groups_that_come_at_different_times_become_one() -> None:
-    """Each session takes a while to come back; sixteen of them share most steps, though half are late."""
-    sizes: list[int] = []
+class WaitForTwo:
+    """Says to wait as long as one session is there alone, and notes what it is told."""
 
-    def step(jobs: Sequence[Session]) -> list[Outcome]:
-        sizes.append(len(jobs))
-        time.sleep(0.02)  # what a step lasts, in its own thread
-        return ["done"] * len(jobs)
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Hashable]] = []
 
-    class Session:
-        pass
+    def arrive(self, session: Hashable, now: float) -> None:
+        self.told.append(("arrive", session))
 
-    async def caller(late: bool) -> None:
-        async with batcher.holding(Session, lambda _: None) as session:
-            await asyncio.sleep(0.03 * late)
-            for _ in range(30):
-                await batcher.submit(session)
-                await asyncio.sleep(0.005)
+    def leave(self, session: Hashable, now: float) -> None:
+        self.told.append(("leave", session))
 
-    batcher: Batcher[Session, str] = Batcher(step, "test", session_of=lambda job: job)
-    await asyncio.gather(*(caller(number % 2 == 0) for number in range(16)))
+    def forget(self, session: Hashable) -> None:
+        self.told.append(("forget", session))
+
+    def wait_s(self, num_waiting: int, step_s: float, now: float) -> float:
+        return 3600.0 if num_waiting < 2 else 0.0
+
+
+async def test_a_step_waits_as_long_as_it_is_told_to_and_no_longer_than_for_who_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step, lingering = GatedStep(), WaitForTwo()
+    batcher: Batcher[int, str] = Batcher(step, "test", session_of=lambda job: job)
+    monkeypatch.setattr(batcher, "_lingering", lingering)
+    async with asyncio.timeout(10):
+        first = asyncio.create_task(batcher.submit(1))
+        await turns(20)
+        assert not step.seen
+        second = asyncio.create_task(batcher.submit(2))
+        await step.started()
+        step.let_go()
+        assert (await first, await second) == ("1", "2")
+        async with batcher.holding(lambda: 3, lambda _: None):
+            pass
+    assert step.seen == [[1, 2]]
+    assert lingering.told[:4] == [(what, id(n)) for what in ("arrive", "leave") for n in (1, 2)]
+    assert lingering.told[4:] == [("forget", id(3))]
     batcher.close()
-    assert statistics.median(sizes) == 16

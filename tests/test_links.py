@@ -39,8 +39,8 @@ async def running(answer: Handler) -> AsyncIterator[Replica]:
         yield replica
 
 
-async def ask_in_vain(replica: Replica) -> None:
-    async with LinkPool().session(replica.handle, {}, PATIENCE_S) as stream:
+async def ask_in_vain(replica: Replica, pool: LinkPool | None = None) -> None:
+    async with (pool or LinkPool()).session(replica.handle, {}, PATIENCE_S) as stream:
         await stream.ask({"text": "hello?"}, 60.0)
 
 
@@ -246,12 +246,7 @@ async def test_sessions_of_a_link_do_not_wait_for_one_another() -> None:
 async def test_the_end_of_a_link_ends_all_its_sessions_and_a_new_one_is_made() -> None:
     async with running(silence) as replica:
         pool = LinkPool()
-
-        async def ask() -> None:
-            async with pool.session(replica.handle, {}, PATIENCE_S) as session:
-                await session.ask({}, 60.0)
-
-        tasks = [asyncio.create_task(ask()) for _ in range(3)]
+        tasks = [asyncio.create_task(ask_in_vain(replica, pool)) for _ in range(3)]
         await until(lambda: replica.open == 3)
         (broken,) = pool._links.values()
         broken._call.cancel()
@@ -268,12 +263,7 @@ async def test_the_end_of_a_link_ends_all_its_sessions_and_a_new_one_is_made() -
 async def test_closing_the_pool_frees_what_is_open() -> None:
     async with running(silence) as replica:
         pool = LinkPool()
-
-        async def ask() -> None:
-            async with pool.session(replica.handle, {}, PATIENCE_S) as session:
-                await session.ask({}, 60.0)
-
-        task = asyncio.create_task(ask())
+        task = asyncio.create_task(ask_in_vain(replica, pool))
         await until(lambda: replica.open == 1)
         await pool.close()
         with pytest.raises(PeerGone):
@@ -313,5 +303,5 @@ async def test_of_a_replica_that_can_do_no_more_only_sessions_that_wait_are_told
             raise RuntimeError("lost")
 
         monkeypatch.setattr(replica.server, "check", check)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # several signs of life
         assert (await session.ask({"text": "at once"}, PATIENCE_S))["echo"] == "at once"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 
@@ -16,8 +17,9 @@ from taps.composing import STRATEGIES
 from taps.decoding.policy import Fixed, Policy
 from taps.drafting.drafter import Ask
 from taps.engine.costs import StepCosts
+from taps.engine.lingering import Lingering
 from taps.engine.scheduling import StepBudget
-from taps.evaluation.simulation import MakePolicy, System, Told, cut, run_virtually, serve
+from taps.evaluation.simulation import MakePolicy, Replica, System, Told, cut, run_virtually, serve
 from taps.tree import ProposalTree
 
 ASK = Ask(num_nodes=8, depth=4)
@@ -132,6 +134,33 @@ def test_plain_decoding_lasts_as_long_as_its_passes(streams: int) -> None:
     texts = [text_of("math", n, 50) for n in range(streams)]
     speed = run_virtually(serve(texts, streams, [], fixed("off"), system))
     assert speed == pytest.approx(streams * 50 / (49 * StepCosts(PASSES).seconds(streams)), rel=0.01)
+
+
+@pytest.mark.parametrize(("lingers", "together"), [(True, 16), (False, 8)])
+def test_two_groups_become_one_where_steps_wait_for_sessions_on_their_way_back(
+    lingers: bool, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not lingers:
+        monkeypatch.setattr(Lingering, "wait_s", lambda self, num_waiting, step_s, now: 0.0)
+    sizes: list[int] = []
+
+    def step(jobs: Sequence[int]) -> tuple[float, Sequence[int]]:
+        sizes.append(len(jobs))
+        return 0.020, jobs
+
+    async def main() -> None:
+        replica: Replica[int, int] = Replica(step, asyncio.Lock())
+
+        async def session(number: int) -> None:
+            await asyncio.sleep(0.03 * (number % 2))
+            for _ in range(30):
+                await replica.submit(number, number)
+                await asyncio.sleep(0.005)
+
+        await asyncio.gather(*map(session, range(16)))
+
+    run_virtually(main())
+    assert statistics.median(sizes) == together
 
 
 def test_a_tree_is_cut_at_a_depth() -> None:

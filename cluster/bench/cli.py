@@ -17,6 +17,7 @@ from cluster.bench.session import Wanted, measure
 from cluster.bench.settings import STRATEGY_NAMES, Setting, plain_url
 from cluster.bench.streams import Json
 from cluster.bench.workloads import MIXTURE, SHIPPED, load_workloads
+from taps.arguments import count
 from taps.provenance import refuse_unwritable, write_result
 
 _EPILOG = f"""\
@@ -70,60 +71,36 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )  # fmt: skip
     add = made.add_argument
+
+    def named(flag: str, what: str, kind: Callable[[str], Any], meaning: str) -> None:
+        """An option that may be given for several names."""
+        add(flag, type=_named(kind), action="append", default=[], metavar=f"NAME={what}", help=meaning)
+
     add("--url", default="http://127.0.0.1:8000", help="our server (default: %(default)s)")
     add("--quick", action="store_true", help="less of everything that is not named: minutes")
     add("--strategies", type=_names, help=f"default: {','.join(STRATEGY_NAMES)}, those that the server knows")
-    add(
-        "--setting",
-        type=_named(_object),
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help="another way to ask our server: the `taps` of its requests",
-    )
-    add(
-        "--peer",
-        type=_named(plain_url),
-        action="append",
-        default=[],
-        metavar="NAME=URL",
-        help="another OpenAI endpoint",
-    )
-    add(
-        "--peer-body",
-        type=_named(_object),
-        action="append",
-        default=[],
-        metavar="NAME=JSON",
-        help='more fields of a peer\'s requests; null leaves one out: {"cache_salt": null}',
-    )
-    add(
-        "--peer-key",
-        type=_named(_variable),
-        action="append",
-        default=[],
-        metavar="NAME=VARIABLE",
-        help="the environment variable that holds a peer's API key",
-    )
+    named("--setting", "JSON", _object, "another way to ask our server: the `taps` of its requests")
+    named("--peer", "URL", plain_url, "another OpenAI endpoint")
+    named(
+        "--peer-body", "JSON", _object,
+        'more fields of a peer\'s requests; null leaves one out: {"cache_salt": null}',
+    )  # fmt: skip
+    named("--peer-key", "VARIABLE", _variable, "the environment variable that holds a peer's API key")
     add(
         "--workloads",
         type=_names,
         default=(),
         help=f"default: {', '.join((*SHIPPED, MIXTURE))}, and those of --data; quick no {MIXTURE}",
     )
-    add(
-        "--data",
-        type=_named(str),
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help="a workload of your own or in place of a shipped one: questions as for `taps eval`",
-    )
-    add("--streams", type=_list(_count), help="how many ask at once (default: 1,2,4,8,16; quick 1,8)")
+    named(
+        "--data", "PATH", str,
+        "a workload of your own or in place of a shipped one: questions as for `taps eval`",
+    )  # fmt: skip
+    add("--streams", type=_list(count), help="how many ask at once (default: 1,2,4,8,16; quick 1,8)")
     add("--temperatures", type=_list(_temperature), help="default: 0,1; quick 0")
-    add("--rounds", type=_count, help="default: 5; quick 2")
-    add("--questions", type=_count, help="a round, and no fewer than two a stream (default: 16; quick 4)")
-    add("--max-tokens", type=_count, help="of an answer (default: 128; quick 64)")
+    add("--rounds", type=count, help="default: 5; quick 2")
+    add("--questions", type=count, help="a round, and no fewer than two a stream (default: 16; quick 4)")
+    add("--max-tokens", type=count, help="of an answer (default: 128; quick 64)")
     add("--seed", type=int, default=0)
     add("--timeout", type=float, default=600.0, help="seconds of silence that end a stream (default: 600)")
     add("--reuse", action=argparse.BooleanOptionalAction, default=True, help="measure prefixes found again")
@@ -220,12 +197,6 @@ def _list(kind: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
         return tuple(dict.fromkeys(kind(part) for part in text.split(",")))
 
     return parse
-
-
-def _count(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _temperature(text: str) -> float:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from taps.adaptive.calibration import Calibration
 from taps.adaptive.gains import Gains, accepted_of
 from taps.adaptive.planning import Choice, Drafted, Planner
+from taps.composing.merging import union
 from taps.context import Context
 from taps.decoding.policy import Arrived, Candidate, Offer, Plan, Question, Step
 from taps.drafting.drafter import Ask
@@ -193,24 +194,8 @@ class Adaptive:
 
     def _merged(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
         """The union, each path by the best of its calibrated probabilities."""
-        place: dict[tuple[int, int], int] = {}
-        tokens, parents, scores, owners = [root], [-1], [0.0], [0]
-        for tree in trees:
-            merged_at = [ROOT] * len(tree)
-            for node, score in self._calibrated(tree):
-                parent, token = merged_at[tree.parents[node]], tree.tokens[node]
-                at = place.setdefault((parent, token), len(tokens))
-                merged_at[node] = at
-                if at == len(tokens):
-                    tokens.append(token)
-                    parents.append(parent)
-                    scores.append(score)
-                    owners.append(tree.owners[node])
-                else:
-                    scores[at] = max(scores[at], score)
-                    owners[at] |= tree.owners[node]
-        nodes = list(zip(tokens, parents, scores, owners, strict=True))[1:]
-        return replace(ProposalTree.ordered(root, nodes, self.ask.num_nodes), calibrated=True)
+        scored = [self._calibrated(tree) for tree in trees]
+        return replace(union(trees, scored, root, self.ask.num_nodes), calibrated=True)
 
     def _calibrated(self, tree: ProposalTree) -> list[tuple[int, float]]:
         """Nodes and logarithms of their probabilities, without those that are hopeless."""

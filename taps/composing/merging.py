@@ -31,25 +31,38 @@ def merged(trees: Sequence[ProposalTree], root: int, num_nodes: int) -> Proposal
     """
     unsure = [expected_entropy(tree) for tree in trees]
     surest = min((nats for tree, nats in zip(trees, unsure, strict=True) if len(tree) > 1), default=0.0)
+    discounts = [_DISCOUNT * (nats - surest) for nats in unsure]
+    scored = [
+        [(node, tree.scores[node] - discount) for node in range(1, len(tree))]
+        for tree, discount in zip(trees, discounts, strict=True)
+    ]
+    return union(trees, scored, root, num_nodes)
+
+
+def union(
+    trees: Sequence[ProposalTree], scored: Sequence[Sequence[tuple[int, float]]], root: int, num_nodes: int
+) -> ProposalTree:
+    """The best `num_nodes` of the trees as one trie, each path by the best of its scores.
+
+    Args: scored: of each tree the nodes that are taken, parents first, and their scores.
+    """
     place: dict[tuple[int, int], int] = {}  # (merged parent, token) -> merged node
     tokens, parents, scores, owners = [root], [-1], [0.0], [0]
-    for tree, nats in zip(trees, unsure, strict=True):
-        discount = _DISCOUNT * (nats - surest)
+    for tree, nodes in zip(trees, scored, strict=True):
         merged_at = [ROOT] * len(tree)
-        for i in range(1, len(tree)):
+        for i, score in nodes:
             parent, token = merged_at[tree.parents[i]], tree.tokens[i]
             node = place.setdefault((parent, token), len(tokens))
             merged_at[i] = node
             if node == len(tokens):
                 tokens.append(token)
                 parents.append(parent)
-                scores.append(tree.scores[i] - discount)
+                scores.append(score)
                 owners.append(tree.owners[i])
             else:
-                scores[node] = max(scores[node], tree.scores[i] - discount)
+                scores[node] = max(scores[node], score)
                 owners[node] |= tree.owners[i]
-    union = list(zip(tokens, parents, scores, owners, strict=True))[1:]
-    return ProposalTree.ordered(root, union, num_nodes)
+    return ProposalTree.ordered(root, list(zip(tokens, parents, scores, owners, strict=True))[1:], num_nodes)
 
 
 def concatenated(trees: Sequence[ProposalTree], root: int, num_nodes: int | None = None) -> ProposalTree:

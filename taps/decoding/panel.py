@@ -17,7 +17,7 @@ from taps.drafting.drafter import Ask
 from taps.peers import PeerGone
 from taps.tree import ProposalTree
 
-_ASIDE = 64  # tokens that a drafter is told, at most, who is asked aside: more would cost more than it tells
+_ASIDE = 64  # features that a drafter is told, at most, who is asked aside: more would cost more than it tells
 
 
 class Panel:
@@ -126,9 +126,11 @@ class Panel:
         self, drafter: DrafterSession, context: Context, ask: Ask, is_waited_for: bool = True
     ) -> Arrived:
         """One answer; without a tree where the drafter is gone."""
-        end, began = len(context.tokens), self._clock()
-        known = self._known[drafter] if is_waited_for else max(self._known[drafter], end - _ASIDE)
-        delta = context.tokens_since(known) if drafter.is_at_hand else context.since(known)
+        known, end, began = self._known[drafter], len(context.tokens), self._clock()
+        if drafter.is_at_hand:
+            delta = context.tokens_since(known)
+        else:
+            delta = context.since(known, None if is_waited_for else _ASIDE)
         self._known[drafter] = end
         try:
             tree = (await drafter.propose(delta, ask)).owned_by(drafter.index)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -126,8 +125,7 @@ class Target:
         if pieces:
             began = time.perf_counter()
             features, logits = self._forward(pieces)
-            outcomes = self._finish(pieces, features, logits)
-            outcomes = self._timed(outcomes, pieces[-1].rows.stop, began)
+            outcomes = self._finish(pieces, features, logits, began)
             results |= {piece.job: outcome for piece, outcome in zip(pieces, outcomes, strict=True)}
         return [results[job] for job in jobs]
 
@@ -150,15 +148,12 @@ class Target:
         self.step([job])
         return time.perf_counter() - began
 
-    def _timed(
-        self, outcomes: Sequence[Verdict | Exception | None], rows: int, began: float
-    ) -> list[Verdict | Exception | None]:
-        """The outcomes with what the step cost."""
+    def _cost_of(self, rows: int, began: float) -> PassCost:
+        """What a step cost that ends now; it is learned from."""
         ended = time.perf_counter()
         self.costs.observe(rows, ended - began)
         self._rhythm.observe(began, ended)
-        cost = PassCost(rows, (ended - began) * 1e3)
-        return [replace(o, cost=cost) if isinstance(o, Verdict) else o for o in outcomes]
+        return PassCost(rows, (ended - began) * 1e3)
 
     def _misfit(self, job: Job) -> ValueError | None:
         if isinstance(job, PrefillJob):
@@ -238,9 +233,9 @@ class Target:
         return self.model.extend([_segment(piece) for piece in pieces], tokens, keep, self.cache)
 
     def _finish(
-        self, pieces: Sequence[_Piece], features: Tensor, logits: Tensor
+        self, pieces: Sequence[_Piece], features: Tensor, logits: Tensor, began: float
     ) -> list[Verdict | Exception | None]:
-        """Decide, commit and keep the features; None for prompts that go on.
+        """Decide, commit and keep the features; None for prompts that go on. Args: began: when the step did.
 
         One session's logits that cannot be sampled are that session's answer, not the whole step's.
         """
@@ -250,11 +245,12 @@ class Target:
         self.cache.commit(kept)
         own = self._keep_features(pieces, kept, before, features)
         sharing = sum(not piece.is_prefill for piece in pieces)
+        cost = self._cost_of(pieces[-1].rows.stop, began)
         verdicts: list[Verdict | Exception | None] = []
         for piece, decision, newest in zip(pieces, decided, own, strict=True):
             if isinstance(decision, Acceptance):
                 piece.job.session.extend(decision.tokens)
-                verdicts.append(self._verdict(piece, decision, newest, sharing))
+                verdicts.append(self._verdict(piece, decision, newest, sharing, cost))
             else:
                 verdicts.append(decision)
         return verdicts
@@ -334,13 +330,15 @@ class Target:
         places = sequence.places(positions.start, positions.stop)
         return self._features[torch.tensor(places, dtype=torch.int64, device=self._features.device)]
 
-    def _verdict(self, piece: _Piece, decision: Acceptance, newest: Tensor, sharing: int) -> Verdict:
-        job = piece.job
+    def _verdict(
+        self, piece: _Piece, decision: Acceptance, newest: Tensor, sharing: int, cost: PassCost
+    ) -> Verdict:
+        job, tokens = piece.job, decision.tokens
         if isinstance(job, PrefillJob):
             features = self._features_of(job.session.sequence, job.feature_window)
-            return Verdict(decision.tokens, (), features, 0, 0, sharing, job.session.num_reused)
-        depth = max(piece.tree.depths)
-        return Verdict(decision.tokens, decision.owners, newest, len(piece.tree) - 1, depth, sharing)
+            return Verdict(tokens, (), features, 0, 0, sharing, job.session.num_reused, cost)
+        nodes, depth = len(piece.tree) - 1, max(piece.tree.depths)
+        return Verdict(tokens, decision.owners, newest, nodes, depth, sharing, cost=cost)
 
 
 def _segment(piece: _Piece) -> Segment:

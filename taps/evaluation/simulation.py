@@ -37,8 +37,8 @@ from taps.session import SessionState
 from taps.tree import ProposalTree
 from taps.verdict import PassCost, Verdict
 
-_TAKES_IN = 1.5  # levels, that taking in the news of a draft lasts as long as
 _USUAL_DEPTH = 5  # tokens of a path, that drafts' tables are about
+_LEVELS_ASIDE = 2.5  # of a draft, that what does not depend on its depth lasts as long as
 T = TypeVar("T")
 Job = TypeVar("Job")
 
@@ -98,7 +98,7 @@ def run_virtually(main: Coroutine[Any, Any, T]) -> T:
         return loop.run_until_complete(main)
 
 
-class _Replica(Generic[Job, T]):
+class Replica(Generic[Job, T]):
     """Takes whatever waits, computes, and answers all at once."""
 
     def __init__(
@@ -150,7 +150,7 @@ class _Verifier:
     def __init__(self, system: System, cores: asyncio.Lock) -> None:
         self._system = system
         self._costs, self._rhythm = StepCosts(system.passes), Rhythm()
-        self._replica: _Replica[tuple[_TextSession, ProposalTree], Verdict] = _Replica(self._step, cores)
+        self._replica: Replica[tuple[_TextSession, ProposalTree], Verdict] = Replica(self._step, cores)
 
     async def verify(self, session: _TextSession, tree: ProposalTree) -> Verdict:
         return await self._replica.submit(session, (session, tree))
@@ -222,13 +222,13 @@ class _Drafter:
 
     def __init__(self, table: Mapping[int, float], cores: asyncio.Lock) -> None:
         self._costs = StepCosts(table)
-        self._replica: _Replica[int, None] = _Replica(self._step, cores)
+        self._replica: Replica[int, None] = Replica(self._step, cores)
 
     async def draft(self, session: Hashable, depth: int) -> None:
         await self._replica.submit(session, depth)
 
     def _step(self, depths: Sequence[int]) -> tuple[float, Sequence[None]]:
-        scale = (_TAKES_IN + max(depths)) / (_TAKES_IN + _USUAL_DEPTH)
+        scale = (_LEVELS_ASIDE + max(depths)) / (_LEVELS_ASIDE + _USUAL_DEPTH)
         return scale * self._costs.seconds(len(depths)), [None] * len(depths)
 
 
