@@ -663,6 +663,7 @@ class Task {
   }
 
   void run(const T* qkv, T* out) {
+    prefetch(keys_at(0));
     read_queries(qkv);
     score_places();
     for (int r = 0; r < tile.rows; r++) weigh_positions(r);
