@@ -88,18 +88,18 @@ def test_the_nodes_of_a_tree_that_the_text_has() -> None:
 
 
 class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
+    def __init__(self, step: float = 0.03) -> None:
+        self.now, self._step = 0.0, step
 
     def __call__(self) -> float:
-        self.now += 0.03  # every look is a while later
+        self.now += self._step  # every look is a while later
         return self.now
 
 
 def planner(per_row: float, sessions: int, draft_s: float = 0.004, together: float = 0.0008) -> Planner:
     """A pass takes 10 ms and so much a row; a draft of the usual depth 4 ms, and 0.8 for each other session."""
     rows = {size: 0.010 + per_row * (size - 1) for size in (1, 2, 8, 64, 512)}
-    found = Planner(StepCosts(rows), Clock())
+    found = Planner(StepCosts(rows), Clock(0.06 / (sessions + 1)))
     for _ in range(300):
         for number in (1, 2, 4, 8, 16):
             asking = [found.asked("math") for _ in range(number)]

@@ -19,13 +19,16 @@ from taps.drafting.drafter import Ask
 from taps.engine.costs import StepCosts
 from taps.engine.lingering import Lingering
 from taps.engine.scheduling import StepBudget
-from taps.evaluation.simulation import MakePolicy, Replica, System, Told, cut, run_virtually, serve
+from taps.evaluation.simulation import Cores, MakePolicy, Replica, System, Told, cut, run_virtually, serve
 from taps.tree import ProposalTree
 
 ASK = Ask(num_nodes=8, depth=4)
 # Of the embedded target on two cores, about: what a pass and a draft cost is measured, see docs/results.
 PASSES = {1: 0.0105, 4: 0.0118, 8: 0.0129, 16: 0.0175, 32: 0.030, 64: 0.056}
 DRAFTS = {1: 0.004, 16: 0.016}
+# The same where everything around them computes on the two cores too, and drafts and passes are in their way.
+BUSY_PASSES = {1: 0.013, 4: 0.017, 8: 0.021, 16: 0.027, 32: 0.038, 64: 0.060}
+BUSY_DRAFTS = {1: 0.006, 4: 0.009, 8: 0.013, 16: 0.020}
 # How often a drafter's next token is right, by the text's domain.
 SKILLS = {
     "math": {"math": 0.8, "chat": 0.35, "other": 0.2},
@@ -100,21 +103,25 @@ def every_setting(system: System, drafters: Sequence[str]) -> dict[str, tuple[Se
     }
 
 
-@pytest.mark.parametrize("shares_cores", [True, False])
+BUDGET = StepBudget(tree_nodes=64)
+SYSTEMS = {
+    "own cores": System(PASSES, dict.fromkeys(SKILLS, DRAFTS), 0.002, shares_cores=False, budget=BUDGET),
+    "shared cores": System(PASSES, dict.fromkeys(SKILLS, DRAFTS), 0.002, budget=BUDGET),
+    "busy cores": System(BUSY_PASSES, dict.fromkeys(SKILLS, BUSY_DRAFTS), 0.004, loss=0.3, budget=BUDGET),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("streams", [1, 4, 16])
 @pytest.mark.parametrize("domains", ["math", "chat", "other", "math chat other"])
-@pytest.mark.parametrize("num_drafters", [2, 3])
-def test_adaptive_is_never_slower_than_plain_and_near_the_best(
-    num_drafters: int, domains: str, streams: int, shares_cores: bool
-) -> None:
+def test_adaptive_is_never_slower_than_plain_and_near_the_best(name: str, domains: str, streams: int) -> None:
     every = domains.split()
-    texts = [text_of(every[n % len(every)], n) for n in range(max(16, 2 * streams))]
-    drafters = list(SKILLS)[:num_drafters]
-    system = System(PASSES, dict.fromkeys(SKILLS, DRAFTS), 0.002, shares_cores, StepBudget(tree_nodes=64))
-    found = speeds(texts, streams, system, every_setting(system, drafters))
+    texts = [text_of(every[n % len(every)], n) for n in range(16 if streams == 1 else 64)]
+    drafters = list(SKILLS)[: 2 if name == "own cores" else 3]
+    found = speeds(texts, streams, SYSTEMS[name], every_setting(SYSTEMS[name], drafters))
     best = max(found.values())
     assert found["adaptive"] >= 0.97 * found["off"], found
-    assert found["adaptive"] >= 0.85 * best, found
+    assert found["adaptive"] >= 0.88 * best, found
 
 
 def test_simulated_time_passes_only_where_all_wait() -> None:
@@ -144,12 +151,12 @@ def test_two_groups_become_one_where_steps_wait_for_sessions_on_their_way_back(
         monkeypatch.setattr(Lingering, "wait_s", lambda self, num_waiting, step_s, now: 0.0)
     sizes: list[int] = []
 
-    def step(jobs: Sequence[int]) -> tuple[float, Sequence[int]]:
+    def step(jobs: Sequence[int]) -> tuple[float, Callable[[float], Sequence[int]]]:
         sizes.append(len(jobs))
-        return 0.020, jobs
+        return 0.020, lambda _: jobs
 
     async def main() -> None:
-        replica: Replica[int, int] = Replica(step, asyncio.Lock())
+        replica: Replica[int, int] = Replica(step, Cores())
 
         async def session(number: int) -> None:
             await asyncio.sleep(0.03 * (number % 2))

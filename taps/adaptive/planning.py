@@ -11,20 +11,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from taps.adaptive.modes import Modes
 from taps.engine.costs import StepCosts
 from taps.verdict import PassCost
 
 _REPLAN_S = 0.05  # a plan is good for so long
-_STICKY = 0.01  # of the tokens per second, that a change must gain
-_WINDOW_S = 0.3  # in which tokens are counted
-_MIXED = 0.1  # of the steps, that are drafted where sessions draft
+_STICKY = 0.03  # of the tokens per second, that a change must gain
 _PROBED = 0.3  # weight of the newest
 _SAME = 0.85  # of a gain
+_WILDEST, _WILDEST_S = 1.5, 0.0005  # that one step may add to what is usual beside passes
 _NEWEST = 0.1  # weight of the newest time in what steps cost beside passes
-_FORGET_S = 20.0  # after which what was not tried again is thought to cost what it did at first
+_FIRST_COUNTS = 2.0  # measurements, that what is thought at first counts for
 _TAKES_IN = 1.5  # levels of a draft, that taking in the news costs as much as
 _USUAL_DEPTH = 5  # tokens of a path that drafts' times are kept for
 _FIRST_DRAFT_S = 0.004
@@ -48,17 +47,6 @@ class _Best(NamedTuple):
     found_by: tuple[int, float, float, int] = (-1, 0.0, 0.0, 0)  # gains' version, free gain, when, drafters
 
 
-@dataclass
-class _Window:
-    """A while in which tokens are counted."""
-
-    began: float
-    sessions: int
-    tokens: int = 0
-    steps: int = 0
-    drafted: int = 0  # steps
-
-
 class Drafted(NamedTuple):
     """What came of a tree."""
 
@@ -69,28 +57,18 @@ class Drafted(NamedTuple):
 class ByLoad:
     """Something measured at every load: by the number of sessions, to powers of two."""
 
-    def __init__(self, first: float | Callable[[int], float], clock: Callable[[], float]) -> None:
-        """Args: first: what it is thought to be where it was not measured, or not for long."""
-        self._first: Callable[[int], float] = first if callable(first) else lambda sessions: first
-        self._clock = clock
-        self._known: dict[int, tuple[float, float]] = {}  # value, when
+    def __init__(self, first: float) -> None:
+        """Args: first: what it is thought to be where it was not measured."""
+        self._first = first
+        self._known: dict[int, tuple[float, int]] = {}  # value, measurements
 
     def observe(self, sessions: int, value: float) -> None:
-        known = self.at(sessions)
-        self._known[_bucket(sessions)] = known + _NEWEST * (value - known), self._clock()
+        known, times = self._known.get(_bucket(sessions), (self._first, 0))
+        weight = max(1.0 / (1.0 + _FIRST_COUNTS + times), _NEWEST)
+        self._known[_bucket(sessions)] = known + weight * (value - known), times + 1
 
     def at(self, sessions: int) -> float:
-        if _bucket(sessions) not in self._known:
-            return self._first(sessions)
-        value, seen = self._known[_bucket(sessions)]
-        old = math.exp(-max(self._clock() - seen - _FORGET_S, 0.0) / _FORGET_S)
-        first = self._first(sessions)
-        return first + old * (value - first)
-
-
-def _doubted(sessions: int) -> float:
-    """Of what drafting is thought to give, before it was tried: drafts may take cores that passes need."""
-    return 1.0 if sessions == 1 else 0.9 if sessions < 4 else 0.8
+        return self._known.get(_bucket(sessions), (self._first, 0))[0]
 
 
 def _bucket(sessions: int) -> int:
@@ -108,16 +86,16 @@ class Planner:
             str, dict[int, StepCosts]
         ] = {}  # seconds of a draft by its depth and sessions asking
         self._asking: dict[str, int] = {}
-        self._plain, self._drafted = ByLoad(0.0005, clock), ByLoad(0.002, clock)
+        self._draft_ended = -math.inf
+        self._plain, self._drafted = ByLoad(0.0005), ByLoad(0.002)
+        self._slowed = ByLoad(1.0)  # how much longer passes last beside drafts
         self._best: dict[Hashable, _Best] = {}  # of the sessions that are open
         self._cycles: dict[tuple[tuple[str, ...], int, int, int], float] = {}  # seconds
         self._drafting: set[Hashable] = set()
-        self._nodes = ByLoad(_FIRST_NODES, clock)  # that are kept of a session's tree
-        self._realised = ByLoad(1.0, clock)  # of what whole trees would gain, since they are cut
-        self._window = _Window(-math.inf, 0)
-        # By whether sessions draft: the share of the tokens thought to come that came, and those a second.
-        self._truth = ByLoad(1.0, clock), ByLoad(_doubted, clock)
-        self._thought = [0.0, 0.0]
+        self._nodes = ByLoad(_FIRST_NODES)  # that are kept of a session's tree
+        self._realised = ByLoad(1.0)  # of what whole trees would gain, since they are cut
+        first = StepCosts(self.passes.table())
+        self.modes = Modes(lambda sessions: sessions / first.seconds(sessions), clock)
         self._seen: PassCost | None = None  # the newest pass
         self._threshold = 0.0  # tokens that a session must gain to draft
         self._planned_at = -math.inf
@@ -126,11 +104,15 @@ class Planner:
 
     def open(self, session: Hashable) -> None:
         self._best[session] = _Best(Choice((), 0, 0.0))
-        self._planned_at = -math.inf
+        self._changed()
 
     def close(self, session: Hashable) -> None:
         self._best.pop(session, None)
         self._drafting.discard(session)
+        self._changed()
+
+    def _changed(self) -> None:
+        self.modes.has(len(self._best))
         self._planned_at = -math.inf
 
     @property
@@ -143,52 +125,48 @@ class Planner:
         return self._asking[drafter]
 
     def answered(
-        self, drafter: str, asking: int, depth: int, seconds: float | None, is_aside: bool = False
-    ) -> None:
+        self, drafter: str, asking: int, depth: int, seconds: float | None, is_aside: bool = False,
+        ago_s: float = 0.0,
+    ) -> None:  # fmt: skip
         """Args: asking: as `asked` said; depth: of the paths; seconds: None where nothing is learned of them;
-        is_aside: whether it was asked after a while, and had much to take in.
+        is_aside: whether it was asked after a while, and had much to take in; ago_s: since it answered.
         """
         together = max(asking, self._asking[drafter])  # the first to ask is answered first
         self._asking[drafter] -= 1
+        self._draft_ended = max(self._draft_ended, self._clock() - ago_s)
         if seconds is not None and not is_aside:
             self._costs_of(drafter, depth).observe(together, seconds)
         elif seconds is not None:
             self._probe_s += _PROBED * (seconds - self._probe_s)
 
     def observe_pass(self, cost: PassCost | None) -> None:
-        if cost is not None and cost != self._seen:  # every session of a pass tells of it
-            self._seen = cost
-            self.passes.observe(cost.rows, cost.ms / 1e3)
+        if cost is None or cost == self._seen:  # every session of a pass tells of it
+            return
+        self._seen, seconds = cost, cost.ms / 1e3
+        if not any(self._asking.values()) and self._clock() - self._draft_ended >= seconds:
+            self.passes.observe(cost.rows, seconds)
+        elif self._drafting:
+            self._slowed.observe(self.num_sessions, seconds / self.passes.seconds(cost.rows))
 
     def observe_step(
         self, cost: PassCost | None, waited_s: float, drafted: Drafted | None, tokens: int = 1
     ) -> None:
         """Args: waited_s: for one verdict; drafted: what it was for, where it was for a tree."""
         self.observe_pass(cost)
-        self._count(tokens, drafted is not None)
+        self.modes.count(tokens)
         if cost is None:
             return
         sessions = self.num_sessions
-        overhead = self._plain if drafted is None else self._drafted
-        overhead.observe(sessions, max(waited_s - cost.ms / 1e3, 0.0))
-        if drafted is not None:
+        # Most steps: a few wait for prompts of others, in whichever mode.
+        beside = self._plain if drafted is None else self._drafted
+        usual_s = beside.at(sessions)
+        beside_s = min(max(waited_s - cost.ms / 1e3, 0.0), _WILDEST * usual_s + _WILDEST_S)
+        if drafted is None and not self._drafting:
+            beside.observe(sessions, beside_s)
+        elif drafted is not None:
+            beside.observe(sessions, beside_s)
             self._nodes.observe(sessions, drafted.kept)
             self._realised.observe(sessions, drafted.share)
-
-    def _count(self, tokens: int, drafted: bool) -> None:
-        """Compare, now and then, the tokens there were with those that were thought to come."""
-        window, now = self._window, self._clock()
-        window.tokens += tokens
-        window.steps += 1
-        window.drafted += drafted
-        if now - window.began < _WINDOW_S:
-            return
-        mode = self._truth[window.drafted > _MIXED * window.steps]
-        thought = self._thought[window.drafted > _MIXED * window.steps]
-        if window.sessions == self.num_sessions and thought > 0 and now - window.began < 3 * _WINDOW_S:
-            rate = window.tokens / (now - window.began) / thought
-            mode.observe(window.sessions, min(max(rate, 0.3), 1.5))
-        self._window = _Window(now, self.num_sessions)
 
     def choose(
         self,
@@ -216,13 +194,14 @@ class Planner:
 
     def pays(self, gain: float, nodes: int) -> bool:
         """Whether a session that decodes plainly should stop for nodes that are there, all in all."""
+        if gain <= 0.0:
+            return False
         sessions = self.num_sessions
         plain = self._plain_cycle(sessions)
         # The nodes make everyone's pass longer; the round trip is the session's own.
         longer = plain + self.passes.seconds(sessions + nodes) - self.passes.seconds(sessions)
         trip = self._drafted.at(sessions) - (plain - self.passes.seconds(sessions))
-        doubt = (1.0 + _STICKY) / self._truth[True].at(sessions)
-        return (sessions + gain - trip / plain) / longer > doubt * sessions / plain
+        return (sessions + gain - trip / plain) / longer > (1.0 + _STICKY) * sessions / plain
 
     def explain(self, choice: Choice) -> dict[str, float]:
         """What is thought of the load: milliseconds from verdict to verdict, plain and where all draft."""
@@ -288,7 +267,7 @@ class Planner:
         key = drafters, depth, drafting, sessions
         if key not in self._cycles:
             rows = sessions + self._nodes.at(sessions) * drafting
-            passing = self.passes.seconds(rows) + self._drafted.at(sessions)
+            passing = self.passes.seconds(rows) * self._slowed.at(sessions) + self._drafted.at(sessions)
             self._cycles[key] = self.draft_s(drafters, depth, drafting) + passing
         return self._cycles[key]
 
@@ -297,21 +276,17 @@ class Planner:
         self._planned_at = now
         self._cycles.clear()
         ranked = sorted((best.choice for best in self._best.values()), key=lambda choice: -choice.gain)
-        sessions, was = len(ranked), len(self._drafting)
-        tokens, depth, threshold = float(sessions), 0, math.inf
-        plain, truth = sessions / self._plain_cycle(sessions), [mode.at(sessions) for mode in self._truth]
-        self._thought = [plain, 0.0]
-        # A change must gain something.
-        reached = (1.0 + _STICKY * (-1 if was else 1)) * plain * truth[False] / truth[True]
+        sessions = len(ranked)
+        tokens, depth, threshold, drafted = float(sessions), 0, math.inf, 0.0
         for number, choice in enumerate(ranked, 1):
             if not choice.drafters:
                 continue
             tokens, depth = tokens + choice.gain, max(depth, choice.depth)
             rate = tokens / self._drafted_cycle(choice.drafters, depth, number, sessions)
-            self._thought[True] = max(self._thought[True], rate)
-            if rate > reached:
-                reached, threshold = rate, choice.gain
-        self._threshold = threshold
+            if rate > drafted:
+                drafted, threshold = rate, choice.gain
+        plain = sessions / self._plain_cycle(sessions)
+        self._threshold = threshold if self.modes.drafts(drafted / plain) else math.inf
 
 
 def _scale(depth: int) -> float:

@@ -128,6 +128,9 @@ class Adaptive:
 
     def observe(self, context: Context, step: Step, arrived: Sequence[Arrived]) -> None:
         verdict = step.verdict
+        asked_at = len(context.tokens) - len(verdict.tokens)
+        for answer in arrived:
+            self._take(answer, step.verify_ms / 1e3 if answer.end == asked_at else 0.0)
         if step.is_prefill:
             self._planner.observe_pass(verdict.cost)
         else:
@@ -137,8 +140,6 @@ class Adaptive:
                 checked = self._offered.prefix(1 + verdict.num_nodes)
                 drafted = Drafted(verdict.num_nodes, _expected(checked) / _expected(self._offered))
             self._planner.observe_step(verdict.cost, waited_s, drafted, len(verdict.tokens))
-        for answer in arrived:
-            self._take(answer)
         waiting, self._waiting = self._waiting, []
         for one in waiting:
             if max(one.tree.depths) <= len(context.tokens) - one.end:
@@ -161,12 +162,12 @@ class Adaptive:
     def _asking(self, depth: int) -> Ask:
         return replace(self.ask, depth=depth - 1)
 
-    def _take(self, one: Arrived) -> None:
-        """An answer: what it cost, and that it waits for the text to pass it."""
+    def _take(self, one: Arrived, ago_s: float) -> None:
+        """An answer, there for so long: what it cost, and that it waits for the text to pass it."""
         name, tree = one.drafter.name, one.tree
         if (asking := self._owed.pop(name, None)) is not None:
             seconds = None if tree is None else one.seconds
-            self._planner.answered(name, asking, one.ask.depth + 1, seconds, one.news > _FEW)
+            self._planner.answered(name, asking, one.ask.depth + 1, seconds, one.news > _FEW, ago_s)
         if tree is not None and (len(tree) > 1 or not one.drafter.is_at_hand):
             self._waiting.append(_Judged(name, one.drafter.is_at_hand, one.ask.depth + 1, one.end, tree))
 

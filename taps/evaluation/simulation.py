@@ -1,8 +1,8 @@
 """A serving system in simulated time: recorded texts and trees, measured costs, and the loop that serves.
 
 Seconds pass on a clock that no machine slows down, so policies are compared at any load in a moment, to the
-token. What a pass and a draft last comes from tables; that replicas on the same cores do not compute at the
-same time is simulated, what the network does is one constant.
+token. What a pass and a draft last comes from tables; that replicas on the same cores slow one another down is
+simulated, what the network does is one constant.
 
 Knows recordings, trees, tables and policies; never runs a model.
 """
@@ -38,6 +38,7 @@ from taps.tree import ProposalTree
 from taps.verdict import PassCost, Verdict
 
 _USUAL_DEPTH = 5  # tokens of a path, that drafts' tables are about
+_INSTANT_S = 1e-9
 _LEVELS_ASIDE = 2.5  # of a draft, that what does not depend on its depth lasts as long as
 T = TypeVar("T")
 Job = TypeVar("Job")
@@ -59,7 +60,8 @@ class System:
     passes: Mapping[int, float]
     drafts: Mapping[str, Mapping[int, float]]
     hop_s: float  # there and back, between a session's loop and a replica
-    shares_cores: bool = True  # replicas compute one after the other
+    shares_cores: bool = True  # all replicas on the same ones
+    loss: float = 0.0  # of what cores do, where several replicas compute at once
     budget: StepBudget = field(default_factory=StepBudget)
     ngram: str = ""  # the name of the drafter at hand; none where it is empty
 
@@ -98,13 +100,66 @@ def run_virtually(main: Coroutine[Any, Any, T]) -> T:
         return loop.run_until_complete(main)
 
 
+@dataclass(eq=False)
+class _Work:
+    left_s: float  # on cores of its own
+    done: asyncio.Future[None]
+
+
+class Cores:
+    """What replicas compute on: everyone who does so at the same time has an equal part."""
+
+    def __init__(self, loss: float = 0.0) -> None:
+        self._loss = loss
+        self._works: list[_Work] = []
+        self._settled_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def compute(self, seconds: float) -> float:
+        """Returns how long it lasted."""
+        loop = asyncio.get_running_loop()
+        began, work = loop.time(), _Work(seconds, loop.create_future())
+        self._settle()
+        self._works.append(work)
+        self._set_timer()
+        await work.done
+        return loop.time() - began
+
+    @property
+    def _part(self) -> float:
+        return (1.0 - self._loss * (len(self._works) > 1)) / max(len(self._works), 1)
+
+    def _settle(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for work in self._works:
+            work.left_s -= (now - self._settled_at) * self._part
+        self._settled_at = now
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._works:
+            seconds = min(work.left_s for work in self._works) / self._part
+            self._timer = asyncio.get_running_loop().call_later(max(seconds, 0.0), self._finish)
+
+    def _finish(self) -> None:
+        self._settle()
+        for work in [work for work in self._works if work.left_s < _INSTANT_S]:
+            self._works.remove(work)
+            if not work.done.done():
+                work.done.set_result(None)
+        self._set_timer()
+
+
 class Replica(Generic[Job, T]):
     """Takes whatever waits, computes, and answers all at once."""
 
     def __init__(
-        self, compute: Callable[[Sequence[Job]], tuple[float, Sequence[T]]], cores: asyncio.Lock
+        self,
+        compute: Callable[[Sequence[Job]], tuple[float, Callable[[float], Sequence[T]]]],
+        cores: Cores,
     ) -> None:
-        """Args: compute: how long it lasts, and the answers."""
+        """Args: compute: how long it lasts on cores of its own, and the answers by how long it lasted."""
         self._compute, self._cores = compute, cores
         self._waiting: list[tuple[Job, asyncio.Future[T]]] = []
         self._runner: asyncio.Task[None] | None = None
@@ -134,12 +189,10 @@ class Replica(Generic[Job, T]):
                     async with asyncio.timeout(wait_s):
                         await self._news.wait()
                 continue
-            async with self._cores:
-                jobs, self._waiting = self._waiting, []
-                seconds, answers = self._compute([job for job, _ in jobs])
-                self._step_s = seconds
-                await asyncio.sleep(seconds)
-            for (_, done), answer in zip(jobs, answers, strict=True):
+            jobs, self._waiting = self._waiting, []
+            seconds, answers = self._compute([job for job, _ in jobs])
+            self._step_s = await self._cores.compute(seconds)
+            for (_, done), answer in zip(jobs, answers(self._step_s), strict=True):
                 if not done.done():
                     done.set_result(answer)
 
@@ -147,29 +200,35 @@ class Replica(Generic[Job, T]):
 class _Verifier:
     """The verifier's rule for what is checked, with a table for a model."""
 
-    def __init__(self, system: System, cores: asyncio.Lock) -> None:
+    def __init__(self, system: System, cores: Cores) -> None:
         self._system = system
-        self._costs, self._rhythm = StepCosts(system.passes), Rhythm()
+        self._table, self._costs, self._rhythm = StepCosts(system.passes), StepCosts(system.passes), Rhythm()
         self._replica: Replica[tuple[_TextSession, ProposalTree], Verdict] = Replica(self._step, cores)
 
     async def verify(self, session: _TextSession, tree: ProposalTree) -> Verdict:
         return await self._replica.submit(session, (session, tree))
 
-    def _step(self, jobs: Sequence[tuple[_TextSession, ProposalTree]]) -> tuple[float, Sequence[Verdict]]:
-        now, costs = asyncio.get_running_loop().time(), self._costs
+    def _step(
+        self, jobs: Sequence[tuple[_TextSession, ProposalTree]]
+    ) -> tuple[float, Callable[[float], Sequence[Verdict]]]:
+        began = asyncio.get_running_loop().time()
 
         def cost(nodes: int) -> float:
-            return costs.seconds(len(jobs) + nodes) + self._rhythm.between_s
+            return self._costs.seconds(len(jobs) + nodes) + self._rhythm.between_s
 
         trees = share_nodes([tree for _, tree in jobs], self._system.budget.tree_nodes, cost)
         rows = sum(map(len, trees))
-        seconds = costs.seconds(rows)
-        self._rhythm.observe(now, now + seconds)
-        told = PassCost(rows, seconds * 1e3)
-        return seconds, [
-            replace(session.decide(tree), cost=told, batch_size=len(jobs))
-            for (session, _), tree in zip(jobs, trees, strict=True)
-        ]
+
+        def verdicts(lasted_s: float) -> Sequence[Verdict]:
+            self._rhythm.observe(began, began + lasted_s)
+            self._costs.observe(rows, lasted_s)
+            told = PassCost(rows, lasted_s * 1e3)
+            return [
+                replace(session.decide(tree), cost=told, batch_size=len(jobs))
+                for (session, _), tree in zip(jobs, trees, strict=True)
+            ]
+
+        return self._table.seconds(rows), verdicts
 
 
 class _TextSession:
@@ -220,16 +279,16 @@ class _TextSession:
 class _Drafter:
     """One specialist's replica: trees that are known, after as long as drafting lasts."""
 
-    def __init__(self, table: Mapping[int, float], cores: asyncio.Lock) -> None:
+    def __init__(self, table: Mapping[int, float], cores: Cores) -> None:
         self._costs = StepCosts(table)
         self._replica: Replica[int, None] = Replica(self._step, cores)
 
     async def draft(self, session: Hashable, depth: int) -> None:
         await self._replica.submit(session, depth)
 
-    def _step(self, depths: Sequence[int]) -> tuple[float, Sequence[None]]:
+    def _step(self, depths: Sequence[int]) -> tuple[float, Callable[[float], Sequence[None]]]:
         scale = (_LEVELS_ASIDE + max(depths)) / (_LEVELS_ASIDE + _USUAL_DEPTH)
-        return scale * self._costs.seconds(len(depths)), [None] * len(depths)
+        return scale * self._costs.seconds(len(depths)), lambda _: [None] * len(depths)
 
 
 class _TreesSession:
@@ -276,10 +335,10 @@ async def serve(
     Args: names: of the drafters that may be asked; make: a policy for each answer.
     """
     loop = asyncio.get_running_loop()
-    cores = asyncio.Lock()
+    cores = Cores(system.loss)
     verifier = _Verifier(system, cores)
     drafters = {
-        name: _Drafter(table, cores if system.shares_cores else asyncio.Lock())
+        name: _Drafter(table, cores if system.shares_cores else Cores())
         for name, table in system.drafts.items()
     }
     waiting: Iterator[Told] = iter(texts)
