@@ -24,3 +24,4 @@ class SpecialistDescription:
     name: str  # what requests and metrics call it
     fingerprint: str | None = None  # of the target its head was made for; None drafts for any
     max_tokens: int | None = None  # of a session that its cache holds; None is any number
+    draft_seconds: Mapping[int, float] = field(default_factory=dict)  # by sessions that ask, as profiled

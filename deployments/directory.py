@@ -36,6 +36,7 @@ class Specialist:
     name: str
     application: str
     handle: DeploymentHandle[Any]
+    draft_seconds: Mapping[int, float] = field(default_factory=dict)  # as it said
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,10 @@ class Directory:
     def specialists(self) -> dict[str, Specialist]:
         """Those that are up, by name."""
         taken = self._roster.taken.items()
-        return {name: Specialist(name, app, self._handles[app]) for name, app in taken}
+        return {
+            name: Specialist(name, app, self._handles[app], self._said[app][1].draft_seconds)
+            for name, app in taken
+        }
 
     @property
     def away(self) -> frozenset[str]:

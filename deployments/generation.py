@@ -62,7 +62,7 @@ class Generator:
         @asynccontextmanager
         async def open_verifier() -> AsyncIterator[RemoteVerifierSession]:
             nonlocal numerics
-            async with self._alike(numerics) as verifier:
+            async with self._alike(numerics, job.conversation) as verifier:
                 numerics = numerics or verifier.numerics
                 # An answer that still waits for its verifier holds no drafter.
                 if not keepers:
@@ -72,6 +72,8 @@ class Generator:
                         keepers.append(asyncio.create_task(keeping))
                 yield verifier
 
+        for _, specialist in chosen:
+            self._fleet.planner.meet(specialist.name, specialist.draft_seconds)
         try:
             with self._policy(job) as policy:
                 async with aclosing(decode(context, open_verifier, panel, policy)) as steps:
@@ -102,12 +104,18 @@ class Generator:
         return [NgramSession(ngram.name, index, NgramIndex(ngram.max_ngram, ngram.min_ngram))]
 
     @asynccontextmanager
-    async def _alike(self, numerics: str | None) -> AsyncIterator[RemoteVerifierSession]:
-        """A verifier that goes on with the same bits, if a few leases find one; else the last of them."""
+    async def _alike(self, numerics: str | None, conversation: str) -> AsyncIterator[RemoteVerifierSession]:
+        """A verifier that goes on with the same bits, if a few leases find one; else the last of them.
+
+        Where Serve routes by sessions, the first asked is the one that a conversation always goes to.
+        """
         waits = self._args.lease_deadline_s, self._args.verify_deadline_s
-        for is_last in (False,) * (_LEASES - 1) + (True,):
-            async with verifier_session(self._pool, self._verifier, *waits) as verifier:
-                if is_last or numerics in (None, verifier.numerics):
+        for number in range(_LEASES):
+            handle = self._verifier
+            if conversation:
+                handle = handle.options(session_id=f"{conversation}/{number}")
+            async with verifier_session(self._pool, handle, *waits) as verifier:
+                if number == _LEASES - 1 or numerics in (None, verifier.numerics):
                     yield verifier
                     return
 

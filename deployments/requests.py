@@ -5,9 +5,11 @@ Knows the tokenizer and the configuration; nothing of Ray handles or decoding.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -38,6 +40,7 @@ class Generation:
     drafters: tuple[str, ...]  # names, in the order their nodes are marked
     ask: Ask
     explains: bool = False  # its steps, in the answer
+    conversation: str = ""  # names those that begin alike; nothing where that is not known
 
 
 class Drafters(NamedTuple):
@@ -69,7 +72,8 @@ class RequestReader:
             reason = f"the target's chat template refuses these messages: {error}"
             raise RequestError(reason, "messages") from error
         max_tokens = request.max_completion_tokens or request.max_tokens
-        return self._generation(request, templated["input_ids"], max_tokens, drafters)
+        job = self._generation(request, templated["input_ids"], max_tokens, drafters)
+        return replace(job, conversation=job.conversation or _beginning(messages, request.cache_salt))
 
     def read_completion(self, request: CompletionRequest, drafters: Drafters) -> Generation:
         max_tokens = request.max_tokens or _DEFAULT_COMPLETION_TOKENS
@@ -127,6 +131,7 @@ class RequestReader:
             self._choose(tree.strategy, request.options.drafters, drafters),
             Ask(tree.num_nodes, tree.depth, tree.top_k, params if tree.coupled else None),
             request.options.explain,
+            request.prompt_cache_key or "",
         )
 
     def _tree(self, options: TapsOptions) -> TreeArgs:
@@ -148,6 +153,13 @@ class RequestReader:
         if strategy == "off":
             return ()
         return chosen[:1] if strategy == "single" else chosen[:_MOST_DRAFTERS]
+
+
+def _beginning(messages: Sequence[Mapping[str, Any]], salt: str | None) -> str:
+    """Names a conversation by what all its turns have: its messages until the first answer."""
+    answers = (n for n, message in enumerate(messages) if message["role"] == "assistant")
+    begins = messages[: next(answers, len(messages))]
+    return hashlib.sha256(json.dumps([salt, begins]).encode()).hexdigest()
 
 
 def _sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:

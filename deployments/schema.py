@@ -110,6 +110,8 @@ class _Request(_Body):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     # vLLM's: what is cached of a request is used again by those of the same salt alone.
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
+    # OpenAI's: requests of the same key begin alike, and one verifier should answer them.
+    prompt_cache_key: Annotated[str, Field(max_length=1024)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     taps: TapsOptions | None = None

@@ -21,6 +21,7 @@ import yaml
 from ray import serve
 from ray.serve._private import api as serve_api
 
+from cluster.nodes import LocalNodes, local_nodes
 from deployments.priority import NICENESS
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -38,10 +39,10 @@ def free_port() -> int:
 class Cluster:
     """One running cluster: its config, its HTTP address, and its replicas' processes."""
 
-    def __init__(self, directory: Path, dashboard: str) -> None:
+    def __init__(self, directory: Path, dashboard: str, config: str = "serve_config.yaml") -> None:
         self._directory = directory
         self._dashboard = dashboard
-        self.config: dict[str, Any] = yaml.safe_load((PROJECT / "serve_config.yaml").read_text())
+        self.config: dict[str, Any] = yaml.safe_load((PROJECT / config).read_text())
         self.config["http_options"]["port"] = free_port()
         self.config["applications"][0]["args"]["target"]["dtype"] = "float32"
         self.url = f"http://127.0.0.1:{self.config['http_options']['port']}"
@@ -61,6 +62,23 @@ class Cluster:
         finally:
             cast(Any, serve).shutdown()
             ray.shutdown()
+
+    @classmethod
+    @contextmanager
+    def on_nodes(cls, directory: Path, workers: int) -> Iterator[tuple[Cluster, LocalNodes]]:
+        """The shipped config for several nodes, on as many here, with the target in float32."""
+        port = free_port()
+        os.environ[NICENESS] = "0"
+        with local_nodes(workers, port) as nodes:
+            ray.init(address=nodes.address, log_to_driver=False)
+            try:
+                cluster = cls(directory, f"http://127.0.0.1:{port}", "cluster/serve_config.nodes.yaml")
+                cluster.apply(cluster.config)
+                cluster.wait_for_drafters({"math", "chat", "ngram"})
+                yield cluster, nodes
+            finally:
+                cast(Any, serve).shutdown()
+                ray.shutdown()
 
     def apply(self, config: dict[str, Any]) -> None:
         """What a user does: write the file, `serve deploy` it."""
@@ -107,6 +125,12 @@ class Cluster:
             time.sleep(0.5)  # polling another process, bounded by the deadline
         raise TimeoutError(f"not every deployment has one running replica: {replicas}")
 
+    def replicas(self, application: str, deployment: str) -> dict[str, str]:
+        """Replica -> the node it runs on, of those that run."""
+        details = cast(Any, serve_api)._get_global_client().get_serve_details()
+        found = details["applications"][application]["deployments"][deployment]["replicas"]
+        return {one["replica_id"]: one["node_id"] for one in found if one["state"] == "RUNNING"}
+
     def num_replicas(self, application: str, deployment: str) -> int:
         """How many of a deployment there are, in any state."""
         status = serve.status().applications[application].deployments[deployment]
@@ -114,9 +138,19 @@ class Cluster:
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels, as Ray exports it for Prometheus."""
-        port = cast(Any, ray).nodes()[0]["MetricsExportPort"]
-        lines = httpx.get(f"http://127.0.0.1:{port}/metrics", timeout=30).text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if re.match(rf"ray_{name}[ {{]", line))
+        return sum(self.metrics(name).values())
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """A metric by its labels, of all nodes."""
+        found: dict[str, float] = {}
+        for node in cast(Any, ray).nodes():
+            if node["Alive"]:
+                address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+                for line in httpx.get(address, timeout=30).text.splitlines():
+                    if re.match(rf"ray_{name}[ {{]", line):
+                        labels, value = line.rsplit(" ", 1)
+                        found[labels] = float(value)
+        return found
 
     @property
     def client(self) -> openai.OpenAI:

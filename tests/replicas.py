@@ -53,10 +53,11 @@ class FakeHandle:
         self.servers = list(servers)
         self.leases: list[FakeLease] = []
         self.turns: Iterator[int] = repeat(0)
+        self.session_ids: list[str] = []  # that Serve was asked to route by
         self.lease = self
 
-    def options(self, stream: bool) -> FakeHandle:
-        assert stream
+    def options(self, stream: bool = False, session_id: str = "") -> FakeHandle:
+        self.session_ids += [session_id] if session_id else []
         return self
 
     def remote(self) -> FakeLease | Queued:

@@ -265,3 +265,14 @@ async def test_a_drafter_that_is_lost_is_gone_and_the_text_goes_on() -> None:
     dying = ScriptedDrafter(0, foresight(TARGET, GREEDY), dies_at=3)
     steps = await decoded([dying, ScriptedDrafter(1, foresight(TARGET, GREEDY))], 120)
     assert ["drafter 1"] in [asked(step) for step in steps if not step.is_prefill]
+
+
+def test_what_drafters_say_of_themselves_counts_until_they_were_timed() -> None:
+    of = Planner(StepCosts({1: 0.01, 8: 0.012}), Clock())
+    of.meet("math", {1: 0.02, 16: 0.05})
+    assert of.draft_s(("math",), 5, 1) == pytest.approx(0.02)
+    assert of.draft_s(("math",), 5, 16) == pytest.approx(0.05)
+    for _ in range(100):
+        of.answered("math", of.asked("math"), 5, 0.03)
+    of.meet("math", {1: 0.02, 16: 0.05})
+    assert of.draft_s(("math",), 5, 1) == pytest.approx(0.03, rel=0.05)

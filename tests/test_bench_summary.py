@@ -97,3 +97,10 @@ def test_a_setting_that_never_answered_still_has_its_row() -> None:
     (row,) = rows(by_cell([Served("off", Cell("math", 0.0, 4), 0, (loop(failed(), failed()),))]))
     assert (row["requests"], row["failed"]) == (2, 2)
     assert "tokens_per_second" not in row
+
+
+def test_regret_is_what_the_best_of_each_question_would_have_given() -> None:
+    found = ratio(measured(streams=1), "tokens_per_second", "adaptive", BEST, 1)["workloads"]
+    assert found["math"]["regret"] == pytest.approx(0.1)
+    assert found["chat"]["regret"] == pytest.approx(1 - 15 / 12)
+    assert "regret" not in ratio(measured(), "tokens_per_second", "adaptive", BEST)["workloads"]["math"]

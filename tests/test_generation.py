@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -190,3 +191,14 @@ async def test_cancelling_an_answer_frees_everything_it_held() -> None:
             await task
         await target.until_free()
         await math.until_free()
+
+
+async def test_a_conversation_is_leased_by_its_name_and_other_replicas_by_others() -> None:
+    async with running(lost_after(4), verifier) as replicas:
+        handle = replicas[0].handle
+        handle.servers[:], handle.turns = [replica.server for replica in replicas], iter([0, 1])
+        steps = await steps_of(Generator(handle, ARGS), replace(job(), conversation="a"), {})
+        assert tokens_of(steps) == PLAIN
+        assert handle.session_ids == ["a/0", "a/0"]
+        for replica in replicas:
+            await replica.until_free()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -230,3 +231,20 @@ def test_drafters_are_those_named_or_all(
 def test_a_drafter_that_is_not_up_is_refused_with_those_that_are(reader: RequestReader) -> None:
     with pytest.raises(RequestError, match=r"'law'.*chat, math"):
         read_chat(reader, taps={"drafters": ["law"]})
+
+
+def conversation(reader: RequestReader, *texts: str, **fields: Any) -> str:
+    """Of users' and the assistant's messages in turn."""
+    roles = itertools.cycle(("user", "assistant"))
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    return read_chat(reader, messages=messages, **fields).conversation
+
+
+def test_all_turns_of_a_conversation_are_known_by_its_beginning(reader: RequestReader) -> None:
+    first = conversation(reader, "hello")
+    assert first == conversation(reader, "hello", "good day", "go on")
+    assert first != conversation(reader, "hallo", "good day", "go on")
+    assert first != conversation(reader, "hello", cache_salt="mine")
+    assert conversation(reader, "hello", prompt_cache_key="my key") == "my key"
+    assert read_completion(reader, "hello").conversation == ""
+    assert read_completion(reader, "hello", prompt_cache_key="my key").conversation == "my key"

@@ -116,6 +116,8 @@ def _speeds(document: Document, temperature: float) -> Iterator[str]:
             "Tokens a second ÷ the fixed strategy that turned out best in each cell, temperature "
             f"{temperature:g}:\n\n{found}"
         )
+    if found := tables.regrets(document, temperature):
+        yield f"Lost to the fixed strategy that was best for each question, one stream: {found}.\n"
     for peer in (name for name, setting in document["settings"].items() if setting["kind"] == "peer"):
         for measure, what in _COMPARED.items():
             if found := tables.means_table(document, measure, peer, temperature, _headline(document)):

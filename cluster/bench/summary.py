@@ -134,6 +134,8 @@ def _compared(
                 "median": _short(found.value), "interval_95": _interval(found), "units": len(shared),
                 **({"to": to} if pair.to == BEST else {}),
             }  # fmt: skip
+            if pair.to == BEST and (lost := regret(cell, pair.setting, measure, values, kinds)) is not None:
+                workloads[cell.workload]["regret"] = _short(lost)
             units.append(shared)
     if not units:
         return None
@@ -152,6 +154,26 @@ def best_fixed(cell: Cell, runs: Runs, kinds: Mapping[str, Kind]) -> str | None:
         if found:
             speeds[name] = estimate(found).value
     return max(speeds, key=lambda name: speeds[name]) if speeds else None
+
+
+def regret(
+    cell: Cell,
+    setting: str,
+    measure: str,
+    values: Mapping[tuple[Cell, str, str], Mapping[Unit, float]],
+    kinds: Mapping[str, Kind],
+) -> float | None:
+    """The share that is lost to the fixed strategy that was best for each question, in hindsight, on average.
+
+    An upper bound: the best of several noisy measurements is too good. None where questions are not told apart.
+    """
+    fixed = [values.get((cell, name, measure), {}) for name, kind in kinds.items() if kind == "fixed"]
+    lost = []
+    for unit, speed in values.get((cell, setting, measure), {}).items():
+        others = [of[unit] for of in fixed if unit in of]
+        if unit[1] and others:
+            lost.append(1.0 - speed / max(others))
+    return sum(lost) / len(lost) if lost else None
 
 
 def _interval(found: Estimate) -> list[float]:

@@ -118,6 +118,13 @@ def workloads_table(document: Document, measure: str, to: str, temperature: floa
     return table(["setting", *names, "geometric mean"], lines) if lines else ""
 
 
+def regrets(document: Document, temperature: float) -> str:
+    """Adaptive's regret by workload, where questions were told apart."""
+    row = ratio_row(document, "tokens_per_second", "adaptive", BEST, temperature, 1)
+    workloads = row["workloads"] if row else {}
+    return ", ".join(f"{name} {of['regret']:.0%}" for name, of in workloads.items() if "regret" in of)
+
+
 def reuse_table(document: Document) -> str:
     lines = [
         [row["setting"], row["kind"].replace("_", " "), f"{row['prompt_tokens']:.0f}",

@@ -111,6 +111,11 @@ class Planner:
         self._drafting.discard(session)
         self._changed()
 
+    def meet(self, drafter: str, seconds: Mapping[int, float]) -> None:
+        """A drafter says what its usual drafts take by sessions; what was measured since counts for more."""
+        if drafter not in self._drafts and len(seconds) > 1:
+            self._drafts[drafter] = {_USUAL_DEPTH: StepCosts(seconds)}
+
     def _changed(self) -> None:
         self.modes.has(len(self._best))
         self._planned_at = -math.inf

@@ -1,0 +1,135 @@
+"""Several nodes: sessions spread, conversations find their verifier again, a lost node costs no answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.nodes import LocalNodes
+from tests.cluster import MODEL, Cluster
+from tests.prompts import PROMPTS
+
+pytestmark = pytest.mark.serve
+ANSWERS = 8
+Nodes = tuple[Cluster, LocalNodes]
+
+
+@pytest.fixture(scope="module")
+def nodes(target_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    """A head and two workers, each with a verifier and a drafter of each specialist."""
+    with Cluster.on_nodes(tmp_path_factory.mktemp("nodes"), 2) as running:
+        yield running
+
+
+def ask(cluster: Cluster, messages: Any, max_tokens: int = 48, **options: Any) -> Any:
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    return cluster.client.chat.completions.create(
+        model=MODEL, messages=messages, max_tokens=max_tokens, temperature=0, **options
+    )
+
+
+def text_of(answer: Any) -> str:
+    content: str = answer.choices[0].message.content
+    return content
+
+
+def test_every_node_has_one_of_each_and_sessions_spread(nodes: Nodes) -> None:
+    cluster, _ = nodes
+    for application, deployment in (("core", "Verifier"), ("math", "Drafter"), ("chat", "Drafter")):
+        assert len(set(cluster.replicas(application, deployment).values())) == 2
+    with ThreadPoolExecutor(ANSWERS) as pool:
+        list(pool.map(lambda prompt: ask(cluster, prompt), PROMPTS[:ANSWERS]))
+    deadline, busy = time.monotonic() + 60, 0
+    while busy < 2 and time.monotonic() < deadline:
+        busy = sum(passes > 1 for passes in cluster.metrics("taps_verify_passes_total").values())
+        time.sleep(1)  # Ray exports every few seconds; bounded by the deadline
+    assert busy == 2, "both verifiers answered"
+
+
+def test_a_conversation_goes_to_the_verifier_that_holds_it(nodes: Nodes) -> None:
+    """By chance alone all of them would once in 256 times."""
+    cluster, _ = nodes
+    for prompt in PROMPTS[:ANSWERS]:
+        first = ask(cluster, prompt)
+        turns = [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": text_of(first)},
+            {"role": "user", "content": "Go on."},
+        ]
+        second = ask(cluster, turns)
+        assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
+
+
+def test_concurrent_turns_of_one_conversation_are_all_answered(nodes: Nodes) -> None:
+    cluster, _ = nodes
+    with ThreadPoolExecutor(ANSWERS) as pool:
+        texts = [text_of(one) for one in pool.map(lambda _: ask(cluster, PROMPTS[0]), range(ANSWERS))]
+    assert len(set(texts)) == 1
+
+
+def test_a_specialist_scales_by_its_own_sessions(nodes: Nodes) -> None:
+    cluster, _ = nodes
+    config = cluster.changed()
+    for application in config["applications"][1:]:
+        (deployment,) = application["deployments"]
+        del deployment["num_replicas"]
+        deployment["autoscaling_config"] = {
+            "min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 2,
+            "upscale_delay_s": 1, "downscale_delay_s": 1,
+        }  # fmt: skip
+    cluster.apply(config)
+    wait_for(lambda: counts(cluster) == (1, 1))
+    over = threading.Event()
+
+    def keep_asking(prompt: str) -> None:
+        while not over.is_set():
+            ask(cluster, prompt, extra_body={"taps": {"strategy": "single", "drafters": ["math"]}})
+
+    with ThreadPoolExecutor(6) as pool:
+        for prompt in PROMPTS[:6]:
+            pool.submit(keep_asking, prompt)
+        try:
+            wait_for(lambda: counts(cluster) == (2, 1))
+        finally:
+            over.set()
+    wait_for(lambda: counts(cluster) == (1, 1))
+
+
+def counts(cluster: Cluster) -> tuple[int, int]:
+    math, chat = (len(cluster.replicas(name, "Drafter")) for name in ("math", "chat"))
+    return math, chat
+
+
+def wait_for(holds: Any) -> None:
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)  # polling another process, bounded by the deadline
+
+
+def test_a_node_that_is_lost_costs_no_answer(nodes: Nodes) -> None:
+    cluster, local = nodes
+    plain = [
+        text_of(ask(cluster, prompt, 96, extra_body={"taps": {"strategy": "off"}})) for prompt in PROMPTS[:6]
+    ]
+    began = threading.Barrier(7, timeout=120)
+
+    def answer(prompt: str) -> str:
+        stream = iter(ask(cluster, prompt, 96, stream=True))
+        text = "".join(next(stream).choices[0].delta.content or "" for _ in range(3))
+        began.wait()
+        return text + "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = pool.map(answer, PROMPTS[:6])
+        began.wait()
+        local.kill(0)
+        assert list(answers) == plain
+    assert text_of(ask(cluster, PROMPTS[7])), "new ones are answered by the other node"
