@@ -3,7 +3,7 @@
     python -m cluster.profile --streams 16 --taps '{"strategy": "off"}' --out profile.json
 
 Asks a running server of this machine in a closed loop, and reads what its processes used meanwhile. Where
-`py-spy` is installed, it says for the router which part of it that was. Needs Linux. Knows processes and stacks.
+`py-spy` is installed, it says which part of the router that was. Linux alone. Knows processes and stacks.
 """
 
 from __future__ import annotations

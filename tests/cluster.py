@@ -128,7 +128,8 @@ class Cluster:
     def replicas(self, application: str, deployment: str) -> dict[str, str]:
         """Replica -> the node it runs on, of those that run."""
         details = cast(Any, serve_api)._get_global_client().get_serve_details()
-        found = details["applications"][application]["deployments"][deployment]["replicas"]
+        deployments = details["applications"].get(application, {}).get("deployments", {})
+        found = deployments.get(deployment, {}).get("replicas", ())  # none while it is being deployed
         return {one["replica_id"]: one["node_id"] for one in found if one["state"] == "RUNNING"}
 
     def num_replicas(self, application: str, deployment: str) -> int:
