@@ -35,7 +35,7 @@ def usage(record: RequestRecord) -> Json:
 
 
 def speculation(record: RequestRecord) -> Json:
-    """`metrics` of a response, in vLLM's per-request form, plus accepted tokens by drafter."""
+    """`metrics` of a response, in vLLM's per-request form, plus accepted tokens by drafter and times."""
     counts = record.counts
     by_drafter = {name: counts.accepted_by_drafter[i] for i, name in enumerate(record.drafters)}
     explained = {} if record.steps is None else {"steps": record.steps}
@@ -52,6 +52,7 @@ def speculation(record: RequestRecord) -> Json:
             "draft_acceptance_rate": counts.draft_acceptance_rate,
             "accepted_by_drafter": by_drafter,
         },
+        "per_pass": record.per_pass,
     }
 
 

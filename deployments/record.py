@@ -73,16 +73,22 @@ class RequestRecord:
             "verify_ms": round(step.verify_ms, 2),
         }
 
+    @property
+    def per_pass(self) -> dict[str, float]:
+        """Means over the passes: sessions that shared one, milliseconds of waiting for drafts and for it."""
+        passes = max(self.counts.num_passes, 1)
+        means = {"batch_size": self.batch_sizes, "draft_ms": self.draft_ms, "verify_ms": self.verify_ms}
+        return {name: round(whole / passes, 2) for name, whole in means.items()}
+
     def line(self, outcome: str) -> str:
         seconds = time.perf_counter() - self._started
-        counts = self.counts
+        counts, means = self.counts, self.per_pass
         accepted = ", ".join(f"{name} {counts.accepted_by_drafter[i]}" for i, name in enumerate(self.drafters))
-        passes = max(counts.num_passes, 1)
         return (
             f"{self.id} {outcome}: {self.prompt_tokens} prompt ({self.cached_tokens} cached) + "
             f"{self.new_tokens} new tokens in {seconds:.2f} s ({self.new_tokens / seconds:.1f}/s), "
             f"first after {self._first_ms:.0f} ms; "
             f"{self.strategy}: {counts.num_passes} passes, {counts.acceptance_length:.2f} tokens/pass, "
-            f"batch {self.batch_sizes / passes:.1f}, draft {self.draft_ms / passes:.1f} ms, "
-            f"verify {self.verify_ms / passes:.1f} ms" + (f"; accepted: {accepted}" if accepted else "")
+            f"batch {means['batch_size']:.1f}, draft {means['draft_ms']:.1f} ms, "
+            f"verify {means['verify_ms']:.1f} ms" + (f"; accepted: {accepted}" if accepted else "")
         )

@@ -166,8 +166,8 @@ def test_what_steps_cost_beside_passes_counts() -> None:
     for _ in range(100):
         slow.observe_step(PassCost(7, 11.8), 0.0118 + 0.030, Drafted(6, 1.0))
     assert not choose_all(slow, gains)[0].drafters
-    for _ in range(100):
-        slow.observe_step(PassCost(1, 10.0), 0.010 + 0.030, None)
+    for number in range(100):
+        slow.observe_step(PassCost(1, 10.0 + 1e-6 * number), 0.010 + 0.030, None)
     assert choose_all(slow, gains)[0].drafters, "plain steps have it too"
 
 

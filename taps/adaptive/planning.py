@@ -145,7 +145,7 @@ class Planner:
             self._probe_s += _PROBED * (seconds - self._probe_s)
 
     def observe_pass(self, cost: PassCost | None) -> None:
-        if cost is None or cost == self._seen:  # every session of a pass tells of it
+        if cost is None or cost == self._seen:
             return
         self._seen, seconds = cost, cost.ms / 1e3
         if not any(self._asking.values()) and self._clock() - self._draft_ended >= seconds:
@@ -157,9 +157,10 @@ class Planner:
         self, cost: PassCost | None, waited_s: float, drafted: Drafted | None, tokens: int = 1
     ) -> None:
         """Args: waited_s: for one verdict; drafted: what it was for, where it was for a tree."""
+        is_known = cost == self._seen  # every session of a pass tells of it
         self.observe_pass(cost)
         self.modes.count(tokens)
-        if cost is None:
+        if cost is None or (is_known and drafted is None):
             return
         sessions = self.num_sessions
         # Most steps: a few wait for prompts of others, in whichever mode.
@@ -206,7 +207,8 @@ class Planner:
         # The nodes make everyone's pass longer; the round trip is the session's own.
         longer = plain + self.passes.seconds(sessions + nodes) - self.passes.seconds(sessions)
         trip = self._drafted.at(sessions) - (plain - self.passes.seconds(sessions))
-        return (sessions + gain - trip / plain) / longer > (1.0 + _STICKY) * sessions / plain
+        missed = sessions > 1  # a pass of the others, while the verifier is told to stop
+        return (sessions + gain - trip / plain - missed) / longer > (1.0 + _STICKY) * sessions / plain
 
     def explain(self, choice: Choice) -> dict[str, float]:
         """What is thought of the load: milliseconds from verdict to verdict, plain and where all draft."""

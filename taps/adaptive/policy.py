@@ -28,6 +28,7 @@ _FIRST_PROBE, _LONGEST_PROBE = 6, 256  # tokens until a drafter who is not asked
 _OWN, _TRUSTED = 0.85, 0.7  # of older trees, at each new one; tokens that others' count for
 _PROMISING = 0.8  # of the best one's gain, that keeps a drafter probed often
 _PROBE_DEPTH = 5  # tokens of a path
+_REST = 8  # tokens of plain decoding that one look is for, at most: every look costs all sessions
 _FEW = 16  # tokens that a drafter takes in beside drafting; more of them last longer
 
 
@@ -120,7 +121,7 @@ class Adaptive:
         comes = any(isinstance(there[name], Offer) for name in choice.drafters)
         is_plain = (comes or not choice.drafters) and not self._planner.pays(free_gain, len(at_hand) - 1)
         self._offered = ProposalTree.root_only(context.root)
-        return Plan(questions, is_plain)
+        return Plan(questions, is_plain, rest=0 if questions else min(self._planner.num_sessions - 1, _REST))
 
     def compose(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
         self._offered = self._merged(trees, root)

@@ -64,27 +64,32 @@ async def _decode_on(
     policy.observe(context, step, ())
     yield step
     pass_s = math.inf  # unknown before the first
-    is_ahead, held = False, None
+    is_ahead, held, rest = False, None, 0
     while True:
         started = drafted = clock()
-        free = await panel.at_hand(context, policy.ask)
-        plan = policy.plan(context, panel.idle(), free) if held is None else held.among(panel.idle())
-        is_plain = plan.is_plain or (panel.is_empty and not plan.tells_all)  # nobody to wait for
-        # Drafters begin from features, which plain decoding tells when it stops.
-        can_ask = context.is_complete or not plan.asks
-        held = None if can_ask else plan
         checked: tuple[int, ...] = ()
-        if is_ahead or is_plain:
-            await panel.propose(context, plan.questions if is_plain and can_ask else {})
-            is_ahead = is_plain and can_ask
-            verdict = await verifier.ahead(_WINDOW if is_ahead else 0)
+        if is_ahead and rest:
+            rest -= 1
+            verdict = await verifier.ahead(_WINDOW)
         else:
-            trees = free + await panel.propose(context, plan.questions, pass_s)
-            tree = policy.compose(trees, context.root)
-            drafted = clock()
-            verdict = await verifier.verify(tree)
-            checked = tree.owners[1 : 1 + verdict.num_nodes]
-            pass_s = clock() - drafted
+            free = await panel.at_hand(context, policy.ask)
+            plan = policy.plan(context, panel.idle(), free) if held is None else held.among(panel.idle())
+            is_plain = plan.is_plain or (panel.is_empty and not plan.tells_all)  # nobody to wait for
+            # Drafters begin from features, which plain decoding tells when it stops.
+            can_ask = context.is_complete or not plan.asks
+            held = None if can_ask else plan
+            if is_ahead or is_plain:
+                await panel.propose(context, plan.questions if is_plain and can_ask else {})
+                is_ahead = is_plain and can_ask
+                verdict = await verifier.ahead(_WINDOW if is_ahead else 0)
+                rest = plan.rest
+            else:
+                trees = free + await panel.propose(context, plan.questions, pass_s)
+                tree = policy.compose(trees, context.root)
+                drafted = clock()
+                verdict = await verifier.verify(tree)
+                checked = tree.owners[1 : 1 + verdict.num_nodes]
+                pass_s = clock() - drafted
         context.extend(verdict)
         if verdict.tokens:
             times = (drafted - started) * 1e3, (clock() - drafted) * 1e3

@@ -45,6 +45,7 @@ class Plan:
     questions: Mapping[Candidate, Question] = field(default_factory=dict)
     is_plain: bool = False  # the verifier decodes by itself
     tells_all: bool = False  # every verdict has its features, also where nobody drafts
+    rest: int = 0  # tokens after this one that need no plan, where the verifier decodes by itself
 
     @property
     def asks(self) -> bool:
