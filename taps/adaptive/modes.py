@@ -18,8 +18,8 @@ _NEWEST = 0.1  # weight of the newest window
 _STICKY = 0.03  # of the tokens per second, that a change must gain
 _TRIAL_S = 1.2  # that a trial lasts at most
 _FIRST_PAUSE_S = {False: 5.0, True: 15.0}  # between trials: of plain decoding, of drafting
-_LONGEST_PAUSE_S = 120.0
-_WORTH_TRYING = 0.75  # of what plain decoding gives, that drafting must be thought to
+_LONGEST_PAUSE_S = 60.0
+_WORTH_TRYING = 0.8  # of what plain decoding gives, that drafting must be thought to
 _ENOUGH = 2  # windows, to judge a trial by
 _HOPELESS = 0.85  # of what plain decoding gives: a trial of drafting that gives less ends early
 
