@@ -276,3 +276,11 @@ def test_what_drafters_say_of_themselves_counts_until_they_were_timed() -> None:
         of.answered("math", of.asked("math"), 5, 0.03)
     of.meet("math", {1: 0.02, 16: 0.05})
     assert of.draft_s(("math",), 5, 1) == pytest.approx(0.03, rel=0.05)
+
+
+def test_only_those_who_may_be_asked_now_are_chosen() -> None:
+    of = planner(0.0003, 1)
+    gains = {"math": steady(3.0), "chat": steady(2.0), "code": steady(1.5)}
+    for there in (("math", "chat"), ("chat", "code"), ("math", "code"), ("code",), ()):
+        chosen = of.choose(0, {name: gains[name] for name in there}, 0.0).drafters
+        assert set(chosen) <= set(there)

@@ -44,7 +44,12 @@ class _Best(NamedTuple):
     """What would give a session the most, and what it was found by."""
 
     choice: Choice
-    found_by: tuple[int, float, float, int] = (-1, 0.0, 0.0, 0)  # gains' version, free gain, when, drafters
+    found_by: tuple[int, float, float, tuple[str, ...]] = (
+        -1,
+        0.0,
+        0.0,
+        (),
+    )  # version, free gain, when, of whom
 
 
 class Drafted(NamedTuple):
@@ -186,7 +191,7 @@ class Planner:
         Args: gains: of each drafter that may be asked, the tokens it adds by the depth of its paths; free_gain:
         of the nodes that are there without asking; version: of the gains, another one where they changed.
         """
-        known, found_by = self._best.get(session), (version, free_gain, self._planned_at, len(gains))
+        known, found_by = self._best.get(session), (version, free_gain, self._planned_at, tuple(gains))
         wanted = known is not None and bool(known.choice.drafters)
         if known is None or known.found_by != found_by:
             self._best[session] = known = _Best(self._best_of(gains, free_gain), found_by)
