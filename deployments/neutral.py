@@ -12,7 +12,7 @@ from typing import Any
 Neutral = Mapping[str, Collection[Any]]
 
 # Whatever their value: bookkeeping, scheduling, caching, and what only shapes a feature that is refused itself.
-_OPENAI_FREE = """user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention
+_OPENAI_FREE = """user metadata store service_tier safety_identifier prompt_cache_retention
     prompt_cache_options prediction parallel_tool_calls moderation"""
 _VLLM_FREE = """priority request_id session_id spaces_between_special_tokens truncation_side
     return_tokens_as_token_ids return_token_offsets return_mm_kwargs routed_experts_prompt_start stream_interval
