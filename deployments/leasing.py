@@ -223,7 +223,9 @@ class _Served:
         """What the work gives; None where it fails, which the far side is told."""
         try:
             return await work
-        except Exception as error:  # of any kind: its owner decides what it means for the session
+        # Whatever it is, a bug of a handler too, is that session's answer: its owner must not wait for another
+        # one, and the link's other sessions go on.
+        except Exception as error:
             self._fail(error)
             return None
 

@@ -9,10 +9,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import httpx
 import openai
@@ -24,6 +24,7 @@ from ray.serve._private import api as serve_api
 from cluster.nodes import LocalNodes, local_nodes
 from deployments.priority import NICENESS
 
+T = TypeVar("T")
 PROJECT = Path(__file__).resolve().parent.parent
 MODEL = "SmolLM2-135M-Instruct"
 START_DEADLINE_S = 400.0
@@ -34,6 +35,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def eventually(look: Callable[[], T], holds: Callable[[T], bool], deadline_s: float = START_DEADLINE_S) -> T:
+    """What `look` finds of another process once that holds. Raises TimeoutError with what it found last."""
+    deadline = time.monotonic() + deadline_s
+    while not holds(found := look()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"after {deadline_s:g} s: {found}")
+        time.sleep(0.5)  # between two looks; other processes give no sign to wait for
+    return found
 
 
 class Cluster:
@@ -97,33 +108,31 @@ class Cluster:
 
     def wait_for_drafters(self, names: set[str]) -> None:
         """Until /health is 200 and lists exactly these drafters."""
-        deadline = time.monotonic() + START_DEADLINE_S
-        seen: object = None
-        while time.monotonic() < deadline:
+
+        def up() -> set[str] | str:
             try:
                 answer = httpx.get(f"{self.url}/health", timeout=10)
-                seen = answer.text
-                if answer.status_code == 200 and set(answer.json()["drafters"]) == names:
-                    return
             except httpx.HTTPError as error:
-                seen = error
-            time.sleep(0.5)  # polling another process, bounded by the deadline
-        raise TimeoutError(f"drafters {names} are not up: {seen}; {serve.status()}")
+                return repr(error)
+            return set(answer.json()["drafters"]) if answer.status_code == 200 else answer.text
+
+        eventually(up, lambda found: found == names)
 
     def processes(self) -> dict[str, int]:
         """Application and deployment -> process id of its one replica, once all of them run."""
-        deadline = time.monotonic() + START_DEADLINE_S
-        while time.monotonic() < deadline:
+
+        def replicas() -> dict[str, Any]:
             details = cast(Any, serve_api)._get_global_client().get_serve_details()
-            replicas = {
+            return {
                 f"{app}.{name}": deployment["replicas"]
                 for app, info in details["applications"].items()
                 for name, deployment in info["deployments"].items()
             }
-            if all(len(r) == 1 and r[0]["state"] == "RUNNING" for r in replicas.values()):
-                return {name: r[0]["pid"] for name, r in replicas.items()}
-            time.sleep(0.5)  # polling another process, bounded by the deadline
-        raise TimeoutError(f"not every deployment has one running replica: {replicas}")
+
+        def run(found: dict[str, Any]) -> bool:
+            return all(len(r) == 1 and r[0]["state"] == "RUNNING" for r in found.values())
+
+        return {name: r[0]["pid"] for name, r in eventually(replicas, run).items()}
 
     def replicas(self, application: str, deployment: str) -> dict[str, str]:
         """Replica -> the node it runs on, of those that run."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from cluster.nodes import LocalNodes
-from tests.cluster import MODEL, Cluster
+from tests.cluster import MODEL, Cluster, eventually
 from tests.prompts import PROMPTS
 
 pytestmark = pytest.mark.serve
@@ -46,12 +45,13 @@ def test_every_node_has_one_of_each_and_sessions_spread(nodes: Nodes) -> None:
         assert len(set(cluster.replicas(application, deployment).values())) == 2
     with ThreadPoolExecutor(ANSWERS) as pool:
         list(pool.map(lambda prompt: ask(cluster, prompt), PROMPTS[:ANSWERS]))
-    deadline, busy = time.monotonic() + 60, 0
-    while busy < 2 and time.monotonic() < deadline:
+
+    def answering() -> int:
+        """Verifiers that have had several leases."""
         leases = cluster.metrics("serve_deployment_request_counter_total")
-        busy = sum('deployment="Verifier"' in labels and number > 1 for labels, number in leases.items())
-        time.sleep(1)  # Ray exports every few seconds; bounded by the deadline
-    assert busy == 2, "both verifiers answered"
+        return sum('deployment="Verifier"' in labels and number > 1 for labels, number in leases.items())
+
+    assert eventually(answering, lambda found: found == 2, 60) == 2
 
 
 def test_a_conversation_goes_to_the_verifier_that_holds_it(nodes: Nodes) -> None:
@@ -107,11 +107,11 @@ def test_a_specialist_scales_by_its_own_sessions(nodes: Nodes) -> None:
 
 def wait_for(cluster: Cluster, wanted: tuple[int, int]) -> None:
     """Until math and chat have so many replicas that run."""
-    deadline, found = time.monotonic() + 240, (0, 0)
-    while found != wanted:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.5)  # polling another process, bounded by the deadline
-        found = len(cluster.replicas("math", "Drafter")), len(cluster.replicas("chat", "Drafter"))
+
+    def running() -> tuple[int, int]:
+        return len(cluster.replicas("math", "Drafter")), len(cluster.replicas("chat", "Drafter"))
+
+    assert eventually(running, lambda found: found == wanted, 240) == wanted
 
 
 def test_a_node_that_is_lost_costs_no_answer(nodes: Nodes) -> None:
