@@ -28,6 +28,8 @@ T = TypeVar("T")
 PROJECT = Path(__file__).resolve().parent.parent
 MODEL = "SmolLM2-135M-Instruct"
 START_DEADLINE_S = 400.0
+QUESTION = "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total?"
+USER = [{"role": "user", "content": QUESTION}]
 DRAFTERS = {"math", "chat", "code", "ngram"}  # of the shipped configuration
 
 
@@ -165,3 +167,17 @@ class Cluster:
     @property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=300, max_retries=0)
+
+
+def ask(cluster: Cluster, **options: Any) -> Any:
+    settings: dict[str, Any] = {"messages": USER, "max_tokens": 32, "temperature": 0, **options}
+    return cluster.client.chat.completions.create(model=MODEL, **settings)
+
+
+def text_of(cluster: Cluster, **options: Any) -> str:
+    content: str = ask(cluster, **options).choices[0].message.content
+    return content
+
+
+def streamed_text(chunks: Any) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)

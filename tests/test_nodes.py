@@ -6,12 +6,11 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from cluster.nodes import LocalNodes
-from tests.cluster import MODEL, Cluster, eventually
+from tests.cluster import Cluster, ask, eventually, streamed_text, text_of
 from tests.prompts import PROMPTS
 
 pytestmark = pytest.mark.serve
@@ -26,17 +25,8 @@ def nodes(target_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         yield running
 
 
-def ask(cluster: Cluster, messages: Any, max_tokens: int = 48, **options: Any) -> Any:
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    return cluster.client.chat.completions.create(
-        model=MODEL, messages=messages, max_tokens=max_tokens, temperature=0, **options
-    )
-
-
-def text_of(answer: Any) -> str:
-    content: str = answer.choices[0].message.content
-    return content
+def said(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]
 
 
 def test_every_node_has_one_of_each_and_sessions_spread(nodes: Nodes) -> None:
@@ -44,7 +34,7 @@ def test_every_node_has_one_of_each_and_sessions_spread(nodes: Nodes) -> None:
     for application, deployment in (("core", "Verifier"), ("math", "Drafter"), ("chat", "Drafter")):
         assert len(set(cluster.replicas(application, deployment).values())) == 2
     with ThreadPoolExecutor(ANSWERS) as pool:
-        list(pool.map(lambda prompt: ask(cluster, prompt), PROMPTS[:ANSWERS]))
+        list(pool.map(lambda prompt: text_of(cluster, messages=said(prompt)), PROMPTS[:ANSWERS]))
 
     def answering() -> int:
         """Verifiers that have had several leases."""
@@ -58,21 +48,17 @@ def test_a_conversation_goes_to_the_verifier_that_holds_it(nodes: Nodes) -> None
     """By chance alone all of them would once in 256 times."""
     cluster, _ = nodes
     for prompt in PROMPTS[:ANSWERS]:
-        first = ask(cluster, prompt)
-        turns = [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": text_of(first)},
-            {"role": "user", "content": "Go on."},
-        ]
-        second = ask(cluster, turns)
+        first = ask(cluster, messages=said(prompt), max_tokens=48)
+        answer = {"role": "assistant", "content": first.choices[0].message.content}
+        second = ask(cluster, messages=[*said(prompt), answer, *said("Go on.")])
         assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens
 
 
 def test_concurrent_turns_of_one_conversation_are_all_answered(nodes: Nodes) -> None:
     cluster, _ = nodes
     with ThreadPoolExecutor(ANSWERS) as pool:
-        texts = [text_of(one) for one in pool.map(lambda _: ask(cluster, PROMPTS[0]), range(ANSWERS))]
-    assert len(set(texts)) == 1
+        texts = set(pool.map(lambda _: text_of(cluster), range(ANSWERS)))
+    assert len(texts) == 1
 
 
 def test_a_specialist_scales_by_its_own_sessions(nodes: Nodes) -> None:
@@ -92,7 +78,8 @@ def test_a_specialist_scales_by_its_own_sessions(nodes: Nodes) -> None:
 
     def keep_asking(prompt: str) -> None:
         while not over.is_set():
-            ask(cluster, prompt, extra_body={"taps": {"strategy": "single", "drafters": ["math"]}})
+            named = {"taps": {"strategy": "single", "drafters": ["math"]}}
+            ask(cluster, messages=said(prompt), max_tokens=48, extra_body=named)
 
     with ThreadPoolExecutor(3) as pool:
         asking = [pool.submit(keep_asking, prompt) for prompt in PROMPTS[:3]]
@@ -116,20 +103,19 @@ def wait_for(cluster: Cluster, wanted: tuple[int, int]) -> None:
 
 def test_a_node_that_is_lost_costs_no_answer(nodes: Nodes) -> None:
     cluster, local = nodes
-    plain = [
-        text_of(ask(cluster, prompt, 96, extra_body={"taps": {"strategy": "off"}})) for prompt in PROMPTS[:6]
-    ]
+    off = {"taps": {"strategy": "off"}}
+    plain = [text_of(cluster, messages=said(p), max_tokens=96, extra_body=off) for p in PROMPTS[:6]]
     began = threading.Barrier(7, timeout=120)
 
     def answer(prompt: str) -> str:
-        stream = iter(ask(cluster, prompt, 96, stream=True))
-        text = "".join(next(stream).choices[0].delta.content or "" for _ in range(3))
+        stream = iter(ask(cluster, messages=said(prompt), max_tokens=96, stream=True))
+        text = streamed_text([next(stream) for _ in range(3)])
         began.wait()
-        return text + "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+        return text + streamed_text(stream)
 
     with ThreadPoolExecutor(6) as pool:
         answers = pool.map(answer, PROMPTS[:6])
         began.wait()
         local.kill(0)
         assert list(answers) == plain
-    assert text_of(ask(cluster, PROMPTS[7])), "new ones are answered by the other node"
+    assert text_of(cluster, messages=said(PROMPTS[7])), "new ones are answered by the other node"

@@ -16,27 +16,10 @@ import openai
 import pytest
 
 from deployments.config import RouterArgs
-from tests.cluster import DRAFTERS, MODEL, Cluster
+from tests.cluster import DRAFTERS, MODEL, QUESTION, USER, Cluster, ask, eventually, streamed_text, text_of
 from tests.prompts import PROMPTS
 
 pytestmark = pytest.mark.serve
-
-QUESTION = "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts in total?"
-USER = [{"role": "user", "content": QUESTION}]
-
-
-def ask(cluster: Cluster, **options: Any) -> Any:
-    settings: dict[str, Any] = {"messages": USER, "max_tokens": 32, "temperature": 0, **options}
-    return cluster.client.chat.completions.create(model=MODEL, **settings)
-
-
-def text_of(cluster: Cluster, **options: Any) -> str:
-    content: str = ask(cluster, **options).choices[0].message.content
-    return content
-
-
-def streamed_text(chunks: Any) -> str:
-    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
 def test_chat_streamed_equals_chat_whole(cluster: Cluster) -> None:
@@ -148,17 +131,13 @@ def test_concurrent_requests_are_correct_and_share_passes(cluster: Cluster) -> N
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda question: answer(*question), asked))
     assert together == alone
-    assert mean_batch_size(cluster) > 1.05
 
-
-def mean_batch_size(cluster: Cluster) -> float:
-    """Sessions per verify pass so far; waits while Ray, which exports every few seconds, shows none shared."""
-    deadline, mean = time.monotonic() + 60, 0.0
-    while time.monotonic() < deadline and mean <= 1.05:
+    def mean_batch_size() -> float:
+        """Sessions per verify pass so far; Ray exports every few seconds."""
         passes = cluster.metric("taps_verify_passes_total")
-        mean = cluster.metric("taps_verify_sessions_total") / passes if passes else 0.0
-        time.sleep(1)  # polling another process, bounded by the deadline
-    return mean
+        return cluster.metric("taps_verify_sessions_total") / passes if passes else 0.0
+
+    assert eventually(mean_batch_size, lambda mean: mean > 1.05, 60) > 1.05
 
 
 def test_an_abandoned_stream_frees_its_sessions(cluster: Cluster) -> None:
@@ -307,15 +286,11 @@ def test_what_is_scaled_to_zero_is_up_and_starts_with_the_first_request(cluster:
     for deployment in (verifier, last["deployments"][0]):
         deployment["autoscaling_config"] = idle
     cluster.apply(config)
-    deadline = time.monotonic() + 120
-    counts = [1, 1]
-    while any(counts) and time.monotonic() < deadline:
-        time.sleep(0.5)  # polling another process, bounded by the deadline
-        counts = [
-            cluster.num_replicas("core", "Verifier"),
-            cluster.num_replicas(last["name"], "Drafter"),
-        ]
-    assert counts == [0, 0]
+
+    def counts() -> tuple[int, int]:
+        return cluster.num_replicas("core", "Verifier"), cluster.num_replicas(last["name"], "Drafter")
+
+    assert eventually(counts, lambda found: not any(found), 120) == (0, 0)
     looked_again = time.monotonic() + 2 * RouterArgs().discovery_interval_s
     while time.monotonic() < looked_again:
         health = httpx.get(f"{cluster.url}/health", timeout=10)
