@@ -37,8 +37,10 @@ _NAMES = {  # a process's title -> what it is called here
 }
 # Of a stack's frames, the innermost that is here says what it is for.
 _PARTS = (
-    ("links", ("deployments/link", "deployments/leasing", "deployments/messages", "deployments/sessions")),
-    ("links", ("/grpc/", "deployments/channel")),
+    (
+        "links",
+        ("deployments/link", "deployments/leasing", "deployments/messages", "deployments/sessions", "/grpc/"),
+    ),
     ("policy", ("taps/adaptive", "taps/composing", "taps/drafting")),
     ("loop", ("taps/decoding", "taps/context", "deployments/generation")),
     ("HTTP", ("deployments/", "/uvicorn/", "/starlette/", "/fastapi/", "/h11/", "httptools", "pydantic")),

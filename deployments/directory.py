@@ -151,12 +151,12 @@ class Directory:
         verifier = _deployment(applications.get(self._core), _VERIFIER)
         self._verifier_seen = time.monotonic() if _can_serve(verifier) else float("-inf")
         drafters = {n: app for n, app in applications.items() if _DEPLOYMENT in app.deployments}
-        # One that is being deployed anew has no deployment for a moment.
-        self._said = {name: said for name, said in self._said.items() if name in applications}
-        self._handles = {name: handle for name, handle in self._handles.items() if name in applications}
         await asyncio.gather(
             *(self._meet(name, app) for name, app in drafters.items() if self._is_new(name, app))
         )
+        # Requests come while it waits. One that is being deployed anew has no deployment for a moment.
+        self._said = {name: said for name, said in self._said.items() if name in applications}
+        self._handles = {name: handle for name, handle in self._handles.items() if name in applications}
         self._take([Met(n, what, _is_up(applications[n])) for n, (_, what) in self._said.items()])
         self._warn_of_the_unseen()
 

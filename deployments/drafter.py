@@ -16,8 +16,6 @@ from deployments.priority import take_normal_priority
 from deployments.sessions import answering_drafter
 from taps.engine.scheduling import MAX_SESSIONS
 
-_PROFILED_SESSIONS = 16
-
 
 @serve.deployment(max_ongoing_requests=MAX_SESSIONS, ray_actor_options={"num_cpus": 0.2})
 class Drafter:
@@ -30,8 +28,7 @@ class Drafter:
         from deployments.loading import load_drafter  # heavy: not for those who only bind the class
 
         self._drafter, self._description = load_drafter(args)
-        profiled = await self._drafter.profile(min(args.max_sessions, _PROFILED_SESSIONS))
-        self._description = replace(self._description, draft_seconds=profiled)
+        self._description = replace(self._description, draft_seconds=await self._drafter.profile())
         self._server = SessionServer(self._open_session, self._drafter.check)
         await self._server.start(node_address())
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -72,8 +72,8 @@ class RequestReader:
             reason = f"the target's chat template refuses these messages: {error}"
             raise RequestError(reason, "messages") from error
         max_tokens = request.max_completion_tokens or request.max_tokens
-        job = self._generation(request, templated["input_ids"], max_tokens, drafters)
-        return replace(job, conversation=job.conversation or _beginning(messages, request.cache_salt))
+        begins = _beginning(messages, request.cache_salt)
+        return self._generation(request, templated["input_ids"], max_tokens, drafters, begins)
 
     def read_completion(self, request: CompletionRequest, drafters: Drafters) -> Generation:
         max_tokens = request.max_tokens or _DEFAULT_COMPLETION_TOKENS
@@ -108,7 +108,9 @@ class RequestReader:
         prompt: list[int],
         max_tokens: int | None,
         drafters: Drafters,
+        begins: str = "",
     ) -> Generation:
+        """Args: begins: names a conversation that no key of the request's own names."""
         where = "messages" if isinstance(request, ChatRequest) else "prompt"
         if not prompt:
             raise RequestError("the prompt is empty", where)
@@ -131,7 +133,7 @@ class RequestReader:
             self._choose(tree.strategy, request.options.drafters, drafters),
             Ask(tree.num_nodes, tree.depth, tree.top_k, params if tree.coupled else None),
             request.options.explain,
-            request.prompt_cache_key or "",
+            request.prompt_cache_key or begins,
         )
 
     def _tree(self, options: TapsOptions) -> TreeArgs:

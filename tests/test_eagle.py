@@ -212,7 +212,7 @@ def test_only_the_draft_vocabulary_is_proposed() -> None:
 def test_drafts_are_timed_by_sessions_and_leave_none_behind() -> None:
     drafter = EagleDrafter(tiny_head(), max_sessions=4)
     for _ in range(2):
-        seconds = drafter.profile(4)
+        seconds = drafter.profile()
         assert list(seconds) == [1, 4]
         assert all(0.0 < taken < 10.0 for taken in seconds.values())
     assert len([drafter.open() for _ in range(4)]) == 4

@@ -127,6 +127,9 @@ class Canned:
 
     in_kernel = False
 
+    def profile(self) -> dict[int, float]:
+        return {}
+
     def __init__(self, trees: Mapping[int, ProposalTree]) -> None:
         self._trees = trees
 

@@ -44,12 +44,8 @@ class _Best(NamedTuple):
     """What would give a session the most, and what it was found by."""
 
     choice: Choice
-    found_by: tuple[int, float, float, tuple[str, ...]] = (
-        -1,
-        0.0,
-        0.0,
-        (),
-    )  # version, free gain, when, of whom
+    # Gains' version, the free gain, when, and of which drafters.
+    found_by: tuple[int, float, float, tuple[str, ...]] = (-1, 0.0, 0.0, ())
 
 
 class Drafted(NamedTuple):
@@ -87,9 +83,8 @@ class Planner:
         """Args: passes: seconds of a pass by its rows, as far as known."""
         self._clock = clock
         self.passes = passes or StepCosts()
-        self._drafts: dict[
-            str, dict[int, StepCosts]
-        ] = {}  # seconds of a draft by its depth and sessions asking
+        # Seconds of a drafter's drafts by their depth and sessions asking.
+        self._drafts: dict[str, dict[int, StepCosts]] = {}
         self._asking: dict[str, int] = {}
         self._draft_ended = -math.inf
         self._plain, self._drafted = ByLoad(0.0005), ByLoad(0.002)
@@ -149,33 +144,32 @@ class Planner:
         elif seconds is not None:
             self._probe_s += _PROBED * (seconds - self._probe_s)
 
-    def observe_pass(self, cost: PassCost | None) -> None:
+    def observe_pass(self, cost: PassCost | None) -> bool:
+        """Returns whether that is news: every session of a pass tells of it."""
         if cost is None or cost == self._seen:
-            return
+            return False
         self._seen, seconds = cost, cost.ms / 1e3
         if not any(self._asking.values()) and self._clock() - self._draft_ended >= seconds:
             self.passes.observe(cost.rows, seconds)
         elif self._drafting:
             self._slowed.observe(self.num_sessions, seconds / self.passes.seconds(cost.rows))
+        return True
 
     def observe_step(
         self, cost: PassCost | None, waited_s: float, drafted: Drafted | None, tokens: int = 1
     ) -> None:
         """Args: waited_s: for one verdict; drafted: what it was for, where it was for a tree."""
-        is_known = cost == self._seen  # every session of a pass tells of it
-        self.observe_pass(cost)
+        is_news = self.observe_pass(cost)
         self.modes.count(tokens)
-        if cost is None or (is_known and drafted is None):
+        if cost is None or not (is_news or drafted):
             return
         sessions = self.num_sessions
         # Most steps: a few wait for prompts of others, in whichever mode.
         beside = self._plain if drafted is None else self._drafted
-        usual_s = beside.at(sessions)
-        beside_s = min(max(waited_s - cost.ms / 1e3, 0.0), _WILDEST * usual_s + _WILDEST_S)
-        if drafted is None and not self._drafting:
-            beside.observe(sessions, beside_s)
-        elif drafted is not None:
-            beside.observe(sessions, beside_s)
+        most_s = _WILDEST * beside.at(sessions) + _WILDEST_S
+        if drafted is not None or not self._drafting:
+            beside.observe(sessions, min(max(waited_s - cost.ms / 1e3, 0.0), most_s))
+        if drafted is not None:
             self._nodes.observe(sessions, drafted.kept)
             self._realised.observe(sessions, drafted.share)
 

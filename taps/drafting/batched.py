@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, Drafter, DraftJob
-from taps.drafting.eagle import EagleDrafter
 from taps.engine.batching import Batcher
 from taps.engine.threads import computing
 from taps.tree import ProposalTree
@@ -29,11 +27,9 @@ class BatchedDrafter:
             drafter.step, f"drafter-{name}", computing(num_threads, drafter.in_kernel), lambda job: job.session
         )
 
-    async def profile(self, most_sessions: int) -> dict[int, float]:
-        """Seconds of a usual draft by sessions, measured now; nothing of a drafter that takes no time."""
-        if not isinstance(self._drafter, EagleDrafter):
-            return {}
-        return await self._batcher.between_steps(partial(self._drafter.profile, most_sessions))
+    async def profile(self) -> dict[int, float]:
+        """Seconds of a usual draft by sessions that ask, measured now; nothing where that is no time."""
+        return await self._batcher.between_steps(self._drafter.profile)
 
     @asynccontextmanager
     async def session(self, index: int = 0) -> AsyncIterator[BatchedDrafterSession]:

@@ -59,6 +59,10 @@ class Drafter(Protocol):
 
     def close(self, session: Any) -> None: ...
 
+    def profile(self) -> dict[int, float]:
+        """Seconds of a usual draft by sessions that ask, measured now; nothing where that is no time."""
+        ...
+
     def step(self, jobs: Sequence[DraftJob]) -> list[ProposalTree | Exception | None]:
         """A tree for every job, drafted together; an exception is that job's alone."""
         ...

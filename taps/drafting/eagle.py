@@ -47,17 +47,19 @@ class EagleDrafter:
         self._head = DraftingHead(head)
         self._inputs = StepInputs(self._head.device)
         self._tokens = self._head.draft_vocab.int()
+        self._max_sessions = max_sessions
         self._cache = PagedCache(max_sessions, max_len, layers=[self._head.layer_shape])
         positions = self._cache.num_pages * PAGE
         needed = positions * self._head.layer_shape.numbers * self._head.dtype.itemsize
         require_memory(needed, self._head.device, f"a cache of {positions} tokens", "max_sessions or max_len")
 
-    def profile(self, most_sessions: int) -> dict[int, float]:
-        """Seconds of a usual draft by how many sessions ask, none of which is left; for who calls `step`."""
-        sessions, measured = [self.open() for _ in range(most_sessions)], {}
+    def profile(self) -> dict[int, float]:
+        """Seconds of a usual draft by sessions that ask; of these none is left."""
+        profiled, measured = [n for n in _PROFILED if n <= self._max_sessions], {}
+        sessions = [self.open() for _ in range(profiled[-1])]
         feature = torch.zeros(1, self._head.hidden_size)
         news = {session: ContextDelta(0, (0, 0), 0, feature) for session in sessions}
-        for number in (n for n in _PROFILED if n <= most_sessions):
+        for number in profiled:
             seconds = []
             for _ in range(3):
                 began = time.perf_counter()

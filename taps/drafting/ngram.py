@@ -67,6 +67,9 @@ class NgramDrafter:
     def close(self, session: NgramIndex) -> None:
         session.clear()
 
+    def profile(self) -> dict[int, float]:
+        return {}
+
     def step(self, jobs: Sequence[DraftJob]) -> list[ProposalTree | Exception | None]:
         return [draft(job.session, job.delta, job.ask) for job in jobs]
 
