@@ -28,7 +28,7 @@ from taps.context import Context
 from taps.decoding.loop import decode
 from taps.decoding.panel import Panel
 from taps.decoding.policy import Fixed, Policy, Step
-from taps.drafting.ngram import NgramIndex, NgramSession
+from taps.drafting.ngram import NgramSession
 from taps.engine.costs import StepCosts
 from taps.peers import PeerGone
 
@@ -101,7 +101,7 @@ class Generator:
         if ngram is None or ngram.name in specialists or ngram.name not in job.drafters:
             return []
         index = job.drafters.index(ngram.name)
-        return [NgramSession(ngram.name, index, NgramIndex(ngram.max_ngram, ngram.min_ngram))]
+        return [NgramSession(ngram.name, index, ngram.max_ngram, ngram.min_ngram)]
 
     @asynccontextmanager
     async def _alike(self, numerics: str | None, conversation: str) -> AsyncIterator[RemoteVerifierSession]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deployments.config import SpecialistArgs, TargetArgs, VerifierArgs, locate, torch_dtype
 from deployments.descriptions import SpecialistDescription, TargetDescription
+from taps.adaptive.lookups import Lookups
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Drafter
 from taps.drafting.eagle import EagleDrafter
@@ -26,7 +27,7 @@ def load_verifier(target: TargetArgs, args: VerifierArgs) -> tuple[BatchedVerifi
     served = Target(model, args.max_sessions, args.max_len, budget, args.cache_tokens, args.overcommit)
     made_of = _fingerprint_of(path, model)
     description = TargetDescription(model.vocab_size, made_of, served.max_tokens)
-    return BatchedVerifier(served, args.torch_threads), description
+    return BatchedVerifier(served, args.torch_threads, Lookups()), description
 
 
 def _fingerprint_of(path: str, model: CausalLM) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, InvalidAsk
+from taps.lookup import Lookup
 from taps.models.cache import CacheFull
 from taps.peers import PeerGone
 from taps.sampling import InvalidLogits, SamplingParams
@@ -19,7 +20,7 @@ from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PassCost, PromptTooLong, Verdict
 
-VERSION = 4
+VERSION = 5
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 # Errors that travel by name: the far side raises the same type.
 _ERRORS: dict[str, type[Exception]] = {
@@ -114,6 +115,14 @@ def to_prefill(message: Mapping[str, Any]) -> tuple[SessionState, int]:
         state[name] = tuple(state[name])
     state["sampling"] = SamplingParams(**state["sampling"])
     return SessionState(**state), message["feature_window"]
+
+
+def from_ahead(window: int, lookup: Lookup | None) -> Message:
+    return {"ahead": window, "lookup": None if lookup is None else asdict(lookup)}
+
+
+def to_ahead(message: Mapping[str, Any]) -> tuple[int, Lookup | None]:
+    return message["ahead"], None if message["lookup"] is None else Lookup(**message["lookup"])
 
 
 def from_propose(delta: ContextDelta, ask: Ask) -> Message:

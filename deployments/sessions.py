@@ -12,10 +12,12 @@ from deployments.leasing import Handler
 from deployments.linking import LinkPool, RemoteSession
 from deployments.messages import (
     Message,
+    from_ahead,
     from_prefill,
     from_propose,
     from_tree,
     from_verdict,
+    to_ahead,
     to_prefill,
     to_propose,
     to_tree,
@@ -24,6 +26,7 @@ from deployments.messages import (
 from taps.context import ContextDelta
 from taps.decoding.sessions import DrafterSession, VerifierSession
 from taps.drafting.drafter import Ask, InvalidAsk
+from taps.lookup import Lookup
 from taps.peers import PeerGone
 from taps.sampling import InvalidLogits
 from taps.session import SessionState
@@ -45,8 +48,9 @@ class RemoteVerifierSession:
     async def verify(self, tree: ProposalTree) -> Verdict:
         return await self._ask({"tree": from_tree(tree)})
 
-    async def ahead(self, window: int) -> Verdict:
-        return await self._ask({"ahead": window})
+    async def ahead(self, window: int, lookup: Lookup | None = None) -> list[Verdict]:
+        answer = await self._session.ask(from_ahead(window, lookup), self._timeout_s)
+        return [to_verdict(message) for message in answer["verdicts"]]
 
     async def _ask(self, message: dict[str, Any]) -> Verdict:
         return to_verdict(await self._session.ask(message, self._timeout_s))
@@ -56,6 +60,7 @@ class RemoteDrafterSession:
     """Implements `taps.decoding.sessions.DrafterSession`."""
 
     is_at_hand = False
+    lookup = None
 
     def __init__(self, session: RemoteSession, name: str, index: int, timeout_s: float) -> None:
         self.name = name
@@ -75,7 +80,8 @@ def answering_verifier(session: VerifierSession) -> Handler:
         if "tree" in message:
             return from_verdict(await session.verify(to_tree(message["tree"])))
         if "ahead" in message:
-            return from_verdict(await session.ahead(message["ahead"]))
+            verdicts = await session.ahead(*to_ahead(message))
+            return {"verdicts": [from_verdict(verdict) for verdict in verdicts]}
         return from_verdict(await session.prefill(*to_prefill(message)))
 
     return answer

@@ -34,4 +34,4 @@ class Verdict:
     batch_size: int  # sessions with a tree in the pass, the last one
     num_reused: int = 0  # of a prefill's tokens, those that had been computed before
     cost: PassCost | None = None  # of the last pass
-    num_passes: int = 1  # of the target; several are of plain decoding, one token each
+    num_passes: int = 1  # of the target; several have no drafts, and decided one token each

@@ -26,6 +26,7 @@ from taps.decoding.policy import Fixed, Policy, Question, Step
 from taps.decoding.sessions import DrafterSession
 from taps.drafting.drafter import Ask
 from taps.engine.verification import accept
+from taps.lookup import Lookup
 from taps.peers import PeerBusy, PeerGone
 from taps.sampling import SamplingParams, sample
 from taps.session import SessionState
@@ -147,10 +148,10 @@ class TableVerifier:
             else replace(verdict, cost=PassCost(len(kept), self._ms_of(len(kept))))
         )
 
-    async def ahead(self, window: int) -> Verdict:
+    async def ahead(self, window: int, lookup: Lookup | None = None) -> list[Verdict]:
         if not window:
-            return make_verdict([], range(0))
-        return await self.verify(ProposalTree.root_only(self._tokens[-1]))
+            return [make_verdict([], range(0))]
+        return [await self.verify(ProposalTree.root_only(self._tokens[-1]))]
 
     def _decide(self, accepted: Sequence[int]) -> int:
         return self._target.decide([*self._tokens, *accepted], self._prompt_length, self._params)
@@ -214,6 +215,7 @@ class ScriptedDrafter:
     ) -> None:
         self.index = index
         self.is_at_hand = is_at_hand
+        self.lookup = None
         self.name = f"drafter {index}"
         self.deltas: list[ContextDelta] = []
         self._draft = draft

@@ -110,10 +110,10 @@ def planner(per_row: float, sessions: int, draft_s: float = 0.004, together: flo
     return found
 
 
-def choose_all(of: Planner, gains: Sequence[float]) -> list[Choice]:
+def choose_all(of: Planner, gains: Sequence[float], free_gain: float = 0.0) -> list[Choice]:
     """What sessions of these gains do, once they know of one another."""
     for _ in range(3):
-        chosen = [of.choose(session, {"math": steady(gain)}, 0.0) for session, gain in enumerate(gains)]
+        chosen = [of.choose(session, {"math": steady(gain)}, free_gain) for session, gain in enumerate(gains)]
     return chosen
 
 
@@ -154,10 +154,19 @@ def test_nodes_at_hand_are_not_drafted_again() -> None:
 
 def test_nodes_at_hand_are_checked_where_they_are_worth_a_round_trip() -> None:
     of = planner(0.0003, 1)
-    assert of.pays(2.0, 4)
-    assert not of.pays(0.0, 4)
-    assert not of.pays(0.05, 4)
-    assert not planner(0.0008, 16).pays(0.3, 4)
+    assert of.choose(0, {}, 2.0) == Choice((), 0, 2.0)
+    assert of.choose(0, {}, 0.0).is_plain
+    assert of.choose(0, {}, 0.05).is_plain
+    assert all(choice.is_plain for choice in choose_all(planner(0.0008, 16), [0.0] * 16, free_gain=0.3))
+
+
+def test_what_the_verifier_finds_by_itself_counts_for_plain_decoding() -> None:
+    of = planner(0.0003, 1)
+    assert of.choose(0, {}, 1.0) == Choice((), 0, 1.0)
+    of.observe_plain(passes=4, nodes=8, tokens=10)
+    for _ in range(20):
+        of.observe_plain(passes=1, nodes=3, tokens=3)
+    assert of.choose(0, {}, 1.0, version=1).is_plain
 
 
 def test_what_steps_cost_beside_passes_counts() -> None:
@@ -258,7 +267,7 @@ async def test_at_hand_it_drafts_for_nothing_where_text_repeats_itself(params: S
     steps = await decoded([NgramSession("ngram", 0), ScriptedDrafter(1, mistaken)], 200, params=params)
     drafted = [step for step in steps if 0b1 in step.drafted]
     assert drafted
-    assert all(asked(step) == [] for step in drafted)
+    assert all(asked(step) == [] for step in drafted[6:]), "once it is known that the other is mistaken"
 
 
 async def test_a_drafter_that_is_lost_is_gone_and_the_text_goes_on() -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
+from taps.adaptive.lookups import Lookups
 from taps.engine.ahead import RunsAhead
 from taps.engine.target import Target
 from taps.engine.verifier import BatchedVerifier
+from taps.lookup import Lookup
 from taps.models.causal_lm import CausalLM
+from taps.sampling import SamplingParams
 from taps.session import SessionState
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
@@ -42,6 +45,10 @@ class Source:
         return make_verdict([self.count - 1], [self.count])
 
 
+def told(verdicts: Sequence[Verdict]) -> tuple[int, ...]:
+    return tuple(token for verdict in verdicts for token in verdict.tokens)
+
+
 async def settled(condition: Callable[[], bool]) -> None:
     """Until it holds, and a while longer: it must go on holding."""
     await until(condition)
@@ -52,9 +59,9 @@ async def settled(condition: Callable[[], bool]) -> None:
 
 async def test_it_goes_on_up_to_its_window_while_nobody_reads() -> None:
     source = Source()
-    assert (await source.run.fetch(4)).tokens == (0,)
+    assert told(await source.run.fetch(4)) == (0,)
     await settled(lambda: source.count == 5)
-    fetched = await source.run.fetch(4)
+    (fetched,) = await source.run.fetch(4)
     assert fetched.tokens == (1, 2, 3, 4)
     assert fetched.num_passes == 4
     assert len(fetched.features) == 0
@@ -64,15 +71,15 @@ async def test_it_goes_on_up_to_its_window_while_nobody_reads() -> None:
 async def test_a_window_of_nothing_stops_it_after_the_pass_under_way() -> None:
     source = Source(gated=True)
     source.gate.release()
-    assert (await source.run.fetch(4)).tokens == (0,)
+    assert told(await source.run.fetch(4)) == (0,)
     stopping = asyncio.create_task(source.run.fetch(0))
     await asyncio.sleep(0)
     source.gate.release()
     source.gate.release()
-    assert (await stopping).tokens == (1,)
+    assert told(await stopping) == (1,)
     await settled(lambda: source.count == 2)
-    assert (await source.run.fetch(0)).tokens == ()
-    assert (await source.run.fetch(1)).tokens == (2,)
+    assert told(await source.run.fetch(0)) == ()
+    assert told(await source.run.fetch(1)) == (2,)
 
 
 @pytest.mark.parametrize("window", [1, 3, 16])
@@ -80,21 +87,21 @@ async def test_it_ends_with_the_text_and_then_decides_what_is_asked_for_alone(wi
     source = Source(over_at=5)
     tokens: list[int] = []
     while len(tokens) < 5:
-        tokens += (await source.run.fetch(window)).tokens
+        tokens += told(await source.run.fetch(window))
     assert tokens == [0, 1, 2, 3, 4]
     await settled(lambda: source.count == 5)
-    assert (await source.run.fetch(window)).tokens == (5,)
+    assert told(await source.run.fetch(window)) == (5,)
     await settled(lambda: source.count == 6)
 
 
 async def test_what_was_decided_before_a_failure_is_told_first() -> None:
     source = Source(fails_at=2)
-    assert (await source.run.fetch(4)).tokens == (0,)
+    assert told(await source.run.fetch(4)) == (0,)
     await settled(lambda: source.count == 2)
-    assert (await source.run.fetch(4)).tokens == (1,)
+    assert told(await source.run.fetch(4)) == (1,)
     with pytest.raises(ValueError, match="as asked"):
         await source.run.fetch(4)
-    assert (await source.run.fetch(4)).tokens == (2,)
+    assert told(await source.run.fetch(4)) == (2,)
 
 
 async def test_a_failure_of_the_first_pass_is_raised() -> None:
@@ -124,16 +131,16 @@ async def test_drafting_resumes_where_plain_decoding_stopped_and_the_text_is_one
             seen.append(verdict.features)
         features = torch.cat(seen)  # of every position
     async with verifier.session() as session:
-        tokens, told = list((await session.prefill(prompt, 8)).tokens), 1
+        tokens, known = list((await session.prefill(prompt, 8)).tokens), 1
         for window in (3, 5, 16):
             for _ in range(3):
-                verdict = await session.ahead(window)
+                (verdict,) = await session.ahead(window)
                 assert (len(verdict.features), len(verdict.tokens)) == (0, verdict.num_passes)
                 tokens += verdict.tokens
-            stopped = await session.ahead(0)
+            (stopped,) = await session.ahead(0)
             tokens += stopped.tokens
-            untold = len(tokens) - told
-            told = len(tokens) + 2
+            untold = len(tokens) - known
+            known = len(tokens) + 2
             assert torch.equal(
                 stopped.features,
                 features[len(prompt.tokens) + len(tokens) - 1 - min(untold, 8) :][: min(untold, 8)],
@@ -143,7 +150,7 @@ async def test_drafting_resumes_where_plain_decoding_stopped_and_the_text_is_one
             assert len(verdict.tokens) == 2
             tokens += verdict.tokens
         while len(tokens) < 60:
-            tokens += (await session.ahead(16)).tokens
+            tokens += told(await session.ahead(16))
         assert tokens == expected
     verifier.close()
 
@@ -152,5 +159,55 @@ async def test_a_session_whose_owner_wants_no_features_gets_none() -> None:
     verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 1, 128))
     async with verifier.session() as session:
         assert len((await session.prefill(SessionState((5, 6, 7)), 0)).features) == 0
-        assert len((await session.ahead(4)).features) == 0
+        assert [len(verdict.features) for verdict in await session.ahead(4)] == [0]
+    verifier.close()
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(0.0), SamplingParams(0.7, seed=3)])
+async def test_what_its_own_text_says_comes_next_is_drafted_and_changes_no_token(
+    sampling: SamplingParams,
+) -> None:
+    """A text that repeats itself, beside a session that looks nothing up; windows smaller than drafts, too."""
+    verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 4, 512), guesser=Lookups())
+    prompt = SessionState((5, 6, 7, 8) * 8, max_tokens=200, sampling=sampling)
+
+    async def decoded(lookup: Lookup | None, window: int) -> list[Verdict]:
+        async with verifier.session() as session:
+            found = [await session.prefill(prompt, 8)]
+            while len(told(found)) < 200:
+                found += await session.ahead(window, lookup)
+            return found
+
+    plain, *others = await asyncio.gather(
+        decoded(None, 16), decoded(Lookup(3), 16), decoded(Lookup(3), 1), decoded(Lookup(3, num_tokens=1), 16)
+    )
+    assert len(told(plain)) == 200
+    for found in others:
+        assert told(found) == told(plain)
+        drafted = [verdict for verdict in found if verdict.num_nodes]
+        assert all(verdict.num_passes == 1 for verdict in drafted)
+        assert {owners for verdict in drafted for owners in verdict.owners} <= {1 << 3}
+        if sampling.greedy:
+            assert sum(verdict.num_passes for verdict in found[1:]) < 150, "a text that repeats itself"
+    assert not any(verdict.num_nodes for verdict in plain)
+    verifier.close()
+
+
+async def test_features_of_drafted_passes_come_with_the_stop_too() -> None:
+    verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 2, 512), guesser=Lookups())
+    prompt = SessionState((5, 6, 7, 8) * 8, max_tokens=100)
+    async with verifier.session() as session, verifier.session() as other:
+        tokens = [*(await session.prefill(prompt, 100)).tokens]
+        first = await other.prefill(prompt, 100)
+        while len(tokens) < 60:
+            tokens += told(await session.ahead(16, Lookup(0)))
+        stopped = await session.ahead(0)
+        tokens += told(stopped)
+        expected, seen = list(first.tokens), list[torch.Tensor]()
+        while len(expected) < len(tokens):
+            verdict = await other.verify(ProposalTree.root_only(expected[-1]))
+            expected += verdict.tokens
+            seen.append(verdict.features)
+        assert tokens == expected
+        assert torch.equal(stopped[-1].features, torch.cat(seen))
     verifier.close()

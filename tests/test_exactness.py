@@ -22,6 +22,7 @@ from taps.decoding.policy import Fixed, Policy
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
 from taps.engine.verifier import BatchedVerifier, BatchedVerifierSession
+from taps.lookup import Lookup
 from taps.peers import PeerGone
 from taps.sampling import SamplingParams
 from taps.session import SessionState
@@ -80,9 +81,9 @@ class Lost:
         self._live()
         return await self._session.verify(tree)
 
-    async def ahead(self, window: int) -> Verdict:
+    async def ahead(self, window: int, lookup: Lookup | None = None) -> Sequence[Verdict]:
         self._live()
-        return await self._session.ahead(window)
+        return await self._session.ahead(window, lookup)
 
     def _live(self) -> None:
         self._passes -= 1
@@ -118,7 +119,7 @@ class Restless(Planner):
         version: int = 0,
     ) -> Choice:  # fmt: skip
         if not gains or self._rng.random() < 0.5:
-            return Choice((), 0, 0.0)
+            return Choice((), 0, 0.0, is_plain=True)
         count = self._rng.randrange(1, len(gains) + 1)
         return Choice(tuple(self._rng.sample(sorted(gains), count)), self._rng.randrange(1, 5), 1.0)
 

@@ -9,7 +9,8 @@ import torch
 
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, DraftJob, InvalidAsk
-from taps.drafting.ngram import NgramDrafter, NgramIndex, NgramSession
+from taps.drafting.ngram import NgramDrafter, NgramSession
+from taps.lookup import NgramIndex
 from taps.peers import PeerGone
 from taps.tree import ProposalTree
 

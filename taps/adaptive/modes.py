@@ -21,6 +21,8 @@ _FIRST_PAUSE_S = {False: 5.0, True: 15.0}  # between trials: of plain decoding, 
 _LONGEST_PAUSE_S = 60.0
 _WORTH_TRYING = 0.8  # of what plain decoding gives, that drafting must be thought to
 _ENOUGH = 2  # windows, to judge a trial by
+_THOUGHT_COUNTS, _MOST_COUNT = 4, 20  # windows, for what is thought and for what was measured
+_LEAST = 0.01
 _HOPELESS = 0.85  # of what plain decoding gives: a trial of drafting that gives less ends early
 
 
@@ -94,10 +96,16 @@ class Modes:
         return mode
 
     def ratio(self, thought: float) -> float:
-        """The tokens a second of drafting to those of plain decoding, as measured where both were."""
-        rates = self._at(self._sessions).rates
-        both = all(rate.windows for rate in rates.values())
-        return rates[True].value / rates[False].value if both else thought
+        """The tokens a second of drafting to those of plain decoding: as measured where both were, and as
+        thought where that was little. Windows differ by what else they saw, above all by prompts.
+        """
+        drafted, plain = self._at(self._sessions).rates[True], self._at(self._sessions).rates[False]
+        windows = min(drafted.windows, plain.windows, _MOST_COUNT)
+        if not windows:
+            return thought
+        measured = math.log(max(drafted.value, _LEAST) / max(plain.value, _LEAST))
+        guessed = math.log(max(thought, _LEAST))
+        return math.exp((_THOUGHT_COUNTS * guessed + windows * measured) / (_THOUGHT_COUNTS + windows))
 
     def _decide(self, thought: float) -> bool:
         load, now = self._at(self._sessions), self._clock()

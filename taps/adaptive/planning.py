@@ -27,8 +27,11 @@ _FIRST_COUNTS = 2.0  # measurements, that what is thought at first counts for
 _TAKES_IN = 1.5  # levels of a draft, that taking in the news costs as much as
 _USUAL_DEPTH = 5  # tokens of a path that drafts' times are kept for
 _FIRST_DRAFT_S = 0.004
-_PROBES = 0.01  # of the time, that may go into asking drafters who do not pay
+# Of the time, that may go into asking drafters who do not pay; less where several sessions share passes, all of
+# which a probe holds up, and drafting has less to win.
+_PROBES = 0.01
 _FIRST_NODES = 6.0
+_MOST_TOLD = 4  # passes of plain decoding that were told together, that are learned from
 _FIRST_PROBE_S = 0.02
 
 
@@ -38,6 +41,7 @@ class Choice(NamedTuple):
     drafters: tuple[str, ...]  # none: nobody is waited for
     depth: int  # tokens of a path
     gain: float  # tokens expected beyond one
+    is_plain: bool = False  # the verifier goes on by itself, also where nodes are at hand
 
 
 class _Best(NamedTuple):
@@ -93,6 +97,8 @@ class Planner:
         self._cycles: dict[tuple[tuple[str, ...], int, int, int], float] = {}  # seconds
         self._drafting: set[Hashable] = set()
         self._nodes = ByLoad(_FIRST_NODES)  # that are kept of a session's tree
+        # Of plain decoding, a pass: nodes that the verifier drafts itself, and tokens beyond one.
+        self._looked_up, self._found = ByLoad(0.0), ByLoad(0.0)
         self._realised = ByLoad(1.0)  # of what whole trees would gain, since they are cut
         first = StepCosts(self.passes.table())
         self.modes = Modes(lambda sessions: sessions / first.seconds(sessions), clock)
@@ -158,7 +164,7 @@ class Planner:
     def observe_step(
         self, cost: PassCost | None, waited_s: float, drafted: Drafted | None, tokens: int = 1
     ) -> None:
-        """Args: waited_s: for one verdict; drafted: what it was for, where it was for a tree."""
+        """Args: waited_s: for one pass; drafted: what it was for, where it was for a tree."""
         is_news = self.observe_pass(cost)
         self.modes.count(tokens)
         if cost is None or not (is_news or drafted):
@@ -173,6 +179,12 @@ class Planner:
             self._nodes.observe(sessions, drafted.kept)
             self._realised.observe(sessions, drafted.share)
 
+    def observe_plain(self, passes: int, nodes: int, tokens: int) -> None:
+        """Passes of plain decoding: the nodes that the verifier drafted itself, and what they decided."""
+        for _ in range(min(passes, _MOST_TOLD)):
+            self._looked_up.observe(self.num_sessions, nodes / passes)
+            self._found.observe(self.num_sessions, tokens / passes - 1.0)
+
     def choose(
         self,
         session: Hashable,
@@ -186,28 +198,17 @@ class Planner:
         of the nodes that are there without asking; version: of the gains, another one where they changed.
         """
         known, found_by = self._best.get(session), (version, free_gain, self._planned_at, tuple(gains))
-        wanted = known is not None and bool(known.choice.drafters)
+        wanted = known is not None and known.choice.gain > 0.0
         if known is None or known.found_by != found_by:
             self._best[session] = known = _Best(self._best_of(gains, free_gain), found_by)
         best, now = known.choice, self._clock()
-        if bool(best.drafters) != wanted or now - self._planned_at > _REPLAN_S:
+        if (best.gain > 0.0) != wanted or now - self._planned_at > _REPLAN_S:
             self._plan(now)
-        # Gains have changed a little since the plan was made.
-        drafts = best.gain >= _SAME * self._threshold and bool(best.drafters)
+        # Who drafts goes on where its gain has changed a little: switching costs passes.
+        needed = (_SAME if session in self._drafting else 1.0) * self._threshold
+        drafts = best.gain > 0.0 and best.gain >= needed
         (self._drafting.add if drafts else self._drafting.discard)(session)
-        return best if drafts else Choice((), 0, free_gain)
-
-    def pays(self, gain: float, nodes: int) -> bool:
-        """Whether a session that decodes plainly should stop for nodes that are there, all in all."""
-        if gain <= 0.0:
-            return False
-        sessions = self.num_sessions
-        plain = self._plain_cycle(sessions)
-        # The nodes make everyone's pass longer; the round trip is the session's own.
-        longer = plain + self.passes.seconds(sessions + nodes) - self.passes.seconds(sessions)
-        trip = self._drafted.at(sessions) - (plain - self.passes.seconds(sessions))
-        missed = sessions > 1  # a pass of the others, while the verifier is told to stop
-        return (sessions + gain - trip / plain - missed) / longer > (1.0 + _STICKY) * sessions / plain
+        return best if drafts else Choice((), 0, free_gain, True)
 
     def explain(self, choice: Choice) -> dict[str, float]:
         """What is thought of the load: milliseconds from verdict to verdict, plain and where all draft."""
@@ -229,7 +230,7 @@ class Planner:
         now = self._clock()
         if now < self._next_probe:
             return False
-        self._next_probe = now + self._probe_s / _PROBES
+        self._next_probe = now + self._probe_s * _bucket(self.num_sessions) / _PROBES
         return True
 
     def draft_s(self, drafters: tuple[str, ...], depth: int, sessions: int) -> float:
@@ -267,7 +268,7 @@ class Planner:
     def _plain_cycle(self, sessions: int) -> float:
         # A plain step does nothing that another one does not do too.
         beside = min(self._plain.at(sessions), self._drafted.at(sessions))
-        return self.passes.seconds(sessions) + beside
+        return self.passes.seconds(sessions * (1.0 + self._looked_up.at(sessions))) + beside
 
     def _drafted_cycle(self, drafters: tuple[str, ...], depth: int, drafting: int, sessions: int) -> float:
         key = drafters, depth, drafting, sessions
@@ -281,17 +282,22 @@ class Planner:
         """How many sessions should draft: those that gain most, as many as give the most tokens a second."""
         self._planned_at = now
         self._cycles.clear()
-        ranked = sorted((best.choice for best in self._best.values()), key=lambda choice: -choice.gain)
-        sessions = len(ranked)
-        tokens, depth, threshold, drafted = float(sessions), 0, math.inf, 0.0
-        for number, choice in enumerate(ranked, 1):
-            if not choice.drafters:
-                continue
-            tokens, depth = tokens + choice.gain, max(depth, choice.depth)
-            rate = tokens / self._drafted_cycle(choice.drafters, depth, number, sessions)
-            if rate > drafted:
-                drafted, threshold = rate, choice.gain
-        plain = sessions / self._plain_cycle(sessions)
+        sessions = self.num_sessions
+        plain = sessions * (1.0 + self._found.at(sessions)) / self._plain_cycle(sessions)
+        choices = (best.choice for best in self._best.values() if best.choice.gain > 0.0)
+        ranked = sorted(choices, key=lambda choice: -choice.gain)
+        tokens, depth, threshold, drafted, number = float(sessions), 0, math.inf, 0.0, 0
+        drafters: tuple[str, ...] = ()
+        for place, choice in enumerate(ranked, 1):
+            others, tokens, depth = tokens, tokens + choice.gain, max(depth, choice.depth)
+            drafters = choice.drafters or drafters
+            cycle = self._drafted_cycle(drafters, depth, place, sessions)
+            if tokens / cycle > drafted:
+                # What the last of them must gain for that: less, and they would be better off without it.
+                threshold = min(max(plain, drafted) * cycle - others, choice.gain)
+                drafted, number = tokens / cycle, place
+        if 0 < number < len(ranked):
+            threshold = max(threshold, (ranked[number - 1].gain + ranked[number].gain) / 2)
         self._threshold = threshold if self.modes.drafts(drafted / plain) else math.inf
 
 

@@ -15,17 +15,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from taps.adaptive.calibration import Calibration
-from taps.adaptive.gains import Gains, accepted_of
+from taps.adaptive.gains import Gains
+from taps.adaptive.judging import Judge
 from taps.adaptive.planning import Choice, Drafted, Planner
 from taps.composing.merging import union
 from taps.context import Context
 from taps.decoding.policy import Arrived, Candidate, Offer, Plan, Question, Step
 from taps.drafting.drafter import Ask
-from taps.tree import ROOT, ProposalTree
+from taps.tree import ProposalTree
 
-_LEAST_LIKELY = 0.02  # of a node that is sent to the verifier
 _FIRST_PROBE, _LONGEST_PROBE = 6, 256  # tokens until a drafter who is not asked is asked aside
-_OWN, _TRUSTED = 0.85, 0.7  # of older trees, at each new one; tokens that others' count for
 _PROMISING = 0.8  # of the best one's gain, that keeps a drafter probed often
 _PROBE_DEPTH = 5  # tokens of a path
 _REST = 8  # tokens of plain decoding that one look is for, at most: every look costs all sessions
@@ -46,21 +45,10 @@ class _Known:
     """Of one drafter in this session."""
 
     gains: Gains
-    calibration: Calibration
+    judge: Judge
     next_probe: int  # tokens decided by then
     interval: int = _FIRST_PROBE
     is_sent_for: bool = False  # to be asked aside once it is there
-    accepted: float = 0.0  # tokens in this session, older ones counting less, ...
-    expected: float = 0.0  # ... and what was thought by what all sessions taught
-
-    def observe(self, accepted: int, expected: float) -> None:
-        self.accepted = _OWN * self.accepted + accepted
-        self.expected = _OWN * self.expected + expected
-
-    @property
-    def scale(self) -> float:
-        """How much better its nodes do in this session than in others."""
-        return min((self.accepted + _TRUSTED) / (self.expected + _TRUSTED), 1.0 / _TRUSTED)
 
 
 class _Judged(NamedTuple):
@@ -119,7 +107,7 @@ class Adaptive:
             if not isinstance(one, Offer):
                 self._owed[one.name] = self._planner.asked(one.name)
         comes = any(isinstance(there[name], Offer) for name in choice.drafters)
-        is_plain = (comes or not choice.drafters) and not self._planner.pays(free_gain, len(at_hand) - 1)
+        is_plain = choice.is_plain or (comes and not free_gain)
         self._offered = ProposalTree.root_only(context.root)
         return Plan(questions, is_plain, rest=0 if questions else min(self._planner.num_sessions - 1, _REST))
 
@@ -140,6 +128,8 @@ class Adaptive:
             if len(self._offered) > 1:
                 checked = self._offered.prefix(1 + verdict.num_nodes)
                 drafted = Drafted(verdict.num_nodes, _expected(checked) / _expected(self._offered))
+            else:
+                self._planner.observe_plain(verdict.num_passes, verdict.num_nodes, len(verdict.tokens))
             self._planner.observe_step(verdict.cost, waited_s, drafted, len(verdict.tokens))
         waiting, self._waiting = self._waiting, []
         for one in waiting:
@@ -178,7 +168,7 @@ class Adaptive:
             prior = self._fleet.gains.setdefault(key, Gains())
             calibration = self._fleet.calibrations.setdefault(key, Calibration())
             first = end + _FIRST_PROBE * (1 + len(self._known)) // 2
-            self._known[name] = _Known(Gains(prior), calibration, first)
+            self._known[name] = _Known(Gains(prior), Judge(calibration), first)
         return self._known[name]
 
     def _probes(self, context: Context, others: Sequence[Candidate]) -> list[str]:
@@ -196,19 +186,8 @@ class Adaptive:
 
     def _merged(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
         """The union, each path by the best of its calibrated probabilities."""
-        scored = [self._calibrated(tree) for tree in trees]
+        scored = [self._known_of(tree).judge.worth(tree) for tree in trees]
         return replace(union(trees, scored, root, self.ask.num_nodes), calibrated=True)
-
-    def _calibrated(self, tree: ProposalTree) -> list[tuple[int, float]]:
-        """Nodes and logarithms of their probabilities, without those that are hopeless."""
-        known = self._known_of(tree)
-        calibration, scale = known.calibration, known.scale
-        logs = {ROOT: 0.0}
-        for node in range(1, len(tree)):
-            chance = min(scale * calibration.probability(tree.depths[node], tree.scores[node]), 1.0)
-            if tree.parents[node] in logs and chance >= _LEAST_LIKELY:
-                logs[node] = min(math.log(chance), logs[tree.parents[node]])
-        return [pair for pair in logs.items() if pair[0] != ROOT]
 
     def _known_of(self, tree: ProposalTree) -> _Known:
         """Of the one drafter that a tree is from."""
@@ -219,12 +198,7 @@ class Adaptive:
         """Compare a tree with the text."""
         tree, known = one.tree, self._of(one.name, one.end)
         self._version += 1
-        accepted = accepted_of(tree.tokens, tree.parents, context.tokens[one.end :])
-        expected = 0.0
-        for node in range(1, len(tree)):
-            expected += known.calibration.probability(tree.depths[node], tree.scores[node])
-            known.calibration.observe(tree.depths[node], tree.scores[node], accepted[node])
-        known.observe(sum(accepted) - 1, expected)
+        accepted = known.judge.learn(tree, context.tokens[one.end :])
         length = max(depth for depth, right in zip(tree.depths, accepted, strict=True) if right)
         if one.is_at_hand:
             return

@@ -14,6 +14,7 @@ from taps.context import Context
 from taps.decoding.policy import Arrived, Candidate, Offer, Question
 from taps.decoding.sessions import DrafterSession
 from taps.drafting.drafter import Ask
+from taps.lookup import Lookup
 from taps.peers import PeerGone
 from taps.tree import ProposalTree
 
@@ -71,6 +72,11 @@ class Panel:
     def is_empty(self) -> bool:
         """Whether nobody is there, nor offered."""
         return not self._known and not self._offers
+
+    @property
+    def lookup(self) -> Lookup | None:
+        """What a verifier that decodes plainly may draft by itself, as one of the drafters at hand does."""
+        return next((drafter.lookup for drafter in self._known if drafter.lookup is not None), None)
 
     def idle(self) -> list[Candidate]:
         """Those that may be asked: a late answer, if they owed one, has arrived. Not those at hand."""

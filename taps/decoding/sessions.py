@@ -5,11 +5,13 @@ Two small async protocols; whether a peer lives in this process or on another ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask
+from taps.lookup import Lookup
 from taps.session import SessionState
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
@@ -21,6 +23,11 @@ class DrafterSession(Protocol):
     index: int  # the bit that marks its nodes
     name: str
     is_at_hand: bool  # it answers at once, in this process, and needs no features
+
+    @property
+    def lookup(self) -> Lookup | None:
+        """How a verifier that decodes plainly drafts the same by itself; None where it cannot."""
+        ...
 
     async def propose(self, delta: ContextDelta, ask: Ask) -> ProposalTree:
         """Take in what the target decided since the last call and draft from the new root.
@@ -47,12 +54,14 @@ class VerifierSession(Protocol):
         """Take a session up and decide one more token. Features are of that many positions at most."""
         ...
 
-    async def ahead(self, window: int) -> Verdict:
+    async def ahead(self, window: int, lookup: Lookup | None = None) -> Sequence[Verdict]:
         """Decode plainly: what was decided since the last call, one token at least.
 
+        Passes without drafts come as one verdict, where they follow one another.
         The session goes on by itself for up to `window` tokens beyond, and tells no features. A window of 0
         stops it, and comes before `verify`: what is left, perhaps nothing, and the features not told, as far as
-        they are wanted. Raises `PeerGone`.
+        they are wanted, with the last of them. Args: lookup: how it may draft beside, from the session's own
+        text, where that pays. Raises `PeerGone`.
         """
         ...
 

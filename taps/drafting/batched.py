@@ -50,6 +50,8 @@ class BatchedDrafterSession:
 
     is_at_hand = False
 
+    lookup = None
+
     def __init__(self, batcher: Batcher[DraftJob, ProposalTree], state: Any, name: str, index: int) -> None:
         self._batcher = batcher
         self._state = state

@@ -1,23 +1,45 @@
-"""Plain decoding that does not wait for whoever reads it: token after token, within a window.
+"""Plain decoding that does not wait for whoever reads it: pass after pass, within a window of tokens.
 
-Knows verdicts and tasks; nothing of what decides them.
+Knows verdicts and tasks; nothing of what decides them, nor how what costs no round trip to draft is found.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Protocol
 
 import torch
 
+from taps.lookup import Lookup
+from taps.tree import ProposalTree
 from taps.verdict import Verdict
+
+
+class Guesses(Protocol):
+    """Of one session: what its own text says comes next."""
+
+    def tree(self, tokens: Sequence[int], lookup: Lookup) -> ProposalTree:
+        """Args: tokens: all that are decided, those of the last call first."""
+        ...
+
+
+class Guesser(Protocol):
+    """Of a verifier: whatever gives sessions their guesses."""
+
+    def open(self, is_greedy: bool) -> Guesses: ...
+
+
+_NO_FEATURES = torch.empty(0, 0)
 
 
 class RunsAhead:
     """One session's run. What was decided stays here until it is fetched."""
 
     def __init__(self, decide: Callable[[], Awaitable[Verdict]], is_over: Callable[[], bool]) -> None:
-        """Args: decide: one pass, which decides one token; is_over: whether the text needs no more of them."""
+        """Args: decide: one pass; is_over: whether the text needs no more of them."""
         self._decide = decide
         self._is_over = is_over
         self._window = 0
@@ -25,11 +47,11 @@ class RunsAhead:
         self._news = asyncio.Event()  # something is decided, or the task has ended
         self._task: asyncio.Task[None] | None = None
 
-    async def fetch(self, window: int) -> Verdict:
+    async def fetch(self, window: int) -> list[Verdict]:
         """What was decided since the last call, one token at least; goes on for up to `window` tokens beyond.
 
-        With a window of 0 it stops and gives what is left, perhaps nothing. Raises what `decide` raises, once
-        all that was decided before is fetched.
+        Passes without drafts are joined. With a window of 0 it stops and gives what is left, perhaps nothing.
+        Raises what `decide` raises, once all that was decided before is fetched.
         """
         self._window = window
         if not self._decided:
@@ -45,7 +67,7 @@ class RunsAhead:
         self._news.clear()
         if window and not self._is_over():
             self._go_on()
-        return joined(fetched)
+        return _joined(fetched)
 
     async def close(self) -> None:
         """Stop at once; what was not fetched is dropped."""
@@ -59,12 +81,16 @@ class RunsAhead:
 
     async def _run(self) -> None:
         try:
-            while len(self._decided) < self._window and not (self._decided and self._is_over()):
+            while self._num_decided < self._window and not (self._decided and self._is_over()):
                 verdict = await self._decide()  # what was decided may be fetched meanwhile
                 self._decided.append(verdict)
                 self._news.set()
         finally:
             self._news.set()
+
+    @property
+    def _num_decided(self) -> int:
+        return sum(len(verdict.tokens) for verdict in self._decided)
 
     def _failure(self) -> BaseException | None:
         ended = self._task is not None and self._task.done() and not self._task.cancelled()
@@ -77,15 +103,14 @@ class RunsAhead:
             raise failure
 
 
-def joined(verdicts: Sequence[Verdict]) -> Verdict:
-    """Several passes without drafts as one verdict, without features."""
-    return Verdict(
-        tuple(token for verdict in verdicts for token in verdict.tokens),
-        (),
-        torch.empty(0, 0),
-        0,
-        0,
-        verdicts[-1].batch_size if verdicts else 1,
-        cost=verdicts[-1].cost if verdicts else None,
-        num_passes=len(verdicts),
-    )
+def _joined(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Without features; passes without drafts as one verdict, where they follow one another."""
+    found: list[Verdict] = []
+    for has_drafts, run in groupby(verdicts, lambda verdict: verdict.num_nodes > 0):
+        passes = [replace(verdict, features=_NO_FEATURES) for verdict in run]
+        if has_drafts:
+            found += passes
+        else:
+            tokens = tuple(token for verdict in passes for token in verdict.tokens)
+            found.append(replace(passes[-1], tokens=tokens, num_passes=len(passes)))
+    return found

@@ -9,11 +9,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from taps.engine.ahead import RunsAhead
+from taps.engine.ahead import Guesser, Guesses, RunsAhead
 from taps.engine.batching import Batcher
 from taps.engine.jobs import Job, PrefillJob, TargetSession, VerifyJob
 from taps.engine.target import Target
 from taps.engine.threads import computing
+from taps.lookup import Lookup
 from taps.session import SessionState
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
@@ -22,9 +23,12 @@ from taps.verdict import Verdict
 class BatchedVerifier:
     """A target served to many sessions by continuous batching."""
 
-    def __init__(self, target: Target, num_threads: int | None = None) -> None:
-        """Args: num_threads: that its steps compute with (`taps.engine.threads`); None leaves it to torch."""
+    def __init__(self, target: Target, num_threads: int | None = None, guesser: Guesser | None = None) -> None:
+        """Args: num_threads: that its steps compute with (`taps.engine.threads`), None leaves it to torch;
+        guesser: of plain decoding, where it is told to look tokens up.
+        """
         self.target = target
+        self._guesser = guesser
         self._batcher: Batcher[Job, Verdict] = Batcher(
             target.step, "verifier", computing(num_threads, target.model.in_kernel), lambda job: job.session
         )
@@ -33,7 +37,7 @@ class BatchedVerifier:
     async def session(self) -> AsyncIterator[BatchedVerifierSession]:
         """A session that owns a cache slot until the block ends. Raises `CacheFull`."""
         async with self._batcher.holding(self.target.open, self.target.close) as state:
-            session = BatchedVerifierSession(self._batcher, state, self.target)
+            session = BatchedVerifierSession(self._batcher, state, self.target, self._guesser)
             try:
                 yield session
             finally:
@@ -59,35 +63,47 @@ class BatchedVerifier:
 class BatchedVerifierSession:
     """Implements `taps.decoding.sessions.VerifierSession`."""
 
-    def __init__(self, batcher: Batcher[Job, Verdict], state: TargetSession, target: Target) -> None:
+    def __init__(
+        self, batcher: Batcher[Job, Verdict], state: TargetSession, target: Target, guesser: Guesser | None
+    ) -> None:
         self.numerics = target.numerics
         self._target = target
         self._batcher = batcher
         self._state = state
         self._feature_window = 1 << 30
         self._num_untold = 0  # positions whose features were not told
+        self._guesser = guesser
+        self._guesses: Guesses | None = None  # since the prefill
+        self._lookup: Lookup | None = None
         self._plain = RunsAhead(self._decide_one, lambda: state.is_over)
 
     async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
         self._feature_window, self._num_untold = feature_window, 0
+        if self._guesser is not None:
+            self._guesses = self._guesser.open(state.sampling.greedy)
         return await self._batcher.submit(PrefillJob(self._state, state, feature_window))
 
     async def verify(self, tree: ProposalTree) -> Verdict:
         verdict = await self._batcher.submit(VerifyJob(self._state, tree))
         return verdict if self._feature_window else replace(verdict, features=verdict.features[:0])
 
-    async def ahead(self, window: int) -> Verdict:
-        verdict = await self._plain.fetch(window)
-        self._num_untold += len(verdict.tokens)
+    async def ahead(self, window: int, lookup: Lookup | None = None) -> list[Verdict]:
+        self._lookup = lookup
+        verdicts = await self._plain.fetch(window)
+        self._num_untold += sum(len(verdict.tokens) for verdict in verdicts)
         if window or not self._feature_window:
-            return verdict
+            return verdicts
         count, self._num_untold = min(self._num_untold, self._feature_window), 0
         newest = await self._batcher.between_steps(lambda: self._target.features_of(self._state, count))
-        return replace(verdict, features=newest)
+        *others, last = verdicts or [Verdict((), (), newest, 0, 0, 1)]
+        return [*others, replace(last, features=newest)]
 
     async def close(self) -> None:
         await self._plain.close()
 
     async def _decide_one(self) -> Verdict:
-        root = ProposalTree.root_only(self._state.tokens[-1])
-        return await self._batcher.submit(VerifyJob(self._state, root))
+        tokens = self._state.tokens
+        tree = ProposalTree.root_only(tokens[-1])
+        if self._guesses is not None and self._lookup is not None:
+            tree = self._guesses.tree(tokens, self._lookup)
+        return await self._batcher.submit(VerifyJob(self._state, tree))

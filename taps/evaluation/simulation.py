@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from taps.adaptive.lookups import Lookups
 from taps.context import Context, ContextDelta
 from taps.decoding.loop import decode
 from taps.decoding.panel import Panel
@@ -33,6 +34,7 @@ from taps.engine.lingering import Lingering
 from taps.engine.scheduling import StepBudget, share_nodes
 from taps.engine.verification import accept
 from taps.evaluation.replay import TreesByEnd
+from taps.lookup import Lookup
 from taps.session import SessionState
 from taps.tree import ProposalTree
 from taps.verdict import PassCost, Verdict
@@ -202,6 +204,7 @@ class _Verifier:
 
     def __init__(self, system: System, cores: Cores) -> None:
         self._system = system
+        self.lookups = Lookups()
         self._table, self._costs, self._rhythm = StepCosts(system.passes), StepCosts(system.passes), Rhythm()
         self._replica: Replica[tuple[_TextSession, ProposalTree], Verdict] = Replica(self._step, cores)
 
@@ -239,6 +242,8 @@ class _TextSession:
     def __init__(self, text: Told, verifier: _Verifier, hop_s: float) -> None:
         self._text, self._verifier, self._hop_s = text, verifier, hop_s
         self._end = text.answer_start
+        self._guesses = verifier.lookups.open(is_greedy=True)
+        self._lookup: Lookup | None = None
         self._plain = RunsAhead(self._decide_one, lambda: self._end >= len(text.tokens))
 
     async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
@@ -251,10 +256,11 @@ class _TextSession:
         await asyncio.sleep(self._hop_s / 2)
         return verdict
 
-    async def ahead(self, window: int) -> Verdict:
-        verdict = await self._plain.fetch(window)
+    async def ahead(self, window: int, lookup: Lookup | None = None) -> Sequence[Verdict]:
+        self._lookup = lookup
+        verdicts = await self._plain.fetch(window)
         await asyncio.sleep(self._hop_s / 2)
-        return verdict
+        return verdicts
 
     async def close(self) -> None:
         await self._plain.close()
@@ -272,8 +278,11 @@ class _TextSession:
         return Verdict(found.tokens, found.owners, torch.empty(0, 0), len(tree) - 1, depth, 1)
 
     async def _decide_one(self) -> Verdict:
-        at = min(self._end, len(self._text.tokens)) - 1
-        return await self._verifier.verify(self, ProposalTree.root_only(self._text.tokens[at]))
+        decided = self._text.tokens[: self._end]
+        tree = ProposalTree.root_only(decided[-1])
+        if self._lookup is not None:
+            tree = self._guesses.tree(decided, self._lookup)
+        return await self._verifier.verify(self, tree)
 
 
 class _Drafter:
@@ -295,6 +304,8 @@ class _TreesSession:
     """Implements `taps.decoding.sessions.DrafterSession`."""
 
     is_at_hand = False
+
+    lookup = None
 
     def __init__(self, name: str, index: int, trees: TreesByEnd, drafter: _Drafter, hop_s: float) -> None:
         self.name, self.index = name, index
