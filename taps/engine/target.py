@@ -79,6 +79,8 @@ class Target:
         self._features = zeros((positions, model.hidden_size), model.embeddings)
         self._admission = Admission(self.cache, self.budget.tree_nodes + 1, overcommit)
         self.costs = StepCosts()  # by rows
+        # The same of steps that only check trees: a prompt's rows cost less, they have no logits.
+        self._checking = StepCosts()
         self._rhythm = Rhythm()
         self.inexact_because: str | None = "it was not probed"
 
@@ -138,7 +140,7 @@ class Target:
             measured[rows] = min(self._seconds_of(session, rows) for _ in range(3))
         self.close(session)
         if len(measured) > 1:
-            self.costs = StepCosts(measured)
+            self.costs, self._checking = StepCosts(measured), StepCosts(measured)
 
     def _seconds_of(self, session: TargetSession, rows: int) -> float:
         """Of a step that checks a tree of the session."""
@@ -148,10 +150,12 @@ class Target:
         self.step([job])
         return time.perf_counter() - began
 
-    def _cost_of(self, rows: int, began: float) -> PassCost:
+    def _cost_of(self, pieces: Sequence[_Piece], began: float) -> PassCost:
         """What a step cost that ends now; it is learned from."""
-        ended = time.perf_counter()
+        ended, rows = time.perf_counter(), pieces[-1].rows.stop
         self.costs.observe(rows, ended - began)
+        if not any(piece.is_prefill for piece in pieces):
+            self._checking.observe(rows, ended - began)
         self._rhythm.observe(began, ended)
         return PassCost(rows, (ended - began) * 1e3)
 
@@ -205,9 +209,9 @@ class Target:
 
     def _cost(self, num_roots: int) -> Callable[[int], float] | None:
         """Seconds from one verdict to the next by the nodes drafted, once that is known."""
-        if not self.costs.is_known:
+        if not self._checking.is_known:
             return None
-        return lambda nodes: self.costs.seconds(num_roots + nodes) + self._rhythm.between_s
+        return lambda nodes: self._checking.seconds(num_roots + nodes) + self._rhythm.between_s
 
     def _with_room(self, shares: Sequence[tuple[Job, ProposalTree, int]]) -> list[_Piece]:
         """The shares whose rows have pages, laid out one after the other. Args: shares: with rows of logits."""
@@ -245,7 +249,7 @@ class Target:
         self.cache.commit(kept)
         own = self._keep_features(pieces, kept, before, features)
         sharing = sum(not piece.is_prefill for piece in pieces)
-        cost = self._cost_of(pieces[-1].rows.stop, began)
+        cost = self._cost_of(pieces, began)
         verdicts: list[Verdict | Exception | None] = []
         for piece, decision, newest in zip(pieces, decided, own, strict=True):
             if isinstance(decision, Acceptance):
