@@ -83,7 +83,10 @@ class TreeArgs(Args):
 
 
 class NgramArgs(Args):
-    """A drafter in the router itself: what followed the newest tokens the last time. It needs no model."""
+    """A drafter that needs no model: what followed the newest tokens the last time.
+
+    It drafts in the router, and in the verifier while that decodes plainly.
+    """
 
     name: Annotated[str, Field(min_length=1, max_length=64)] = "ngram"
     max_ngram: Annotated[int, Field(ge=1, le=16)] = 4  # tokens that are looked up, the most of them first

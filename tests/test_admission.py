@@ -159,6 +159,16 @@ def test_jobs_without_room_say_so() -> None:
     assert isinstance(target.step([second])[0], Verdict)
 
 
+def test_a_session_is_not_taken_up_before_where_it_is() -> None:
+    """Such a job would wait forever, and every step for it."""
+    target = Target(MODEL, 1, 128, BUDGET)
+    session = target.open()
+    assert isinstance(target.step([PrefillJob(session, state(prompt(40), max_tokens=60))])[0], Verdict)
+    (refused,) = target.step([PrefillJob(session, state(prompt(30), max_tokens=60))])
+    assert isinstance(refused, ValueError)
+    assert "a new session" in str(refused)
+
+
 def test_a_cache_that_holds_no_session_or_no_memory_holds_is_refused_with_what_to_lower() -> None:
     with pytest.raises(
         ValueError, match="a cache of 100 tokens does not hold a session of max_len 128: raise cache_tok"

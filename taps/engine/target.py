@@ -163,6 +163,8 @@ class Target:
         if isinstance(job, PrefillJob):
             if not job.state.tokens:
                 return ValueError("a prompt needs at least one token")
+            if job.num_missing < 1:
+                return ValueError("the session has these tokens: take up what is shorter in a new session")
             fits = len(job.state.tokens) <= self.max_tokens
         else:
             if not all(0 <= t < self.model.vocab_size for t in job.tree.tokens):
