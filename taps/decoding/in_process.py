@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, closing, contextmanager
 
-from taps.adaptive.lookups import Lookups
 from taps.context import Context
 from taps.decoding.loop import decode
 from taps.decoding.panel import Panel
@@ -31,7 +30,7 @@ def in_process(
     Drafters that torch computes have one each: its teams would stand in each other's way.
     """
     with ExitStack() as stack:
-        verifier = stack.enter_context(closing(BatchedVerifier(target, num_threads, Lookups())))
+        verifier = stack.enter_context(closing(BatchedVerifier(target, num_threads)))
         panel = [BatchedDrafter(name, d, num_threads if d.in_kernel else 1) for name, d in drafters]
         yield verifier, [stack.enter_context(closing(drafter)) for drafter in panel]
 
