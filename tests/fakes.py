@@ -150,7 +150,7 @@ class TableVerifier:
 
     async def ahead(self, window: int, lookup: Lookup | None = None) -> list[Verdict]:
         if not window:
-            return [make_verdict([], range(0))]
+            return []
         return [await self.verify(ProposalTree.root_only(self._tokens[-1]))]
 
     def _decide(self, accepted: Sequence[int]) -> int:

@@ -91,7 +91,7 @@ async def _decode_on(
                 verdicts = [await verifier.verify(tree)]
                 pass_s = clock() - drafted
         # Several verdicts that came together waited alike.
-        passes = sum(verdict.num_passes for verdict in verdicts)
+        passes = max(sum(verdict.num_passes for verdict in verdicts), 1)
         draft_ms, verify_ms = 1e3 * (drafted - started) / passes, 1e3 * (clock() - drafted) / passes
         for verdict in verdicts:
             context.extend(verdict)
