@@ -782,41 +782,55 @@ struct Linear {
   int64_t inputs, outputs;
 };
 
-constexpr int COLUMNS = 2 * LANES;                  // of a block
-constexpr int LINEAR_ROWS = REGISTERS * 3 / 8;      // of a tile: two sums a row, and some for what is multiplied
-constexpr int AHEAD = 4096;                         // bytes of weights that are on their way
+constexpr int COLUMNS = 2 * LANES;                    // of a block
+constexpr int LINEAR_ROWS = REGISTERS > 16 ? 12 : 5;  // of a tile: two sums a row, some for what is multiplied
+constexpr int AHEAD = 4096;                           // bytes of weights that are on their way
 
-// Two inputs of every column, or of one row for every column.
+// What a tile reads of its rows. Where processors have no products of pairs in bfloat16 that is float32: turned
+// once for all columns, it is not turned again beside every block of weights, in registers that sums need.
 #if defined(__AVX512BF16__)
-typedef __m512bh Pairs;
-inline Pairs pairs_of(Words x) { return (Pairs)x; }
-inline Floats add_products(Floats sum, Pairs x, Pairs w) { return _mm512_dpbf16_ps(sum, x, w); }
+typedef BFloat16 Input;
 #else
-struct Pairs {
-  Floats first, second;
-};
-inline Pairs pairs_of(Words x) { return {(Floats)(x << 16), (Floats)(x & 0xffff0000u)}; }
-inline Floats add_products(Floats sum, const Pairs& x, const Pairs& w) {
-  return fma(x.second, w.second, fma(x.first, w.first, sum));
-}
+typedef float Input;
 #endif
+
+// To R rows' sums of the block's left and right columns: the products of two inputs, one after the other.
+template <int R>
+inline void add_products(const Input* x, int64_t inputs, const BFloat16* w, Floats* low, Floats* high) {
+#if defined(__AVX512BF16__)
+  const __m512bh left = (__m512bh)read<Words>(w), right = (__m512bh)read<Words>(w + COLUMNS);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++) {
+    const __m512bh pair = (__m512bh)(Words{} + read<uint32_t>(x + r * inputs));
+    low[r] = _mm512_dpbf16_ps(low[r], pair, left);
+    high[r] = _mm512_dpbf16_ps(high[r], pair, right);
+  }
+#else
+#pragma GCC unroll 2
+  for (int input = 0; input < 2; input++) {
+    const Words left = read<Words>(w), right = read<Words>(w + COLUMNS);
+    const Floats weights[2] = {(Floats)(input ? left & 0xffff0000u : left << 16),
+                               (Floats)(input ? right & 0xffff0000u : right << 16)};
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      const Floats given = splat(x[r * inputs + input]);
+      low[r] = fma(given, weights[0], low[r]);
+      high[r] = fma(given, weights[1], high[r]);
+    }
+  }
+#endif
+}
 
 // R rows [R, inputs] times one block of weights; columns of the output, of which there may be fewer.
 template <int R>
-void linear_tile(const BFloat16* x, const BFloat16* w, const float* bias, int64_t inputs, BFloat16* out,
+void linear_tile(const Input* x, const BFloat16* w, const float* bias, int64_t inputs, BFloat16* out,
                  int64_t outputs, int columns, int64_t ahead) {
   Floats low[R], high[R];
   for (int r = 0; r < R; r++) low[r] = load(bias), high[r] = load(bias + LANES);
   for (int64_t i = 0; i < inputs; i += 2, w += 2 * COLUMNS) {
     for (int line = 0; line < 2 * VECTOR_BYTES; line += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead + line, 0, 3);
-    const Pairs left = pairs_of(read<Words>(w)), right = pairs_of(read<Words>(w + COLUMNS));
-#pragma GCC unroll 12
-    for (int r = 0; r < R; r++) {
-      const Pairs pair = pairs_of(Words{} + read<uint32_t>(x + r * inputs + i));
-      low[r] = add_products(low[r], pair, left);
-      high[r] = add_products(high[r], pair, right);
-    }
+    add_products<R>(x + i, inputs, w, low, high);
   }
   for (int r = 0; r < R; r++) {
     BFloat16 row[COLUMNS];
@@ -827,14 +841,31 @@ void linear_tile(const BFloat16* x, const BFloat16* w, const float* bias, int64_
 }
 
 template <int R = LINEAR_ROWS>
-void linear_rows(int rows, const BFloat16* x, const BFloat16* w, const float* bias, int64_t inputs, BFloat16* out,
+void linear_rows(int rows, const Input* x, const BFloat16* w, const float* bias, int64_t inputs, BFloat16* out,
                  int64_t outputs, int columns, int64_t ahead) {
   if (rows == R) return linear_tile<R>(x, w, bias, inputs, out, outputs, columns, ahead);
   if constexpr (R > 1) linear_rows<R - 1>(rows, x, w, bias, inputs, out, outputs, columns, ahead);
 }
 
-void linear(const Linear& layer, const BFloat16* x, BFloat16* out, int64_t rows, int threads) {
+#if defined(__AVX512BF16__)
+inline const Input* inputs_of(const BFloat16* x, int64_t, int64_t, int) { return x; }
+#else
+// Valid until the thread's next call.
+const Input* inputs_of(const BFloat16* x, int64_t rows, int64_t width, int threads) {
+  thread_local std::vector<float> scratch;
+  if (scratch.size() < size_t(rows * width)) scratch.resize(rows * width);
+  float* turned = scratch.data();
+  each_row(rows, width, threads, [&](int64_t r) {
+    for (int64_t i = 0; i < width; i += LANES)
+      store_some(turned + r * width + i, load_some(x + r * width + i, width - i), width - i);
+  });
+  return turned;
+}
+#endif
+
+void linear(const Linear& layer, const BFloat16* rounded, BFloat16* out, int64_t rows, int threads) {
   const int64_t tiles = ceil_div(rows, LINEAR_ROWS);
+  const Input* x = inputs_of(rounded, rows, layer.inputs, threads);
   each(threads, ceil_div(layer.outputs, COLUMNS), [&](int64_t block) {
     const int64_t column = block * COLUMNS;
     const int columns = std::min<int64_t>(COLUMNS, layer.outputs - column);
