@@ -102,9 +102,10 @@ def planner(per_row: float, sessions: int, draft_s: float = 0.004, together: flo
     found = Planner(StepCosts(rows), Clock(0.06 / (sessions + 1)))
     for _ in range(300):
         for number in (1, 2, 4, 8, 16):
-            asking = [found.asked("math") for _ in range(number)]
-            for one in asking:
-                found.answered("math", one, 5, draft_s + together * (number - 1))
+            for _ in range(number):
+                found.asked("math")
+            for _ in range(number):
+                found.answered("math", 5, draft_s + together * (number - 1))
     for session in range(sessions):
         found.open(session)
     return found
@@ -180,12 +181,24 @@ def test_what_steps_cost_beside_passes_counts() -> None:
     assert choose_all(slow, gains)[0].drafters, "plain steps have it too"
 
 
+def test_what_is_asked_together_is_one_draft_for_all_who_answers_first_or_last() -> None:
+    of = planner(0.0003, 16)
+    for _ in range(200):
+        for _ in range(16):
+            of.asked("math")
+        for _ in range(16):
+            of.answered("math", 5, 0.050)
+    assert of.draft_s(("math",), 5, 16) == pytest.approx(0.050, rel=0.05)
+    assert of.draft_s(("math",), 5, 9) < 0.040
+
+
 def test_asking_aside_takes_little_of_the_time() -> None:
     clock = Clock()
     of = Planner(StepCosts({1: 0.01, 8: 0.012}), clock)
     for seconds in (0.02, 0.002, 0.2):
         for _ in range(50):
-            of.answered("math", of.asked("math"), 5, seconds, is_aside=True)
+            of.asked("math")
+            of.answered("math", 5, seconds, is_aside=True)
         began = clock.now
         asked = sum(of.may_probe() for _ in range(10_000))
         assert 0 < asked * seconds <= 0.012 * (clock.now - began)
@@ -282,7 +295,8 @@ def test_what_drafters_say_of_themselves_counts_until_they_were_timed() -> None:
     assert of.draft_s(("math",), 5, 1) == pytest.approx(0.02)
     assert of.draft_s(("math",), 5, 16) == pytest.approx(0.05)
     for _ in range(100):
-        of.answered("math", of.asked("math"), 5, 0.03)
+        of.asked("math")
+        of.answered("math", 5, 0.03)
     of.meet("math", {1: 0.02, 16: 0.05})
     assert of.draft_s(("math",), 5, 1) == pytest.approx(0.03, rel=0.05)
 

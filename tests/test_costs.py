@@ -59,3 +59,14 @@ def test_as_much_fits_a_time_as_the_table_says() -> None:
     assert costs.size_within(0.001) == 0
     assert costs.size_within(math.inf) == 1 << 30
     assert StepCosts().size_within(0.001) == 1 << 30
+
+
+def test_noise_at_one_size_makes_no_larger_one_look_cheap() -> None:
+    costs = StepCosts({size: 0.020 + 0.002 * size for size in (1, 2, 4, 8, 16, 32, 64)})
+    for _ in range(100):
+        costs.observe(16, 0.060)  # 52 ms by the others
+        costs.observe(24, 0.068)
+    more = [costs.seconds(size + 1) - costs.seconds(size) for size in range(1, 64)]
+    assert more == pytest.approx(sorted(more))
+    assert costs.seconds(32) - costs.seconds(16) > 0.015
+    assert costs.seconds(20) == pytest.approx(0.064, rel=0.05)

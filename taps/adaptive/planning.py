@@ -89,7 +89,8 @@ class Planner:
         self.passes = passes or StepCosts()
         # Seconds of a drafter's drafts by their depth and sessions asking.
         self._drafts: dict[str, dict[int, StepCosts]] = {}
-        self._asking: dict[str, int] = {}
+        self._asking: dict[str, int] = {}  # sessions that wait for a drafter
+        self._together: dict[str, int] = {}  # that a draft is for: as many as ever waited with those who do now
         self._draft_ended = -math.inf
         self._plain, self._drafted = ByLoad(0.0005), ByLoad(0.002)
         self._slowed = ByLoad(1.0)  # how much longer passes last beside drafts
@@ -130,20 +131,21 @@ class Planner:
     def num_sessions(self) -> int:
         return max(len(self._best), 1)
 
-    def asked(self, drafter: str) -> int:
-        """A session asks a drafter; how many do now, until they are `answered`."""
+    def asked(self, drafter: str) -> None:
+        """A session asks a drafter, until it is `answered`."""
         self._asking[drafter] = self._asking.get(drafter, 0) + 1
-        return self._asking[drafter]
+        self._together[drafter] = max(self._asking[drafter], self._together.get(drafter, 0) - 1)
 
     def answered(
-        self, drafter: str, asking: int, depth: int, seconds: float | None, is_aside: bool = False,
-        ago_s: float = 0.0,
+        self, drafter: str, depth: int, seconds: float | None, is_aside: bool = False, ago_s: float = 0.0
     ) -> None:  # fmt: skip
-        """Args: asking: as `asked` said; depth: of the paths; seconds: None where nothing is learned of them;
-        is_aside: whether it was asked after a while, and had much to take in; ago_s: since it answered.
+        """Args: depth: of the paths; seconds: None where nothing is learned of them; is_aside: whether it was
+        asked after a while, and had much to take in; ago_s: since it answered.
         """
-        together = max(asking, self._asking[drafter])  # the first to ask is answered first
+        together = self._together[drafter]
         self._asking[drafter] -= 1
+        if not self._asking[drafter]:
+            self._together[drafter] = 0
         self._draft_ended = max(self._draft_ended, self._clock() - ago_s)
         if seconds is not None and not is_aside:
             self._costs_of(drafter, depth).observe(together, seconds)

@@ -77,13 +77,13 @@ class Adaptive:
         self._offered = ProposalTree.root_only(0)
         self._probed: list[str] = []
         self._version = 0  # of what is known of the drafters
-        self._owed: dict[str, int] = {}  # of drafters asked: how many sessions asked then
+        self._owed: set[str] = set()  # drafters that are asked
         self._planner.open(self)
 
     def close(self) -> None:
         """Nothing more comes of this session."""
-        for name, asking in self._owed.items():
-            self._planner.answered(name, asking, _PROBE_DEPTH, None)
+        for name in self._owed:
+            self._planner.answered(name, _PROBE_DEPTH, None)
         self._owed.clear()
         self._planner.close(self)
 
@@ -93,8 +93,9 @@ class Adaptive:
 
     def plan(self, context: Context, idle: Sequence[Candidate], free: Sequence[ProposalTree]) -> Plan:
         for drafter in idle:  # asked in a plan that was dropped
-            if (asking := self._owed.pop(drafter.name, None)) is not None:
-                self._planner.answered(drafter.name, asking, _PROBE_DEPTH, None)
+            if drafter.name in self._owed:
+                self._owed.remove(drafter.name)
+                self._planner.answered(drafter.name, _PROBE_DEPTH, None)
         at_hand = self._merged(free, context.root) if free else ProposalTree.root_only(context.root)
         free_gain = _expected(at_hand)
         there = {drafter.name: drafter for drafter in idle}
@@ -105,7 +106,8 @@ class Adaptive:
         questions |= {there[name]: Question(self._asking(_PROBE_DEPTH), False) for name in aside}
         for one in questions:
             if not isinstance(one, Offer):
-                self._owed[one.name] = self._planner.asked(one.name)
+                self._owed.add(one.name)
+                self._planner.asked(one.name)
         comes = any(isinstance(there[name], Offer) for name in choice.drafters)
         is_plain = choice.is_plain or (comes and not free_gain)
         self._offered = ProposalTree.root_only(context.root)
@@ -156,9 +158,10 @@ class Adaptive:
     def _take(self, one: Arrived, ago_s: float) -> None:
         """An answer, there for so long: what it cost, and that it waits for the text to pass it."""
         name, tree = one.drafter.name, one.tree
-        if (asking := self._owed.pop(name, None)) is not None:
+        if name in self._owed:
+            self._owed.remove(name)
             seconds = None if tree is None else one.seconds
-            self._planner.answered(name, asking, one.ask.depth + 1, seconds, one.news > _FEW, ago_s)
+            self._planner.answered(name, one.ask.depth + 1, seconds, one.news > _FEW, ago_s)
         if tree is not None and (len(tree) > 1 or not one.drafter.is_at_hand):
             self._waiting.append(_Judged(name, one.drafter.is_at_hand, one.ask.depth + 1, one.end, tree))
 

@@ -1,6 +1,9 @@
 """What steps cost: seconds by how large they are, profiled at start and corrected by every step there is.
 
-A table of sizes, linear between them. Knows numbers; nothing of what a step is.
+A table of sizes, linear between them. It is read as what comes nearest to it and is convex: what it decides is
+whether one more pays, and noise in one place would make all beyond it look cheap.
+
+Knows numbers; nothing of what a step is.
 """
 
 from __future__ import annotations
@@ -8,12 +11,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 
 _SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _NEWEST = 0.08  # weight of the newest step in the sizes next to it
 _DRIFT = 0.08  # and in all others: what slows one step down slows others down
 _WILDEST = 0.5  # of what was expected, that one step may differ by
 _PAUSE = 3.0  # steps: who waits so long has nothing to do
+_UNSEEN = 0.01  # steps that a size counts for which there was none of
 _PER_ROW = 0.05  # of the smallest step, that a row is thought to cost before anything was measured
 
 
@@ -30,6 +35,8 @@ class StepCosts:
             self._seconds = _interpolated(sorted(measured.items()))
         else:
             self._seconds = [1.0 + _PER_ROW * (size - 1) for size in _SIZES]
+        self._seen = [_UNSEEN] * len(_SIZES)  # steps of each size, older ones counting less
+        self._convex = _convex(self._seconds, self._seen)
 
     @property
     def is_known(self) -> bool:
@@ -39,7 +46,7 @@ class StepCosts:
     def seconds(self, size: float) -> float:
         """Of a step of this size; beyond the largest as between the last two."""
         at, share = self._between(size)
-        return self._seconds[at] + share * (self._seconds[at + 1] - self._seconds[at])
+        return self._convex[at] + share * (self._convex[at + 1] - self._convex[at])
 
     def observe(self, size: int, seconds: float) -> None:
         """Learn from a step; one that was held up by something else counts for little."""
@@ -53,40 +60,45 @@ class StepCosts:
         """The largest step that lasts no longer; no bound before anything was measured."""
         if not self._is_known:
             return 1 << 30
-        if seconds >= self._seconds[-1]:
-            slope = self.seconds(_SIZES[-1] + 1) - self._seconds[-1]
-            beyond = (seconds - self._seconds[-1]) / slope if slope > 0 else math.inf
+        known = self._convex
+        if seconds >= known[-1]:
+            slope = self.seconds(_SIZES[-1] + 1) - known[-1]
+            beyond = (seconds - known[-1]) / slope if slope > 0 else math.inf
             return int(min(_SIZES[-1] + beyond, 1 << 30))
-        at = bisect_right(self._seconds, seconds) - 1
+        at = bisect_right(known, seconds) - 1
         if at < 0:
             return 0
-        span = self._seconds[at + 1] - self._seconds[at]
-        share = (seconds - self._seconds[at]) / span if span > 0 else 1.0
+        span = known[at + 1] - known[at]
+        share = (seconds - known[at]) / span if span > 0 else 1.0
         return int(self._sizes[at] + share * (self._sizes[at + 1] - self._sizes[at]))
 
     def table(self) -> dict[int, float]:
         """Size -> seconds."""
-        return dict(zip(self._sizes, self._seconds, strict=True))
+        return dict(zip(self._sizes, self._convex, strict=True))
 
     def _between(self, size: float) -> tuple[int, float]:
         at = min(max(bisect_right(self._sizes, size) - 1, 0), len(self._sizes) - 2)
         return at, (size - self._sizes[at]) / (self._sizes[at + 1] - self._sizes[at])
 
     def _learn(self, size: int, seconds: float, newest: float, drift: float) -> None:
-        expected = self.seconds(size)
+        at, share = self._between(size)
+        expected = self._seconds[at] + share * (self._seconds[at + 1] - self._seconds[at])
         if not self._is_known:
             drift, self._is_known = 1.0, True
         scale = 1.0 + drift * (seconds / expected - 1.0)
         self._seconds = [known * scale for known in self._seconds]
-        at, share = self._between(size)
-        error = seconds - self.seconds(size)
-        for place, weight in ((at, 1.0 - share), (at + 1, share)):
-            self._seconds[place] += newest * min(max(weight, 0.0), 1.0) * error
+        error = seconds - scale * expected
+        self._seen = [(1.0 - newest) * seen for seen in self._seen]
+        for place, part in ((at, 1.0 - share), (at + 1, share)):
+            weight = newest * min(max(part, 0.0), 1.0)
+            self._seconds[place] += weight * error
+            self._seen[place] += weight
         # More never costs less.
         for place in range(at, 0, -1):
             self._seconds[place - 1] = min(self._seconds[place - 1], self._seconds[place])
         for place in range(at + 1, len(self._seconds)):
             self._seconds[place] = max(self._seconds[place], self._seconds[place - 1])
+        self._convex = _convex(self._seconds, self._seen)
 
 
 class Rhythm:
@@ -112,3 +124,23 @@ def _interpolated(measured: Sequence[tuple[int, float]]) -> list[float]:
         seconds = a + (b - a) * max(size - low, 0) / (high - low)
         found.append(max([seconds, *found[-1:]]))
     return found
+
+
+def _convex(seconds: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The same with slopes that never fall: pooled where they do, which is isotonic regression of the slopes.
+
+    Args: weights: of the sizes; their mean stays.
+    """
+    pooled: list[tuple[float, int, int]] = []  # seconds more, sizes more, places
+    for (size, low), (larger, high) in pairwise(zip(_SIZES, seconds, strict=True)):
+        rise, width, places = high - low, larger - size, 1
+        while pooled and pooled[-1][0] * width > rise * pooled[-1][1]:
+            more, sizes, others = pooled.pop()
+            rise, width, places = rise + more, width + sizes, places + others
+        pooled.append((rise, width, places))
+    slopes = [rise / width for rise, width, places in pooled for _ in range(places)]
+    rises = (slope * (larger - size) for slope, (size, larger) in zip(slopes, pairwise(_SIZES), strict=True))
+    found = list(accumulate(rises, initial=seconds[0]))
+    differ = [known - value for known, value in zip(seconds, found, strict=True)]
+    shift = sum(w * d for w, d in zip(weights, differ, strict=True)) / sum(weights)
+    return [value + shift for value in found]
