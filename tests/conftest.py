@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from taps.adaptive.lookups import Lookups
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.eagle import EagleDrafter
 from taps.drafting.ngram import NgramDrafter
@@ -51,7 +52,8 @@ def reference(target_directory: Path) -> Any:
 def verifier(target_directory: Path) -> Iterator[BatchedVerifier]:
     """The real target in float32, which texts of transformers alone can be compared with."""
     model = CausalLM.load(target_directory, torch.float32)
-    verifier = BatchedVerifier(Target(model, SESSIONS, 512, StepBudget(prefill_tokens=256, tree_nodes=160)))
+    target = Target(model, SESSIONS, 512, StepBudget(prefill_tokens=256, tree_nodes=160))
+    verifier = BatchedVerifier(target, guesser=Lookups())
     yield verifier
     verifier.close()
 
@@ -60,7 +62,8 @@ def verifier(target_directory: Path) -> Iterator[BatchedVerifier]:
 def verifier_bf16(target_directory: Path) -> Iterator[BatchedVerifier]:
     """The real target as it is served, with a budget that cuts trees."""
     model = CausalLM.load(target_directory, torch.bfloat16)
-    verifier = BatchedVerifier(Target(model, SESSIONS, 512, StepBudget(prefill_tokens=100, tree_nodes=50)))
+    target = Target(model, SESSIONS, 512, StepBudget(prefill_tokens=100, tree_nodes=50))
+    verifier = BatchedVerifier(target, guesser=Lookups())
     yield verifier
     verifier.close()
 

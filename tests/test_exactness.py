@@ -19,8 +19,10 @@ from taps.context import Context
 from taps.decoding import loop
 from taps.decoding.in_process import decode_in_process
 from taps.decoding.policy import Fixed, Policy
+from taps.decoding.sessions import ServedDrafter
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
+from taps.drafting.ngram import NgramSession
 from taps.engine.verifier import BatchedVerifier, BatchedVerifierSession
 from taps.lookup import Lookup
 from taps.peers import PeerGone
@@ -67,6 +69,16 @@ def questions(tokenizer: Any, prompts: Sequence[str], samplings: Sequence[Sampli
 def rotated(drafters: Sequence[BatchedDrafter], count: int) -> list[BatchedDrafter]:
     """`count` drafters, each count beginning with another one."""
     return [drafters[(count - 1 + i) % len(drafters)] for i in range(count)]
+
+
+class AtHand:
+    """The n-gram drafter where the loop runs: a verifier that decodes plainly looks up by itself, too."""
+
+    name = "at hand"
+
+    @asynccontextmanager
+    async def session(self, index: int) -> AsyncIterator[NgramSession]:
+        yield NgramSession(self.name, index)
 
 
 class Lost:
@@ -136,7 +148,7 @@ def following(strategy: Strategy, ask: Ask, names: Sequence[str]) -> Iterator[Po
 async def answer(
     question: Question,
     verifier: BatchedVerifier | Losing,
-    drafters: Sequence[BatchedDrafter],
+    drafters: Sequence[ServedDrafter],
     strategy: Strategy,
     new_tokens: int,
     cache_salt: str = "",
@@ -155,7 +167,7 @@ async def answer(
 def answer_all(
     asked: Sequence[Question],
     verifier: BatchedVerifier | Losing,
-    drafters: Sequence[BatchedDrafter],
+    drafters: Sequence[ServedDrafter],
     strategy: Strategy | list[Strategy],
     new_tokens: int = NEW_TOKENS,
     at_once: int = 20,
@@ -290,6 +302,18 @@ def test_switching_drafters_on_and_off_changes_no_text(
     fleet = Fleet(planner())
     assert answer_all(asked, verifier, drafters, fleet) == plain
     assert answer_all(asked, verifier_bf16, drafters, fleet) == plain_bf16
+
+
+@pytest.mark.parametrize("planner", [Planner, Restless])
+def test_what_the_verifier_looks_up_by_itself_changes_no_text(
+    planner: type[Planner], asked: list[Question], plain: list[Text], plain_bf16: list[Text],
+    verifier: BatchedVerifier, verifier_bf16: BatchedVerifier, drafters: list[BatchedDrafter],
+) -> None:  # fmt: skip
+    fleet = Fleet(planner())
+    panel: list[ServedDrafter] = [*drafters[:2], AtHand()]
+    assert answer_all(asked, verifier, panel, fleet) == plain
+    assert answer_all(asked, verifier_bf16, panel, fleet) == plain_bf16
+    assert answer_all(asked, verifier_bf16, [AtHand()], fleet) == plain_bf16
 
 
 def test_strategies_may_be_mixed_and_the_verifier_killed_in_mid_answer(

@@ -25,6 +25,7 @@ from tests.prompts import PROMPTS
 from tests.test_exactness import (
     COMPOSITIONS,
     GREEDY,
+    AtHand,
     Losing,
     Question,
     Restless,
@@ -92,6 +93,9 @@ def test_not_one_different_token(
     for what, fleet in (("adaptive", Fleet()), ("adaptive, switching at random", Fleet(Restless()))):
         texts = answer_all(asked, served, drafters, fleet, NEW_TOKENS, AT_ONCE)
         report.add(f"{what}, 3 drafters, eight at a time", texts, plain)
+    for what, beside in (("adaptive, 2 drafters and lookups", drafters[:2]), ("adaptive, lookups alone", [])):
+        texts = answer_all(asked, served, [*beside, AtHand()], Fleet(), NEW_TOKENS, AT_ONCE)
+        report.add(f"{what}, eight at a time", texts, plain)
     mixture: list[Strategy] = [*STRATEGIES.values(), Fleet(), Fleet(Restless())]
     for what, verifier_of in (("", served), (", verifiers killed after 9 passes", Losing(served, 9))):
         texts = answer_all(asked, verifier_of, drafters, mixture, NEW_TOKENS, AT_ONCE)

@@ -12,7 +12,7 @@ from taps.context import Context
 from taps.decoding.loop import decode
 from taps.decoding.panel import Panel
 from taps.decoding.policy import Policy, Step
-from taps.decoding.sessions import Verifier
+from taps.decoding.sessions import ServedDrafter, Verifier
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Drafter
 from taps.engine.target import Target
@@ -36,7 +36,7 @@ def in_process(
 
 
 async def decode_in_process(
-    context: Context, verifier: Verifier, drafters: Sequence[BatchedDrafter], policy: Policy
+    context: Context, verifier: Verifier, drafters: Sequence[ServedDrafter], policy: Policy
 ) -> AsyncGenerator[Step, None]:  # fmt: skip
     """The steps of one answer, until the caller closes the generator, which frees its sessions."""
     async with AsyncExitStack() as stack:

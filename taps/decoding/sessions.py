@@ -37,6 +37,17 @@ class DrafterSession(Protocol):
         ...
 
 
+class ServedDrafter(Protocol):
+    """Whatever gives sessions of a drafter."""
+
+    @property
+    def name(self) -> str: ...
+
+    def session(self, index: int) -> AbstractAsyncContextManager[DrafterSession]:
+        """A session until the block ends, whose nodes are marked by the bit `index`. Raises `PeerGone`."""
+        ...
+
+
 class Verifier(Protocol):
     """Whatever gives sessions of a verifier."""
 
