@@ -1,7 +1,9 @@
-# Everything runs in .venv, which the first target that needs it makes. Ray would run its workers at niceness 15.
+# Everything runs in .venv, which the first target that needs it makes.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Ray would run its workers at niceness 15, and Serve's controller look at everything ten times a second.
+RAY := RAY_worker_niceness=0 RAY_SERVE_CONTROL_LOOP_INTERVAL_S=0.5
 
 .PHONY: serve bench test check slow
 
@@ -14,7 +16,7 @@ $(STAMP): pyproject.toml
 
 serve: $(STAMP)
 	$(BIN)/taps prepare
-	RAY_worker_niceness=0 exec $(BIN)/python -m cluster.haproxy $(BIN)/serve run serve_config.yaml
+	$(RAY) exec $(BIN)/python -m cluster.haproxy $(BIN)/serve run serve_config.yaml
 
 # Asks the server that `make serve` runs; more options: make bench BENCH="--peer vllm=http://127.0.0.1:8100"
 bench: $(STAMP)

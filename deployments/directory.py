@@ -24,6 +24,8 @@ _VERIFIER = "Verifier"
 _STALE_S = 30.0
 _DESCRIBE_TIMEOUT_S = 10.0
 _UNSEEN_S = 300.0
+# Serve's status takes a tenth of a second of a core: where all is in order and stays so, looks grow rarer.
+RAREST, _RARER = 5.0, 1.2  # times the interval at most, and times the pause before
 # An application that is unhealthy or being deleted has no specialist to offer.
 _SERVING = ("RUNNING", "DEPLOYING")
 # A deployment that is in order may have no replica: scaled to zero, its first request starts one.
@@ -95,7 +97,7 @@ def _misfit(target: TargetDescription, specialist: SpecialistDescription) -> str
 
 
 class Directory:
-    """The specialists that may be asked, and whether a verifier is up; refreshed every few seconds."""
+    """The specialists that may be asked, and whether a verifier is up; looked for every few seconds."""
 
     def __init__(
         self, target: TargetDescription, core: str, interval_s: float, expected: Sequence[str] = ()
@@ -107,6 +109,7 @@ class Directory:
         self._core = core
         self._interval_s = interval_s
         self._verifier_seen = float("-inf")
+        self._expected = frozenset(expected)
         self._unseen = set(expected)
         self._started = time.monotonic()
         self._said: dict[str, tuple[float, SpecialistDescription]] = {}  # application -> (deployed at, what)
@@ -138,12 +141,22 @@ class Directory:
         self._task = asyncio.create_task(self._refresh_forever())
 
     async def _refresh_forever(self) -> None:
+        pause_s = self._interval_s
         while True:
+            before = self._roster
             try:
                 await self.refresh()
             except Exception as error:  # whatever Serve answers, the next look may succeed
                 logger.warning("the directory could not be refreshed: %r", error)
-            await asyncio.sleep(self._interval_s)
+            pause_s = self._pause_s(pause_s, before)
+            await asyncio.sleep(pause_s)
+
+    def _pause_s(self, last_s: float, before: Roster) -> float:
+        """Until the next look."""
+        in_order = self.verifier_is_up and not self._roster.away and self._roster.taken.keys() >= self._expected
+        if not in_order or self._roster != before:
+            return self._interval_s
+        return min(_RARER * last_s, RAREST * self._interval_s)
 
     async def refresh(self) -> None:
         """Look at the applications that run a drafter; ask each new one what it is."""

@@ -13,7 +13,7 @@ import pytest
 from ray.serve.exceptions import RayServeException
 
 from deployments.descriptions import SpecialistDescription, TargetDescription
-from deployments.directory import Directory, Met, roster_of
+from deployments.directory import RAREST, Directory, Met, roster_of
 from tests.fakes import until
 
 TARGET = TargetDescription(vocab_size=100, fingerprint="ours", max_tokens=2000)
@@ -112,6 +112,32 @@ async def test_an_application_is_asked_once_and_again_when_it_is_deployed_anew(
     serve.apply(math=SpecialistDescription("arithmetic", "ours", 3904))
     await directory.refresh()
     assert list(directory.specialists) == ["arithmetic"]
+
+
+async def test_looks_grow_rarer_while_all_is_in_order_and_nothing_changes(serve: FakeServe) -> None:
+    directory, pause_s = Directory(TARGET, "core", 2.0, ["math"]), 2.0
+
+    async def look() -> float:
+        before = directory._roster
+        await directory.refresh()
+        return directory._pause_s(pause_s, before)
+
+    for _ in range(3):  # math is expected
+        pause_s = await look()
+        assert pause_s == 2.0
+    serve.deploy("math")
+    pauses = [pause_s := await look() for _ in range(20)]
+    assert pauses[0] == 2.0
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == 2.0 * RAREST
+    serve.deploy("chat", SpecialistDescription("chat", "ours", 3904))
+    pause_s = await look()
+    assert pause_s == 2.0
+    pause_s = await look()
+    assert pause_s > 2.0
+    serve.applications["core"].deployments["Verifier"].replica_states = {}
+    serve.applications["core"].deployments["Verifier"].status = "UNHEALTHY"
+    assert await look() == 2.0
 
 
 async def test_one_that_does_not_answer_is_asked_again(serve: FakeServe, directory: Directory) -> None:

@@ -84,3 +84,15 @@ def test_one_session_needs_no_trials() -> None:
     modes, clock = of(1)
     assert run(modes, clock, 60.0, (60.0, 60.0), 1.2) == pytest.approx(1.0)
     assert run(modes, clock, 60.0, (60.0, 60.0), 0.9) == 0.0
+
+
+def test_a_workload_that_comes_in_bursts_is_not_tried_anew_in_each() -> None:
+    modes, clock = of(16)
+    shares = []
+    for _ in range(20):
+        modes.has(16)
+        shares.append(run(modes, clock, 6.0, (300.0, 150.0), 0.9))
+        modes.has(0)
+        clock.now += 60.0
+    assert sum(share > 0.0 for share in shares) <= 5
+    assert sum(shares) / len(shares) < 0.04

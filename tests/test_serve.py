@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from deployments.config import RouterArgs
+from deployments.directory import RAREST
 from tests.cluster import DRAFTERS, MODEL, QUESTION, USER, Cluster, ask, eventually, streamed_text, text_of
 from tests.prompts import PROMPTS
 
@@ -291,7 +292,7 @@ def test_what_is_scaled_to_zero_is_up_and_starts_with_the_first_request(cluster:
         return cluster.num_replicas("core", "Verifier"), cluster.num_replicas(last["name"], "Drafter")
 
     assert eventually(counts, lambda found: not any(found), 120) == (0, 0)
-    looked_again = time.monotonic() + 2 * RouterArgs().discovery_interval_s
+    looked_again = time.monotonic() + (1 + RAREST) * RouterArgs().discovery_interval_s
     while time.monotonic() < looked_again:
         health = httpx.get(f"{cluster.url}/health", timeout=10)
         assert health.status_code == 200, "it stays so when the directory looks again"

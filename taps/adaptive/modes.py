@@ -43,6 +43,9 @@ class _Load:
     """What is known at one load, and what is tried there."""
 
     rates: dict[bool, _Rate] = field(default_factory=lambda: {False: _Rate(), True: _Rate()})
+    lasted_s: float = (
+        0.0  # all windows together: trials are for so long of work, not of a clock that goes on at night
+    )
     tried: bool | None = None  # the mode that is tried now
     until: float = -math.inf
     before: int = 0  # windows that were known of it before that
@@ -80,8 +83,9 @@ class Modes:
         lasted_s = now - self._began
         sessions = self._session_s / lasted_s
         if sessions > 1 and lasted_s < 2 * _WINDOW_S:
-            rates = self._at(round(sessions)).rates
-            rates[self._mode].observe(self._tokens / lasted_s / self._capacity(sessions))
+            load = self._at(round(sessions))
+            load.lasted_s += lasted_s
+            load.rates[self._mode].observe(self._tokens / lasted_s / self._capacity(sessions))
         self._begin(now)
 
     def drafts(self, thought: float) -> bool:
@@ -108,8 +112,8 @@ class Modes:
         return math.exp((_THOUGHT_COUNTS * guessed + windows * measured) / (_THOUGHT_COUNTS + windows))
 
     def _decide(self, thought: float) -> bool:
-        load, now = self._at(self._sessions), self._clock()
-        ratio = self.ratio(thought)
+        load = self._at(self._sessions)
+        now, ratio = load.lasted_s, self.ratio(thought)
         better = ratio > 1.0 + _STICKY * (1 if not self._mode else -1)
         if load.tried is not None:
             known = load.rates[load.tried].windows - load.before
