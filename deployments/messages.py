@@ -20,7 +20,7 @@ from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PassCost, PromptTooLong, Verdict
 
-VERSION = 5
+VERSION = 6
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 # Errors that travel by name: the far side raises the same type.
 _ERRORS: dict[str, type[Exception]] = {
@@ -105,16 +105,16 @@ def to_verdict(message: Mapping[str, Any]) -> Verdict:
     )
 
 
-def from_prefill(state: SessionState, feature_window: int) -> Message:
-    return {"state": asdict(state), "feature_window": feature_window}
+def from_prefill(state: SessionState, feature_window: int, tells: bool) -> Message:
+    return {"state": asdict(state), "feature_window": feature_window, "tells": tells}
 
 
-def to_prefill(message: Mapping[str, Any]) -> tuple[SessionState, int]:
+def to_prefill(message: Mapping[str, Any]) -> tuple[SessionState, int, bool]:
     state = dict(message["state"])
     for name in ("tokens", "end_tokens"):
         state[name] = tuple(state[name])
     state["sampling"] = SamplingParams(**state["sampling"])
-    return SessionState(**state), message["feature_window"]
+    return SessionState(**state), message["feature_window"], message["tells"]
 
 
 def from_ahead(window: int, lookup: Lookup | None) -> Message:

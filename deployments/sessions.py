@@ -42,8 +42,8 @@ class RemoteVerifierSession:
         self._session = session
         self._timeout_s = timeout_s
 
-    async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
-        return await self._ask(from_prefill(state, feature_window))
+    async def prefill(self, state: SessionState, feature_window: int, tells: bool = True) -> Verdict:
+        return await self._ask(from_prefill(state, feature_window, tells))
 
     async def verify(self, tree: ProposalTree) -> Verdict:
         return await self._ask({"tree": from_tree(tree)})

@@ -122,16 +122,19 @@ class TableVerifier:
         self._lives = lives
         self._tokens: list[int] = []
         self._prompt_length = 0
+        self._held_back: int | None = None  # the window of features that are told when it stops
         self.numerics = "table"
 
-    async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
+    async def prefill(self, state: SessionState, feature_window: int, tells: bool = True) -> Verdict:
         await self._live()
+        self._held_back = None if tells else feature_window
         tokens, self._params = state.tokens, state.sampling
         self._tokens = list(tokens)
         self._prompt_length = len(tokens) - state.num_generated
         token = self._decide([])
         self._tokens.append(token)
-        return make_verdict([token], range(max(0, len(tokens) - feature_window), len(tokens)))
+        told = feature_window if tells else 0
+        return make_verdict([token], range(max(0, len(tokens) - told), len(tokens)))
 
     async def verify(self, tree: ProposalTree) -> Verdict:
         await self._live()
@@ -149,9 +152,13 @@ class TableVerifier:
         )
 
     async def ahead(self, window: int, lookup: Lookup | None = None) -> list[Verdict]:
-        if not window:
+        if window:
+            verdict = await self.verify(ProposalTree.root_only(self._tokens[-1]))
+            return [verdict if self._held_back is None else replace(verdict, features=verdict.features[:0])]
+        if self._held_back is None:
             return []
-        return [await self.verify(ProposalTree.root_only(self._tokens[-1]))]
+        end, held_back, self._held_back = len(self._tokens) - 1, self._held_back, None
+        return [make_verdict([], range(max(0, end - held_back), end))]
 
     def _decide(self, accepted: Sequence[int]) -> int:
         return self._target.decide([*self._tokens, *accepted], self._prompt_length, self._params)

@@ -243,6 +243,23 @@ def asked(step: Step) -> list[str]:
     return list(step.why["asked"])
 
 
+async def test_features_come_before_the_first_question_where_the_prefill_told_none() -> None:
+    """As after `likely` said that nobody would be asked at once."""
+    knows = ScriptedDrafter(0, foresight(TARGET, GREEDY))
+    pool = VerifierPool(TARGET, GREEDY, ms_of=lambda rows: 10.0 + 0.3 * rows)
+    fleet = Fleet(Planner(clock=Clock()))
+    policy = policy_of(pool, fleet, [knows])
+    policy.begins_asking = False
+    steps = await run_steps(pool, Panel([knows], deadline_s=60.0), policy, 60)
+    policy.close()
+    assert tokens_of(steps, 60) == TARGET.continuation(PROMPT, GREEDY, 60)
+    assert not len(steps[0].verdict.features)
+    assert any(asked(step) for step in steps[1:])
+    first = knows.deltas[0]
+    assert first.feature_start + len(first.features) == first.end - 1
+    assert len(first.features) >= len(PROMPT)
+
+
 async def test_it_finds_the_drafter_who_is_right() -> None:
     knows = ScriptedDrafter(1, foresight(TARGET, GREEDY))
     steps = await decoded([ScriptedDrafter(0, guesses(3)), knows, ScriptedDrafter(2, lies(4))], 120)

@@ -155,6 +155,34 @@ async def test_drafting_resumes_where_plain_decoding_stopped_and_the_text_is_one
     verifier.close()
 
 
+@pytest.mark.parametrize("window", [8, 100])
+async def test_what_a_prefill_does_not_tell_comes_with_the_stop(window: int) -> None:
+    verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 2, 128))
+    prompt = SessionState(tuple(range(5, 35)), max_tokens=60)
+    async with verifier.session() as session, verifier.session() as other:
+        first, told_all = await session.prefill(prompt, window, tells=False), await other.prefill(prompt, 100)
+        assert len(first.features) == 0
+        (at_once,) = await session.ahead(0)
+        assert at_once.tokens == ()
+        assert torch.equal(at_once.features, told_all.features[-window:])
+    async with verifier.session() as session, verifier.session() as other:
+        tokens = [*(await session.prefill(prompt, window, tells=False)).tokens]
+        expected, seen = list(tokens), [(await other.prefill(prompt, 100)).features]
+        while len(tokens) < 10:
+            tokens += told(await session.ahead(4))
+        (*_, stopped) = await session.ahead(0)
+        tokens += stopped.tokens
+        while len(expected) < len(tokens):
+            verdict = await other.verify(ProposalTree.root_only(expected[-1]))
+            expected += verdict.tokens
+            seen.append(verdict.features)
+        assert tokens == expected
+        assert torch.equal(stopped.features, torch.cat(seen)[-window:])
+        verdict = await session.verify(ProposalTree.root_only(tokens[-1]))
+        assert len(verdict.features) == 1
+    verifier.close()
+
+
 async def test_a_session_whose_owner_wants_no_features_gets_none() -> None:
     verifier = BatchedVerifier(Target(CausalLM(tiny_target()), 1, 128))
     async with verifier.session() as session:

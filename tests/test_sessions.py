@@ -59,6 +59,10 @@ async def test_a_remote_verifier_decides_what_a_local_one_does() -> None:
     local = TableVerifier(TARGET)
     async with running(table) as (replica,), verifying(replica) as remote:
         state = SessionState(tuple(PROMPT), sampling=PARAMS)
+        ours, theirs = await remote.prefill(state, 3, False), await local.prefill(state, 3, False)
+        assert not len(ours.features)
+        (told,) = await remote.ahead(0)
+        assert len(told.features) == 3
         ours, theirs = await remote.prefill(state, 3), await local.prefill(state, 3)
         for _ in range(5):
             assert (ours.tokens, ours.owners) == (theirs.tokens, theirs.owners)

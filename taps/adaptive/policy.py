@@ -67,6 +67,7 @@ class Adaptive:
     def __init__(self, fleet: Fleet, names: Sequence[str], ask: Ask, explains: bool = False) -> None:
         """Args: names: of the drafters, by index; ask: the largest tree, and what drafts are coupled to."""
         self.ask = ask
+        self.begins_asking = True
         self._names = names
         self._fleet, self._planner = fleet, fleet.planner
         self._explains = explains
@@ -89,7 +90,9 @@ class Adaptive:
 
     def likely(self, names: Sequence[str]) -> Sequence[str]:
         gains = {name: self._of(name, 0).gains.expected for name in names}
-        return self._planner.choose(self, gains, 0.0, self._version).drafters
+        drafters = self._planner.choose(self, gains, 0.0, self._version).drafters
+        self.begins_asking = bool(drafters)
+        return drafters
 
     def plan(self, context: Context, idle: Sequence[Candidate], free: Sequence[ProposalTree]) -> Plan:
         for drafter in idle:  # asked in a plan that was dropped

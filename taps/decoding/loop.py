@@ -58,7 +58,7 @@ async def _decode_on(
 ) -> AsyncGenerator[Step, None]:
     """Decode on one verifier session, fresh at the start."""
     started = clock()
-    verdict = await verifier.prefill(context.state(), context.feature_window)
+    verdict = await verifier.prefill(context.state(), context.feature_window, policy.begins_asking)
     context.restart(verdict)
     step = Step(verdict, True, 0.0, (clock() - started) * 1e3, numerics=verifier.numerics)
     policy.observe(context, step, ())
@@ -76,10 +76,10 @@ async def _decode_on(
             free = await panel.at_hand(context, policy.ask)
             plan = policy.plan(context, panel.idle(), free) if held is None else held.among(panel.idle())
             is_plain = plan.is_plain or (panel.is_empty and not plan.tells_all)  # nobody to wait for
-            # Drafters begin from features, which plain decoding tells when it stops.
+            # Drafters begin from features, which come when plain decoding stops, or before the first tree.
             can_ask = context.is_complete or not plan.asks
             held = None if can_ask else plan
-            if is_ahead or is_plain:
+            if is_ahead or is_plain or not context.is_complete:
                 await panel.propose(context, plan.questions if is_plain and can_ask else {})
                 is_ahead = is_plain and can_ask
                 verdicts = await verifier.ahead(_WINDOW if is_ahead else 0, lookup)

@@ -85,6 +85,7 @@ class Policy(Protocol):
     """One session's."""
 
     ask: Ask  # of drafters that are at hand, whom asking costs nothing
+    begins_asking: bool  # somebody, right after the prefill, as far as is known
 
     def likely(self, names: Sequence[str]) -> Sequence[str]:
         """Those that will be asked at once, as far as is known before the session began."""
@@ -107,6 +108,8 @@ class Policy(Protocol):
 
 class Fixed:
     """Everyone is asked for the same, and what they say is composed in one way."""
+
+    begins_asking = True
 
     def __init__(self, compose: Compose, ask: Ask, tells_all: bool = False) -> None:
         """Args: tells_all: the features of every position are wanted, as they come."""

@@ -61,8 +61,11 @@ class VerifierSession(Protocol):
 
     numerics: str  # verifiers of the same go on with the same bits
 
-    async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
-        """Take a session up and decide one more token. Features are of that many positions at most."""
+    async def prefill(self, state: SessionState, feature_window: int, tells: bool = True) -> Verdict:
+        """Take a session up and decide one more token. Features are of that many positions at most.
+
+        Args: tells: them now; else when `ahead` is stopped.
+        """
         ...
 
     async def ahead(self, window: int, lookup: Lookup | None = None) -> Sequence[Verdict]:

@@ -77,11 +77,11 @@ class BatchedVerifierSession:
         self._lookup: Lookup | None = None
         self._plain = RunsAhead(self._decide_one, lambda: state.is_over)
 
-    async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
-        self._feature_window, self._num_untold = feature_window, 0
+    async def prefill(self, state: SessionState, feature_window: int, tells: bool = True) -> Verdict:
+        self._feature_window, self._num_untold = feature_window, 0 if tells else len(state.tokens)
         if self._guesser is not None:
             self._guesses = self._guesser.open(state.sampling.greedy)
-        return await self._batcher.submit(PrefillJob(self._state, state, feature_window))
+        return await self._batcher.submit(PrefillJob(self._state, state, feature_window if tells else 0))
 
     async def verify(self, tree: ProposalTree) -> Verdict:
         verdict = await self._batcher.submit(VerifyJob(self._state, tree))

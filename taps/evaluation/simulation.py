@@ -246,7 +246,7 @@ class _TextSession:
         self._lookup: Lookup | None = None
         self._plain = RunsAhead(self._decide_one, lambda: self._end >= len(text.tokens))
 
-    async def prefill(self, state: SessionState, feature_window: int) -> Verdict:
+    async def prefill(self, state: SessionState, feature_window: int, tells: bool = True) -> Verdict:
         self._end = len(state.tokens) + 1
         return Verdict((self._text.tokens[self._end - 1],), (), torch.empty(0, 0), 0, 0, 1)
 
