@@ -129,7 +129,7 @@ class SpecialistArgs(Args):
     device: str = "cpu"
     max_sessions: PositiveInt = MAX_SESSIONS
     max_len: Annotated[int, Field(gt=2 * RESERVED_ROWS)] = DRAFT_LEN  # more than the verifier's max_len
-    torch_threads: PositiveInt = 1
+    torch_threads: PositiveInt | None = None  # None: 2 where the CPU kernel drafts, else 1
 
     @model_validator(mode="after")
     def _has_a_head(self) -> SpecialistArgs:

@@ -17,6 +17,8 @@ from taps.models.causal_lm import CausalLM, fingerprint
 from taps.models.checkpoints import InvalidCheckpoint, load_head, target_fingerprint
 from taps.models.embedded import target_path
 
+_KERNEL_THREADS = 2
+
 
 def load_verifier(target: TargetArgs, args: VerifierArgs) -> tuple[BatchedVerifier, TargetDescription]:
     """The verifier, and what the router and its drafters must know of the target."""
@@ -47,4 +49,6 @@ def load_drafter(args: SpecialistArgs) -> tuple[BatchedDrafter, SpecialistDescri
         head = load_head(locate(args.head), target, torch_dtype(args.dtype))
         drafter = eagle = EagleDrafter(head.to(args.device), args.max_sessions, args.max_len)
         description = SpecialistDescription(args.name, target_fingerprint(target), eagle.max_tokens)
-    return BatchedDrafter(args.name, drafter, args.torch_threads), description
+    # Drafters that torch computes have one: the teams of several processes would stand in each other's way.
+    num_threads = args.torch_threads or (_KERNEL_THREADS if drafter.in_kernel else 1)
+    return BatchedDrafter(args.name, drafter, num_threads), description

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Literal
 
 import pytest
 import torch
@@ -55,6 +56,16 @@ async def test_what_a_replica_loads_computes_in_one_thread_only(kind: str) -> No
         assert await loaded._batcher.between_steps(num_threads) == 3
         assert await loaded._batcher.between_steps(torch.get_num_threads) == (1 if kind == "verifier" else 3)
         assert (torch.get_num_threads(), num_threads()) == (1, 1)
+
+
+@pytest.mark.parametrize(("dtype", "threads"), [("bfloat16", 2), ("float32", 1)])
+async def test_a_specialist_has_two_threads_where_the_kernel_drafts(
+    dtype: Literal["bfloat16", "float32"], threads: int
+) -> None:
+    loaded, _ = load_drafter(SpecialistArgs(name="math", head="specialists/math", dtype=dtype))
+    with closing(loaded):
+        assert await loaded._batcher.between_steps(num_threads) == threads
+        assert await loaded._batcher.between_steps(torch.get_num_threads) == 1
 
 
 def test_the_number_before_comes_back() -> None:
