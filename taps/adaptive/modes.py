@@ -43,9 +43,7 @@ class _Load:
     """What is known at one load, and what is tried there."""
 
     rates: dict[bool, _Rate] = field(default_factory=lambda: {False: _Rate(), True: _Rate()})
-    lasted_s: float = (
-        0.0  # all windows together: trials are for so long of work, not of a clock that goes on at night
-    )
+    lasted_s: float = 0.0  # all windows together: what trials are timed by, since there may be breaks
     tried: bool | None = None  # the mode that is tried now
     until: float = -math.inf
     before: int = 0  # windows that were known of it before that

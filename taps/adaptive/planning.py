@@ -138,7 +138,7 @@ class Planner:
 
     def answered(
         self, drafter: str, depth: int, seconds: float | None, is_aside: bool = False, ago_s: float = 0.0
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Args: depth: of the paths; seconds: None where nothing is learned of them; is_aside: whether it was
         asked after a while, and had much to take in; ago_s: since it answered.
         """

@@ -36,7 +36,7 @@ class StepCosts:
         else:
             self._seconds = [1.0 + _PER_ROW * (size - 1) for size in _SIZES]
         self._seen = [_UNSEEN] * len(_SIZES)  # steps of each size, older ones counting less
-        self._convex = _convex(self._seconds, self._seen)
+        self._fitted: list[float] | None = None  # since the newest step
 
     @property
     def is_known(self) -> bool:
@@ -45,13 +45,12 @@ class StepCosts:
 
     def seconds(self, size: float) -> float:
         """Of a step of this size; beyond the largest as between the last two."""
-        at, share = self._between(size)
-        return self._convex[at] + share * (self._convex[at + 1] - self._convex[at])
+        return self._read(self._convex(), size)
 
     def observe(self, size: int, seconds: float) -> None:
         """Learn from a step; one that was held up by something else counts for little."""
         if self._is_known:
-            expected = self.seconds(size)
+            expected = self._read(self._seconds, size)
             bound = _WILDEST * expected
             seconds = min(max(seconds, expected - bound), expected + bound)
         self._learn(size, seconds, _NEWEST, _DRIFT)
@@ -60,7 +59,7 @@ class StepCosts:
         """The largest step that lasts no longer; no bound before anything was measured."""
         if not self._is_known:
             return 1 << 30
-        known = self._convex
+        known = self._convex()
         if seconds >= known[-1]:
             slope = self.seconds(_SIZES[-1] + 1) - known[-1]
             beyond = (seconds - known[-1]) / slope if slope > 0 else math.inf
@@ -74,20 +73,29 @@ class StepCosts:
 
     def table(self) -> dict[int, float]:
         """Size -> seconds."""
-        return dict(zip(self._sizes, self._convex, strict=True))
+        return dict(zip(self._sizes, self._convex(), strict=True))
+
+    def _convex(self) -> list[float]:
+        """Where there are more steps than looks it is not made for every step."""
+        if self._fitted is None:
+            self._fitted = _convex(self._seconds, self._seen)
+        return self._fitted
+
+    def _read(self, table: Sequence[float], size: float) -> float:
+        at, share = self._between(size)
+        return table[at] + share * (table[at + 1] - table[at])
 
     def _between(self, size: float) -> tuple[int, float]:
         at = min(max(bisect_right(self._sizes, size) - 1, 0), len(self._sizes) - 2)
         return at, (size - self._sizes[at]) / (self._sizes[at + 1] - self._sizes[at])
 
     def _learn(self, size: int, seconds: float, newest: float, drift: float) -> None:
-        at, share = self._between(size)
-        expected = self._seconds[at] + share * (self._seconds[at + 1] - self._seconds[at])
+        expected = self._read(self._seconds, size)
         if not self._is_known:
             drift, self._is_known = 1.0, True
         scale = 1.0 + drift * (seconds / expected - 1.0)
         self._seconds = [known * scale for known in self._seconds]
-        error = seconds - scale * expected
+        error, (at, share) = seconds - scale * expected, self._between(size)
         self._seen = [(1.0 - newest) * seen for seen in self._seen]
         for place, part in ((at, 1.0 - share), (at + 1, share)):
             weight = newest * min(max(part, 0.0), 1.0)
@@ -98,7 +106,7 @@ class StepCosts:
             self._seconds[place - 1] = min(self._seconds[place - 1], self._seconds[place])
         for place in range(at + 1, len(self._seconds)):
             self._seconds[place] = max(self._seconds[place], self._seconds[place - 1])
-        self._convex = _convex(self._seconds, self._seen)
+        self._fitted = None
 
 
 class Rhythm:
