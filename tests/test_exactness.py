@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from itertools import cycle, product
 from typing import Any, NamedTuple, TypeAlias
@@ -117,6 +118,7 @@ class Losing:
 
 
 Strategy: TypeAlias = Compose | Fleet
+Ahead: TypeAlias = Callable[[BatchedVerifierSession, int, Lookup | None], Awaitable[list[Verdict]]]
 
 
 class Restless(Planner):
@@ -134,6 +136,18 @@ class Restless(Planner):
             return Choice((), 0, 0.0, is_plain=True)
         count = self._rng.randrange(1, len(gains) + 1)
         return Choice(tuple(self._rng.sample(sorted(gains), count)), self._rng.randrange(1, 5), 1.0)
+
+
+def counting(ahead: Ahead, counts: Counter[str]) -> Ahead:
+    """`BatchedVerifierSession.ahead`, and how many nodes it looked up."""
+
+    async def counted(self: BatchedVerifierSession, window: int, lookup: Lookup | None = None) -> list[Verdict]:
+        verdicts = await ahead(self, window, lookup)
+        counts["nodes"] += sum(verdict.num_nodes for verdict in verdicts)
+        counts["accepted"] += sum(len(verdict.owners) for verdict in verdicts)
+        return verdicts
+
+    return counted
 
 
 @contextmanager
@@ -298,22 +312,18 @@ def test_in_bfloat16_too(
 def test_switching_drafters_on_and_off_changes_no_text(
     planner: type[Planner], asked: list[Question], plain: list[Text], plain_bf16: list[Text],
     verifier: BatchedVerifier, verifier_bf16: BatchedVerifier, drafters: list[BatchedDrafter],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    """And not what the verifier looks up by itself, where it may: beside drafters, and alone."""
+    looked_up = Counter[str]()
+    monkeypatch.setattr(BatchedVerifierSession, "ahead", counting(BatchedVerifierSession.ahead, looked_up))
+    at_hand: list[ServedDrafter] = [*drafters[:2], AtHand()]
     fleet = Fleet(planner())
-    assert answer_all(asked, verifier, drafters, fleet) == plain
-    assert answer_all(asked, verifier_bf16, drafters, fleet) == plain_bf16
-
-
-@pytest.mark.parametrize("planner", [Planner, Restless])
-def test_what_the_verifier_looks_up_by_itself_changes_no_text(
-    planner: type[Planner], asked: list[Question], plain: list[Text], plain_bf16: list[Text],
-    verifier: BatchedVerifier, verifier_bf16: BatchedVerifier, drafters: list[BatchedDrafter],
-) -> None:  # fmt: skip
-    fleet = Fleet(planner())
-    panel: list[ServedDrafter] = [*drafters[:2], AtHand()]
-    assert answer_all(asked, verifier, panel, fleet) == plain
-    assert answer_all(asked, verifier_bf16, panel, fleet) == plain_bf16
+    for panel in (drafters, at_hand):
+        assert answer_all(asked, verifier, panel, fleet) == plain
+        assert answer_all(asked, verifier_bf16, panel, fleet) == plain_bf16
     assert answer_all(asked, verifier_bf16, [AtHand()], fleet) == plain_bf16
+    assert looked_up["nodes"] > looked_up["accepted"] > 0
 
 
 def test_strategies_may_be_mixed_and_the_verifier_killed_in_mid_answer(
