@@ -15,12 +15,13 @@ from taps.drafting.drafter import Ask, InvalidAsk
 from taps.lookup import Lookup
 from taps.models.cache import CacheFull
 from taps.peers import PeerGone
-from taps.sampling import InvalidLogits, SamplingParams
+from taps.sampling import InvalidLogits
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PassCost, PromptTooLong, Verdict
 
-VERSION = 6
+VERSION = 7
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 # Errors that travel by name: the far side raises the same type.
 _ERRORS: dict[str, type[Exception]] = {
@@ -113,7 +114,8 @@ def to_prefill(message: Mapping[str, Any]) -> tuple[SessionState, int, bool]:
     state = dict(message["state"])
     for name in ("tokens", "end_tokens"):
         state[name] = tuple(state[name])
-    state["sampling"] = SamplingParams(**state["sampling"])
+    state["bad_words"] = tuple(map(tuple, state["bad_words"]))
+    state["sampling"] = _to_sampling(state["sampling"])
     return SessionState(**state), message["feature_window"], message["tells"]
 
 
@@ -141,7 +143,12 @@ def to_propose(message: Mapping[str, Any]) -> tuple[ContextDelta, Ask]:
     )
     ask = dict(message["ask"])
     sampling = ask.pop("sampling")
-    return delta, Ask(**ask, sampling=None if sampling is None else SamplingParams(**sampling))
+    return delta, Ask(**ask, sampling=None if sampling is None else _to_sampling(sampling))
+
+
+def _to_sampling(fields: Mapping[str, Any]) -> SamplingParams:
+    bias = tuple((token, by) for token, by in fields["logit_bias"])
+    return SamplingParams(**{**fields, "logit_bias": bias})
 
 
 def from_tree(tree: ProposalTree) -> Message:

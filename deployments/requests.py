@@ -21,8 +21,8 @@ from deployments.errors import RequestError
 from deployments.schema import ChatRequest, CompletionRequest, TapsOptions, complaint
 from taps.decoding.delivery import Delivery, end_tokens
 from taps.drafting.drafter import Ask
-from taps.sampling import LEAST_TEMPERATURE, SamplingParams
 from taps.session import SessionState
+from taps.shaping import LEAST_TEMPERATURE, SamplingParams
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _SEED_MASK = 0xFFFFFFFFFFFFFFFF
@@ -81,7 +81,9 @@ class RequestReader:
 
     def delivery(self, job: Generation) -> Delivery:
         """The text of `job`'s answer, as its tokens come."""
-        return Delivery(self._tokenizer, job.state.max_tokens, frozenset(job.state.end_tokens), job.stop)
+        state = job.state
+        ends = frozenset(state.end_tokens)
+        return Delivery(self._tokenizer, state.max_tokens, ends, job.stop, state.min_tokens)
 
     def _tokenize(self, request: CompletionRequest) -> list[int]:
         if isinstance(request.prompt, str):
@@ -115,18 +117,22 @@ class RequestReader:
         if not prompt:
             raise RequestError("the prompt is empty", where)
         # Text, too, may hold tokens that were added to the tokenizer alone.
-        last, lowest, highest = self._target.vocab_size - 1, min(prompt), max(prompt)
-        if lowest < 0 or highest > last:
-            other = lowest if lowest < 0 else highest
-            raise RequestError(f"token ids must lie between 0 and {last}; the prompt has {other}", where)
+        self._refuse_unknown(prompt, "the prompt", where)
         room = self._target.max_tokens - len(prompt)
         if room < 1 or (max_tokens or 1) > room:
             wanted = f" and {max_tokens} more were requested" if max_tokens else ""
             raise self._too_long(f"{len(prompt)}{wanted}", where)
         tree, params = self._tree(request.options), _sampling(request)
+        self._refuse_unknown([token for token, _ in params.logit_bias], "logit_bias", "logit_bias")
         return Generation(
             SessionState(
-                tuple(prompt), 0, params, max_tokens or room, self._end_tokens, request.cache_salt or ""
+                tuple(prompt),
+                sampling=params,
+                max_tokens=max_tokens or room,
+                end_tokens=self._ends(request),
+                min_tokens=_least(request.min_tokens, max_tokens or room),
+                bad_words=self._bad_words(request.bad_words or ()),
+                cache_salt=request.cache_salt or "",
             ),
             request.stop_strings,
             tree.strategy,
@@ -135,6 +141,25 @@ class RequestReader:
             request.options.explain,
             request.prompt_cache_key or begins,
         )
+
+    def _refuse_unknown(self, tokens: Collection[int], what: str, where: str) -> None:
+        last = self._target.vocab_size - 1
+        lowest, highest = min(tokens, default=0), max(tokens, default=0)
+        if lowest < 0 or highest > last:
+            other = lowest if lowest < 0 else highest
+            raise RequestError(f"token ids must lie between 0 and {last}; {what} has {other}", where)
+
+    def _ends(self, request: ChatRequest | CompletionRequest) -> tuple[int, ...]:
+        """What ends the answer: the target's own end tokens, unless they are ignored, and those asked for."""
+        asked = request.stop_token_ids or []
+        self._refuse_unknown(asked, "stop_token_ids", "stop_token_ids")
+        return tuple(dict.fromkeys((*(() if request.ignore_eos else self._end_tokens), *asked)))
+
+    def _bad_words(self, words: Collection[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word, as they are at the beginning of a text and after a space."""
+        texts = [text for word in words for text in (word, f" {word.lstrip()}")]
+        runs = (tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+        return tuple(dict.fromkeys(run for run in runs if run))
 
     def _tree(self, options: TapsOptions) -> TreeArgs:
         chosen = options.model_dump(exclude={"drafters", "explain"}, exclude_none=True)
@@ -164,6 +189,13 @@ def _beginning(messages: Sequence[Mapping[str, Any]], salt: str | None) -> str:
     return hashlib.sha256(json.dumps([salt, begins]).encode()).hexdigest()
 
 
+def _least(min_tokens: int | None, max_tokens: int) -> int:
+    least = min_tokens or 0
+    if least > max_tokens:
+        raise RequestError(f"min_tokens is {least}, more than the {max_tokens} there may be", "min_tokens")
+    return least
+
+
 def _sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
     temperature = 1.0 if request.temperature is None else request.temperature
     top_p = 1.0 if request.top_p is None else request.top_p
@@ -174,5 +206,8 @@ def _sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
         top_k=min(max(request.top_k or 0, 0), _MOST_TOKENS),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
+        min_p=request.min_p or 0.0,
+        repetition_penalty=request.repetition_penalty or 1.0,
+        logit_bias=tuple(sorted((request.logit_bias or {}).items())),
         seed=secrets.randbits(64) if request.seed is None else request.seed & _SEED_MASK,
     )

@@ -34,6 +34,9 @@ from deployments.neutral import (
 )
 
 R = TypeVar("R", bound="_Request")
+_MOST_BIASES = 1024
+_MOST_STOP_TOKENS = 128
+_MOST_BAD_WORDS = 128
 
 
 def _whole(value: Any) -> Any:
@@ -43,6 +46,14 @@ def _whole(value: Any) -> Any:
 
 _WHOLE = BeforeValidator(_whole)
 Tokens = Annotated[int, Field(ge=1), _WHOLE]
+TokenId = Annotated[int, Field(ge=0), _WHOLE]
+# JSON has names for keys; llama.cpp's clients send an empty list.
+Bias = Annotated[
+    dict[Annotated[int, Field(ge=0, strict=False)], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=_MOST_BIASES),
+]
+LogitBias = Annotated[Bias, BeforeValidator(lambda value: {} if value == [] else value)]
+BadWord = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class _Body(BaseModel):
@@ -108,6 +119,14 @@ class _Request(_Body):
     stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: LogitBias | None = None
+    # vLLM's, as other engines have them.
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=_MOST_STOP_TOKENS, fail_fast=True)] | None = None
+    min_tokens: Annotated[int, Field(ge=0), _WHOLE] | None = None
+    ignore_eos: bool | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=_MOST_BAD_WORDS, fail_fast=True)] | None = None
     # vLLM's: what is cached of a request is used again by those of the same salt alone.
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
     # OpenAI's: requests of the same key begin alike, and one verifier should answer them.

@@ -1,4 +1,4 @@
-"""From logits to a token: shaping, and sampling by noise that depends on the position alone.
+"""From logits to a token: sampling by noise that depends on the position alone.
 
 `token = argmax(log p + g)` with Gumbel noise g from a stateless hash of (seed, choice, absolute
 position, token id). Whoever computes the same logits at the same position draws the same token, in any
@@ -12,52 +12,24 @@ or sessions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from taps.shaping import SamplingParams, adjusted, pick, shape_rows, take
+
 _MASK64 = 0xFFFFFFFFFFFFFFFF
-_FIRST_LOOK = 256  # best tokens, where most nuclei end
 _LONG_BLOCK = 512  # whose best alone is looked for, which takes half the time of short ones
 _BLOCK = 64  # tokens that are looked at one by one only if the best of them matters
 _CACHED = 1 << 17  # elements that a core computes on without waiting for memory
-_T = TypeVar("_T")
 _LOG2_E = 1 / math.log(2)
-# Below it logits divided by the temperature overflow; such a request means greedy decoding.
-LEAST_TEMPERATURE = 1e-3
 
 
 class InvalidLogits(ArithmeticError):
     """The best of a position's logits is no finite number, so no token can be decided there."""
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the target's next token is chosen.
-
-    Temperature 0 is greedy decoding; other values begin at `LEAST_TEMPERATURE`.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0 keeps every token
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0  # unsigned 64 bits
-    choice: int = 0  # index among the choices of one request; each has its own noise
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
-    def penalised(self) -> bool:
-        """Whether the history of generated tokens changes the distribution."""
-        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 def _splitmix64(x: int) -> int:
@@ -150,109 +122,6 @@ def gumbel_noise(seed: int, choice: int, position: int, token_ids: Tensor) -> Te
     return gumbel_rows([SamplingParams(seed=seed, choice=choice)], [position], token_ids)[0]
 
 
-def shape_rows(logits: Tensor, params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]]) -> Tensor:
-    """Penalties, temperature, top-k and top-p, in this order; excluded tokens get -inf.
-
-    Args: logits [n, V], any float type; params [n]; counts [n]: how often each token was generated so far
-    (the prompt does not count). Returns [n, V] float32, unnormalised log-probabilities; the logits are left
-    alone, or returned where nothing changes them. At temperature 0 only penalties apply. Tokens that tie
-    with the last one kept are kept too, so the result does not depend on a sort's order.
-    """
-    shaped = _penalised(logits, params, counts).float()
-    temperatures = [p.temperature or 1.0 for p in params]
-    if any(temperature != 1.0 for temperature in temperatures):
-        shaped = shaped / _column(temperatures, shaped, torch.float32)
-    shaped = _cut(shaped, params, [0 < p.top_k < shaped.shape[1] for p in params], _top_k_edges)
-    return _cut(shaped, params, [p.top_p < 1.0 for p in params], _nucleus_edges)
-
-
-def shape_logits(logits: Tensor, params: SamplingParams, counts: Mapping[int, int]) -> Tensor:
-    """`shape_rows` of one row. Args: logits [V]. Returns [V] float32."""
-    return shape_rows(logits[None], [params], [counts])[0]
-
-
-def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, 1] on the device of `like`."""
-    return torch.tensor(values, dtype=dtype, device=like.device)[:, None]
-
-
-def _pick(values: Sequence[_T], chosen: Sequence[int]) -> list[_T]:
-    return [values[row] for row in chosen]
-
-
-def _take(rows: Tensor, chosen: Sequence[int]) -> Tensor:
-    """The chosen rows; no copy where that is all of them."""
-    return rows if len(chosen) == len(rows) else rows[torch.tensor(chosen, device=rows.device)]
-
-
-def _penalised(logits: Tensor, params: Sequence[SamplingParams], counts: Sequence[Mapping[int, int]]) -> Tensor:
-    rows: list[int] = []
-    tokens: list[int] = []
-    times: list[int] = []
-    for row, (p, counted) in enumerate(zip(params, counts, strict=True)):
-        if p.penalised:
-            rows += [row] * len(counted)
-            tokens += counted.keys()
-            times += counted.values()
-    if not rows:
-        return logits
-    row, token, number = torch.tensor([rows, tokens, times], device=logits.device)
-    frequency = _column([p.frequency_penalty for p in params], logits, torch.float32)[row, 0]
-    presence = _column([p.presence_penalty for p in params], logits, torch.float32)[row, 0]
-    return logits.float().index_put((row, token), -(frequency * number + presence), accumulate=True)
-
-
-def _cut(
-    shaped: Tensor,
-    params: Sequence[SamplingParams],
-    wanted: Sequence[bool],
-    edges: Callable[[Tensor, Sequence[SamplingParams]], Tensor],
-) -> Tensor:
-    """Exclude what is below its row's edge, in the rows that want it and are not greedy."""
-    chosen = [row for row, p in enumerate(params) if wanted[row] and not p.greedy]
-    if not chosen:
-        return shaped
-    rows = _take(shaped, chosen)
-    rows = torch.where(rows < edges(rows, _pick(params, chosen)), -math.inf, rows)
-    if len(chosen) == len(shaped):
-        return rows
-    return shaped.index_copy(0, torch.tensor(chosen, device=shaped.device), rows)
-
-
-def _top_k_edges(shaped: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """[n, 1] the smallest of each row's `top_k` best."""
-    best = shaped.topk(max(p.top_k for p in params)).values
-    return best.gather(1, _column([p.top_k - 1 for p in params], shaped, torch.int64))
-
-
-def _nucleus_edges(shaped: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """[n, 1] the smallest log-weight in each nucleus: the fewest best tokens whose mass reaches `top_p`."""
-    top_p = _column([p.top_p for p in params], shaped, torch.float64)
-    best = shaped.amax(-1, keepdim=True)
-    weights = (shaped.double() - best).exp_()  # in float64, or an ulp of an exponential decides
-    total = weights.cumsum(-1)[:, -1:]
-    look = min(_FIRST_LOOK, shaped.shape[1])
-    edges, reached = _edges_among(shaped.topk(look).values, best, top_p * total, look)
-    if look == shaped.shape[1] or not len(short := (~reached).nonzero()[:, 0]):
-        return edges
-    # All tokens lighter than this together are less than the nucleus may lack.
-    least = total[short] * (1.0 - top_p[short]) / (2 * shaped.shape[1])
-    num_heavy = (weights[short] >= least).sum(-1, keepdim=True).clamp_(min=1)
-    heaviest = shaped[short].topk(int(num_heavy.max())).values
-    found, _ = _edges_among(heaviest, best[short], (top_p * total)[short], num_heavy)
-    return edges.index_copy(0, short, found)
-
-
-def _edges_among(heaviest: Tensor, best: Tensor, wanted: Tensor, limit: Tensor | int) -> tuple[Tensor, Tensor]:
-    """Where the mass of the tokens [n, m], heaviest first, reaches the wanted one [n, 1]; and whether, [n].
-
-    Where it does not, the edge is the last of the row's first `limit`.
-    """
-    inside = ((heaviest.double() - best).exp_().cumsum(-1) < wanted).sum(-1, keepdim=True)
-    edges = heaviest.gather(1, torch.clamp(inside, max=limit - 1))
-    return edges, (inside < heaviest.shape[1])[:, 0]
-
-
 class Race(Protocol):
     """Leaves out the tokens that cannot win; see `_find_drawn`."""
 
@@ -335,24 +204,37 @@ def sample_rows(
     positions: Sequence[int],
     counts: Sequence[Mapping[int, int]],
     race: Race | None = None,
+    excluded: Sequence[Collection[int]] | None = None,
 ) -> list[int | InvalidLogits]:
     """The token the target decides in each row, or why none can be; no row's answer depends on the others.
 
     Args: logits [n, V], any float type; params [n]; positions [n], absolute, of the tokens decided;
-    counts [n]: generated tokens on the way there; race: a faster way to leave tokens out. Ties go to the
-    lowest token id.
+    counts [n] and excluded [n]: as for `shape_rows`, at the place; race: a faster way to leave tokens out.
+    Ties go to the lowest token id.
     """
     greedy = [row for row, p in enumerate(params) if p.greedy]
     drawn = [row for row, p in enumerate(params) if not p.greedy]
     found = []
+    banned = excluded or [()] * len(params)
     if greedy:
-        shaped = _penalised(_take(logits, greedy), _pick(params, greedy), _pick(counts, greedy))
+        shaped = adjusted(*_picked(logits, params, counts, banned, greedy))
         found.append(_find_best(shaped))
     if drawn:
-        shaped = shape_rows(_take(logits, drawn), _pick(params, drawn), _pick(counts, drawn))
-        found.append(_find_drawn(shaped, _pick(params, drawn), _pick(positions, drawn), race))
+        shaped = shape_rows(*_picked(logits, params, counts, banned, drawn))
+        found.append(_find_drawn(shaped, pick(params, drawn), pick(positions, drawn), race))
     decided = dict(zip(greedy + drawn, _winners(found), strict=True))
     return [_token(*decided[row], position) for row, position in enumerate(positions)]
+
+
+def _picked(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    counts: Sequence[Mapping[int, int]],
+    excluded: Sequence[Collection[int]],
+    chosen: Sequence[int],
+) -> tuple[Tensor, list[SamplingParams], list[Mapping[int, int]], list[Collection[int]]]:
+    """What `shape_rows` takes, of the chosen rows."""
+    return take(logits, chosen), pick(params, chosen), pick(counts, chosen), pick(excluded, chosen)
 
 
 def _winners(found: Sequence[_Found]) -> list[tuple[int, float]]:

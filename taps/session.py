@@ -7,9 +7,10 @@ shapes or ends an answer becomes a field here. Knows numbers; nothing of who dec
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from taps.sampling import SamplingParams
+from taps.shaping import SamplingParams
 
 UNLIMITED = 1 << 30
 GREEDY = SamplingParams(temperature=0.0)
@@ -24,6 +25,8 @@ class SessionState:
     sampling: SamplingParams = GREEDY
     max_tokens: int = UNLIMITED  # that are generated at most, those there included
     end_tokens: tuple[int, ...] = ()  # after any of these nothing is decided
+    min_tokens: int = 0  # that are generated before any of these may come
+    bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that may not come
     cache_salt: str = ""  # sessions of different salts share nothing that is cached
 
     @property
@@ -32,5 +35,15 @@ class SessionState:
         return self.max_tokens - self.num_generated
 
     def counts(self) -> Counter[int]:
-        """How often each token was generated, which penalties count."""
-        return Counter(self.tokens[len(self.tokens) - self.num_generated :])
+        """How often each token was generated, as penalties count; with the prompt's where they matter."""
+        generated = Counter(self.tokens[len(self.tokens) - self.num_generated :])
+        if self.sampling.repeats_cost:
+            generated.update(dict.fromkeys(self.tokens, 0))
+        return generated
+
+    def excluded(self, newest: Sequence[int], num_generated: int) -> Collection[int]:
+        """What may not come next. Args: newest: tokens, all there are or as many as bad words have."""
+        found = {
+            last for *before, last in self.bad_words if [*newest[max(len(newest) - len(before), 0) :]] == before
+        }
+        return found.union(self.end_tokens) if num_generated < self.min_tokens else found

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from taps.sampling import SamplingParams, gumbel_noise, shape_logits
+from taps.sampling import gumbel_noise
+from taps.shaping import SamplingParams, shape_logits
 
 
 class Divergence(NamedTuple):

@@ -28,8 +28,9 @@ from taps.drafting.drafter import Ask
 from taps.engine.verification import accept
 from taps.lookup import Lookup
 from taps.peers import PeerBusy, PeerGone
-from taps.sampling import SamplingParams, sample
+from taps.sampling import sample
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from taps.tree import ProposalTree
 from taps.verdict import PassCost, Verdict
 

@@ -17,7 +17,7 @@ from taps.decoding.policy import Step
 from taps.drafting.drafter import Ask
 from taps.drafting.ngram import NgramSession
 from taps.engine.costs import StepCosts
-from taps.sampling import SamplingParams
+from taps.shaping import SamplingParams
 from taps.tree import ProposalTree
 from taps.verdict import PassCost
 from tests.fakes import (

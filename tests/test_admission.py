@@ -18,8 +18,8 @@ from taps.engine.verifier import BatchedVerifier
 from taps.models.cache import PAGE
 from taps.models.causal_lm import CausalLM
 from taps.models.memory import free_memory
-from taps.sampling import SamplingParams
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import Verdict
 from tests.fakes import random_tree, until

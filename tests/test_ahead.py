@@ -14,8 +14,8 @@ from taps.engine.target import Target
 from taps.engine.verifier import BatchedVerifier
 from taps.lookup import Lookup
 from taps.models.causal_lm import CausalLM
-from taps.sampling import SamplingParams
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
 from tests.fakes import make_verdict, until

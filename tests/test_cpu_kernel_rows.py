@@ -12,7 +12,8 @@ from torch import Tensor
 from taps.engine.threads import computing_with
 from taps.models.cpu_kernel.build import machine_levels
 from taps.models.cpu_kernel.kernel import CpuKernel, cpu_kernel
-from taps.sampling import SamplingParams, draft_noise, noise_keys
+from taps.sampling import draft_noise, noise_keys
+from taps.shaping import SamplingParams
 from tests.paged import ROUNDING, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,8 +14,8 @@ from taps.decoding import loop
 from taps.decoding.panel import Panel
 from taps.drafting.drafter import Ask
 from taps.peers import PeerBusy, PeerGone
-from taps.sampling import SamplingParams
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from tests.fakes import (
     PROMPT,
     ScriptedDrafter,

@@ -164,6 +164,24 @@ def test_an_end_token_at_the_limit_is_a_stop() -> None:
     assert deliver([b"a"], max_tokens=2, ended=True)[-1] == ("", 1, "stop")
 
 
+@pytest.mark.parametrize(
+    ("least", "delivered"),
+    [
+        (0, [("one ", 1, "stop")]),
+        (1, [("one END", 1, None), (" two ", 1, "stop")]),
+        (2, [("one END", 1, None), (" two END", 1, None), (" three ", 1, "stop")]),
+        (3, [("one END", 1, None), (" two END", 1, None), (" three END", 1, "length")]),
+    ],
+)
+def test_no_stop_string_is_looked_for_before_there_are_tokens_enough(
+    least: int, delivered: list[tuple[str, int, str | None]]
+) -> None:
+    tokenizer = BytesTokenizer()
+    tokens = tokenizer.ids(b"one END", b" two END", b" three END")
+    delivery = Delivery(tokenizer, 3, frozenset({END}), ["END"], least)
+    assert [delivery.push([token]) for token in tokens[: len(delivered)]] == delivered
+
+
 def test_any_of_the_end_tokens_ends_the_answer() -> None:
     assert Delivery(BytesTokenizer(), 99, frozenset({END, END + 1})).push([END + 1]) == ("", 1, "stop")
 

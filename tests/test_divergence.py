@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taps.sampling import SamplingParams
+from taps.shaping import SamplingParams
 from tests.divergence import margin
 
 

@@ -15,7 +15,8 @@ from taps.drafting.eagle import EagleDrafter
 from taps.engine.threads import computing_with
 from taps.models.alignment import Alignment
 from taps.models.draft_head import DraftHead, draft_config
-from taps.sampling import SamplingParams, gumbel_noise
+from taps.sampling import gumbel_noise
+from taps.shaping import SamplingParams
 from taps.tree import ROOT, ProposalTree
 from tests.tiny import HIDDEN, VOCAB, tiny_config, tiny_head
 from tests.waits import counting_waits

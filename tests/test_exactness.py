@@ -27,8 +27,8 @@ from taps.drafting.ngram import NgramSession
 from taps.engine.verifier import BatchedVerifier, BatchedVerifierSession
 from taps.lookup import Lookup
 from taps.peers import PeerGone
-from taps.sampling import SamplingParams
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from taps.tree import ProposalTree
 from taps.verdict import Verdict
 from tests.divergence import Divergence, first_divergence
@@ -56,6 +56,7 @@ class Question(NamedTuple):
 
     prompt: tuple[int, ...]
     params: SamplingParams
+    limits: Mapping[str, Any] = {}  # more of its `SessionState`
 
 
 def questions(tokenizer: Any, prompts: Sequence[str], samplings: Sequence[SamplingParams]) -> list[Question]:
@@ -167,13 +168,13 @@ async def answer(
     new_tokens: int,
     cache_salt: str = "",
 ) -> Text:
-    state = SessionState(question.prompt, sampling=question.params, cache_salt=cache_salt)
+    state = SessionState(question.prompt, sampling=question.params, cache_salt=cache_salt, **question.limits)
     context = Context(state, 512)
     ask = Ask(num_nodes=6, depth=3, top_k=3, sampling=question.params)
     with following(strategy, ask, [drafter.name for drafter in drafters]) as policy:
         async with aclosing(decode_in_process(context, verifier, drafters, policy)) as steps:
             async for _ in steps:
-                if context.num_generated >= new_tokens:
+                if context.num_generated >= new_tokens or context.tokens[-1] in state.end_tokens:
                     break
     return tuple(context.tokens[context.prompt_length :][:new_tokens])
 

@@ -20,7 +20,7 @@ from taps.decoding import loop
 from taps.drafting.batched import BatchedDrafter
 from taps.engine.verifier import BatchedVerifier
 from taps.provenance import made_with
-from taps.sampling import SamplingParams
+from taps.shaping import SamplingParams
 from tests.prompts import PROMPTS
 from tests.test_exactness import (
     COMPOSITIONS,

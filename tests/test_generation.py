@@ -20,8 +20,8 @@ from taps.decoding import loop
 from taps.decoding.policy import Step
 from taps.drafting.drafter import Ask
 from taps.peers import PeerBusy, PeerGone
-from taps.sampling import SamplingParams
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from tests.fakes import PROMPT, ScriptedDrafter, TableTarget, TableVerifier, foresight, until
 from tests.replicas import PATIENCE_S, Replica, running
 

@@ -29,7 +29,8 @@ from deployments.messages import (
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask
 from taps.models.cache import CacheFull
-from taps.sampling import InvalidLogits, SamplingParams
+from taps.sampling import InvalidLogits
+from taps.shaping import SamplingParams
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 from tests.fakes import chain

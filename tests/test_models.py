@@ -30,8 +30,9 @@ from taps.models.cache import CachedSequence, CacheFull, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.pretrained import UnservableTarget, load_config, load_tokenizer
 from taps.models.step import Segment
-from taps.sampling import InvalidLogits, SamplingParams, sample_rows
+from taps.sampling import InvalidLogits, sample_rows
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from taps.tree import ProposalTree
 from taps.verdict import PromptTooLong, Verdict
 from tests.fakes import random_tree

@@ -14,8 +14,8 @@ from deployments.record import RequestRecord
 from deployments.requests import Generation
 from taps.decoding.policy import Step
 from taps.drafting.drafter import Ask
-from taps.sampling import SamplingParams
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from tests.fakes import make_verdict
 
 

@@ -11,8 +11,8 @@ from deployments.record import RequestRecord
 from deployments.requests import Generation
 from taps.decoding.policy import Step
 from taps.drafting.drafter import Ask
-from taps.sampling import SamplingParams
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from tests.fakes import make_verdict
 
 JOB = Generation(SessionState((7,) * 5, 0, SamplingParams(), 100), (), "merged", ("math", "chat"), Ask())

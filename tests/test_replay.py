@@ -24,8 +24,8 @@ from taps.engine.verifier import BatchedVerifier
 from taps.evaluation.replay import Strategy, replay
 from taps.models.causal_lm import CausalLM
 from taps.recording.shards import Recording
-from taps.sampling import SamplingParams
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from tests.tiny import VOCAB, tiny_head, tiny_target
 
 NEW_TOKENS = 40

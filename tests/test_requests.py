@@ -16,7 +16,7 @@ from deployments.errors import RequestError
 from deployments.openai import Json
 from deployments.requests import Drafters, Generation, RequestReader
 from deployments.schema import parse_chat, parse_completion
-from taps.sampling import LEAST_TEMPERATURE, SamplingParams
+from taps.shaping import LEAST_TEMPERATURE, SamplingParams
 
 MODEL = "SmolLM2-135M-Instruct"
 TARGET = TargetDescription(vocab_size=1000, fingerprint="", max_tokens=100, numerics="table exact")
@@ -33,7 +33,7 @@ class CharacterTokenizer:
     def from_pretrained(cls, path: str) -> CharacterTokenizer:
         return cls()
 
-    def __call__(self, text: str) -> Json:
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Json:
         return {"input_ids": [ord(c) for c in text]}
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -82,6 +82,50 @@ def test_sampling_parameters_arrive(reader: RequestReader) -> None:
     }
     assert read_chat(reader, **fields).state.sampling == SamplingParams(0.0, 0.5, 7, 1.0, -1.0, seed=2**64 - 1)
     assert read_chat(reader, top_k=-1).state.sampling.top_k == 0
+
+
+def test_what_shapes_an_answer_arrives(reader: RequestReader) -> None:
+    fields = {
+        "min_p": 0.25,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"7": -100, "5": 2.5},
+        "stop_token_ids": [9, 8, 9],
+        "min_tokens": 4,
+        "bad_words": ["ab", " c"],
+    }
+    state = read_chat(reader, seed=1, **fields).state
+    bias = ((5, 2.5), (7, -100.0))
+    assert state.sampling == SamplingParams(min_p=0.25, repetition_penalty=1.5, logit_bias=bias, seed=1)
+    assert (state.end_tokens, state.min_tokens) == ((2, 9, 8), 4)
+    words = ("ab", " ab", " c")
+    assert state.bad_words == tuple(tuple(map(ord, word)) for word in words)
+    assert read_chat(reader, ignore_eos=True, stop_token_ids=[9]).state.end_tokens == (9,)
+    assert read_chat(reader, ignore_eos=True).state.end_tokens == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "where", "reason"),
+    [
+        ({"logit_bias": {"1000": 1}}, "logit_bias", "between 0 and 999; logit_bias has 1000"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "integer"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
+        ({"stop_token_ids": [1000]}, "stop_token_ids", "between 0 and 999"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "0"),
+        ({"stop_token_ids": list(range(129))}, "stop_token_ids", "128"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens", "6, more than the 5"),
+        ({"min_tokens": -1}, "min_tokens", "0"),
+        ({"min_p": 1.5}, "min_p", "1"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "0"),
+        ({"bad_words": [""]}, "bad_words", "character"),
+        ({"bad_words": "word"}, "bad_words", "list"),
+        ({"ignore_eos": "yes"}, "ignore_eos", "boolean"),
+    ],
+)
+def test_what_shapes_an_answer_is_checked(reader: RequestReader, fields: Json, where: str, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as caught:
+        read_chat(reader, **fields)
+    assert caught.value.status == 400
+    assert (caught.value.param or "").startswith(where)
 
 
 @pytest.mark.parametrize(

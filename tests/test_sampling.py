@@ -13,7 +13,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from taps.sampling import InvalidLogits, SamplingParams, gumbel_noise, sample, shape_logits
+from taps.sampling import InvalidLogits, gumbel_noise, sample
+from taps.shaping import SamplingParams, shape_logits
 from tests.fakes import chi_square_p
 
 LOGITS = torch.tensor([1.0, 0.2, -0.5, 2.0, 0.7, -3.0, 1.5, 0.0])

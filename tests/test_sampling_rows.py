@@ -16,17 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from taps.models.cpu_kernel.build import machine_levels
 from taps.models.cpu_kernel.kernel import CpuKernel
-from taps.sampling import (
-    InvalidLogits,
-    SamplingParams,
-    draft_noise,
-    gumbel_noise,
-    gumbel_rows,
-    sample,
-    sample_rows,
-    shape_logits,
-    shape_rows,
-)
+from taps.sampling import InvalidLogits, draft_noise, gumbel_noise, gumbel_rows, sample, sample_rows
+from taps.shaping import SamplingParams, shape_logits, shape_rows
 
 
 def random_params(rng: Random) -> SamplingParams:

@@ -22,8 +22,9 @@ from deployments.sessions import (
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, InvalidAsk
 from taps.peers import PeerBusy, PeerGone
-from taps.sampling import InvalidLogits, SamplingParams
+from taps.sampling import InvalidLogits
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PromptTooLong
 from tests.fakes import PROMPT, ScriptedDrafter, TableTarget, TableVerifier, chain, foresight, positions_of

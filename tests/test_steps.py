@@ -34,7 +34,8 @@ from taps.evaluation.step_work import (
 from taps.evaluation.steps import Case, Timing, Work, fits, in_rounds, steps_table, tabulated, target_cases
 from taps.models.causal_lm import CausalLM
 from taps.models.checkpoints import save_head
-from taps.sampling import SamplingParams, sample
+from taps.sampling import sample
+from taps.shaping import SamplingParams
 from taps.verdict import Verdict
 from tests.tiny import HIDDEN, VOCAB, saved_target, tiny_config, tiny_head, tiny_target
 

@@ -44,9 +44,16 @@ class Delivery:
     """The text of one answer."""
 
     def __init__(
-        self, tokenizer: Decoder, max_tokens: int, end_tokens: frozenset[int], stop: Sequence[str] = ()
+        self,
+        tokenizer: Decoder,
+        max_tokens: int,
+        end_tokens: frozenset[int],
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
     ) -> None:
+        """Args: min_tokens: in whose text no stop string is looked for."""
         self._tokenizer = tokenizer
+        self._least_left = max_tokens - min_tokens
         self._left = max_tokens
         self._end_tokens = end_tokens
         self._stop = tuple(s for s in stop if s)
@@ -65,6 +72,8 @@ class Delivery:
             ended = token in self._end_tokens
             if not ended:
                 self._write(token)
+                if self._is_too_short:
+                    text += self._take(len(self._held))
                 cut = self._find_stop()
                 if cut is not None:
                     return Delivered(text + self._take(cut), count, "stop")
@@ -72,6 +81,11 @@ class Delivery:
             if ended or self._left <= 0:
                 return self._end(text, count, "stop" if ended else "length")
         return Delivered(text, len(tokens), None)
+
+    @property
+    def _is_too_short(self) -> bool:
+        """Whether the text so far is too short to end."""
+        return self._left >= self._least_left
 
     def _write(self, token: int) -> None:
         self._tokens.append(token)
@@ -103,7 +117,7 @@ class Delivery:
         """Whether there is a stop string before or in the special token that cuts the character at hand."""
         trial = copy(self)
         trial._hold_rest(rest)
-        return trial._find_stop() is not None
+        return not self._is_too_short and trial._find_stop() is not None
 
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True)
@@ -138,6 +152,8 @@ class Delivery:
     def _end(self, text: str, count: int, reason: FinishReason) -> Delivered:
         """Everything decided, also an incomplete character, up to a stop string."""
         self._hold_rest(self._rest())
+        if self._is_too_short:
+            text += self._take(len(self._held))
         cut = self._find_stop()
         if cut is None:
             return Delivered(text + self._take(len(self._held)), count, reason)

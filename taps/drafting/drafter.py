@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from taps.context import ContextDelta
 from taps.engine.scheduling import MAX_LEN
-from taps.sampling import SamplingParams
+from taps.shaping import SamplingParams
 from taps.tree import ProposalTree
 
 # Cache rows kept free for the levels of one tree: depth * top_k of an ask must not exceed it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -24,7 +24,8 @@ from taps.models.draft_head import DraftHead
 from taps.models.drafting_head import DraftingHead
 from taps.models.memory import require_memory
 from taps.models.step import Segment, Step, StepInputs
-from taps.sampling import SamplingParams, draft_noise, noise_keys, shape_rows
+from taps.sampling import draft_noise, noise_keys
+from taps.shaping import SamplingParams, shape_rows
 from taps.tree import ProposalTree
 
 _AS_IT_IS = SamplingParams()
@@ -47,6 +48,7 @@ class EagleDrafter:
         self._head = DraftingHead(head)
         self._inputs = StepInputs(self._head.device)
         self._tokens = self._head.draft_vocab.int()
+        self._places: dict[int, int] | None = None  # of tokens in the draft vocabulary, once they are asked for
         self._max_sessions = max_sessions
         self._cache = PagedCache(max_sessions, max_len, layers=[self._head.layer_shape])
         positions = self._cache.num_pages * PAGE
@@ -166,22 +168,31 @@ class EagleDrafter:
         step = Step(segments, self._inputs, frontier.tokens, frontier.parents)
         return self._head(hidden[step.on(hidden.device).chosen], step, self._cache)
 
+    def _in_draft_vocab(self, sampling: SamplingParams) -> SamplingParams:
+        """The same for logits of the draft vocabulary, without what takes more than logits to know."""
+        if not sampling.logit_bias and not sampling.penalised:
+            return sampling
+        if self._places is None:
+            self._places = {token: place for place, token in enumerate(self._head.draft_vocab.tolist())}
+        bias = ((self._places[token], by) for token, by in sampling.logit_bias if token in self._places)
+        return replace(sampling, logit_bias=tuple(bias), repetition_penalty=1.0)
+
     def _candidates(
         self, jobs: Sequence[DraftJob], hidden: Tensor, counts: Sequence[int], level: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `Growth.extend` takes. Args: hidden [R, H]; counts [jobs]: how many of the rows each has."""
         logits, ids = self._head.logits(hidden), self._head.draft_vocab
         owners = [job for job, count in zip(jobs, counts, strict=True) for _ in range(count)]
+        if any(map(_is_shaped, owners)):
+            known = [self._in_draft_vocab(job.ask.sampling or _AS_IT_IS) for job in owners]
+            logits = shape_rows(logits, known, [{}] * len(owners))
         if self._head.best is None:
-            logprobs = _coupled(logits, owners, level, ids).log_softmax(-1)
+            logprobs = _tilted(logits.float(), owners, level, ids).log_softmax(-1)
             places, best = _best(logprobs, jobs, counts)
             return ids[places], best, _entropies(logprobs)
         most = min(max(job.ask.top_k for job in jobs), logits.shape[1])
         keys = _keys(owners, level)
-        if keys is None:
-            places, best, entropies = self._head.best(logits, most, None)
-        else:
-            places, best, entropies = self._head.best(_shaped(logits, owners), most, (keys, self._tokens))
+        places, best, entropies = self._head.best(logits, most, None if keys is None else (keys, self._tokens))
         return ids[places], _cut(best, jobs, counts), entropies
 
 
@@ -190,9 +201,10 @@ class EagleDrafter:
 # drafting need not be exact.
 
 
-def _shaped(logits: Tensor, owners: Sequence[DraftJob]) -> Tensor:
-    """Logits [R, D] float32 of rows that belong to these jobs."""
-    return shape_rows(logits.float(), [_sampling(job.ask) or _AS_IT_IS for job in owners], [{}] * len(owners))
+def _is_shaped(job: DraftJob) -> bool:
+    """Whether the job's logits are shaped before they are ranked; greedy decoding has a bias at most."""
+    sampling = job.ask.sampling
+    return sampling is not None and not (sampling.greedy and not sampling.logit_bias)
 
 
 def _keys(owners: Sequence[DraftJob], level: int) -> Tensor | None:
@@ -205,14 +217,14 @@ def _keys(owners: Sequence[DraftJob], level: int) -> Tensor | None:
     return torch.cat([keys, torch.tensor([[int(p is not None) for p in params]], dtype=torch.int32)])
 
 
-def _coupled(logits: Tensor, owners: Sequence[DraftJob], level: int, ids: Tensor) -> Tensor:
-    """Logits [R, D] float32 of rows that belong to these jobs, shaped and tilted where they ask for it."""
+def _tilted(logits: Tensor, owners: Sequence[DraftJob], level: int, ids: Tensor) -> Tensor:
+    """Logits [R, D] float32 of rows that belong to these jobs, tilted by the noise where they ask for it."""
     coupled = [row for row, job in enumerate(owners) if _sampling(job.ask) is not None]
     if not coupled:
         return logits.float()
     params = [_sampling(owners[row].ask) or _AS_IT_IS for row in coupled]
     noise = draft_noise(params, [owners[row].delta.end + level for row in coupled], ids)
-    return _shaped(logits, owners).index_add(0, torch.tensor(coupled, device=ids.device), noise)
+    return logits.index_add(0, torch.tensor(coupled, device=ids.device), noise)
 
 
 def _sampling(ask: Ask) -> SamplingParams | None:

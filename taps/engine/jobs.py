@@ -6,6 +6,7 @@ Knows tokens and trees; nothing of steps.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -43,6 +44,26 @@ class TargetSession:
         """Whether nothing more of the text is asked for."""
         ended = self.num_generated > 0 and self.tokens[-1] in self.asked.end_tokens
         return ended or self.num_generated >= self.asked.max_tokens
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether more than its logits decides a token: what was decided before it, in the same step too."""
+        asked = self.asked
+        return asked.sampling.penalised or bool(asked.bad_words) or self.num_generated < asked.min_tokens
+
+    def counts(self, accepted: Sequence[int]) -> Mapping[int, int]:
+        """What penalties count. Args: accepted: in this step, on the way there."""
+        if not (self.asked.sampling.penalised and accepted):
+            return self.generated
+        counted = self.generated.copy()  # a sum of counters would drop the prompt's zeros
+        counted.update(accepted)
+        return counted
+
+    def excluded(self, accepted: Sequence[int]) -> Collection[int]:
+        """What may not come next. Args: accepted: in this step, on the way there."""
+        num_generated = self.num_generated + len(accepted)
+        longest = max(map(len, self.asked.bad_words), default=0)
+        return self.asked.excluded((*self.tokens[len(self.tokens) - longest :], *accepted), num_generated)
 
     @property
     def num_left(self) -> int:

@@ -6,8 +6,7 @@ Knows the target's model, cache and sampling; nothing of drafters, asyncio, Ray 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -281,7 +280,7 @@ class Target:
 
         Not where they depend on what was accepted before, nor of many rows that are drawn, which cost more.
         """
-        free = [piece for piece in ends if not piece.job.session.asked.sampling.penalised]
+        free = [piece for piece in ends if not piece.job.session.looks_back]
         drawn = [piece for piece in free if not piece.job.session.asked.sampling.greedy]
         if sum(len(_decided_tree(piece)) for piece in drawn) > _MOST_DRAWN_AHEAD:
             free = [piece for piece in free if piece.job.session.asked.sampling.greedy]
@@ -305,8 +304,9 @@ class Target:
             logits if every else logits[torch.tensor(rows, device=logits.device)],
             [piece.job.session.asked.sampling for piece, _ in asked],
             [len(piece.job.session.tokens) + len(one.tokens) for piece, one in asked],
-            [_counts(piece.job.session, one.tokens) for piece, one in asked],
+            [piece.job.session.counts(one.tokens) for piece, one in asked],
             self.model.race,
+            [piece.job.session.excluded(one.tokens) for piece, one in asked],
         )
         return dict(zip(rows, tokens, strict=True))
 
@@ -356,13 +356,6 @@ def _segment(piece: _Piece) -> Segment:
 def _decided_tree(piece: _Piece) -> ProposalTree:
     """What is walked: a prompt that ends here is a root whose only decision is the bonus."""
     return ProposalTree.root_only(piece.tree.tokens[-1]) if piece.is_prefill else piece.tree
-
-
-def _counts(session: TargetSession, accepted: Sequence[int]) -> Mapping[int, int]:
-    """How often each token was generated, those accepted in this step included where it matters."""
-    if session.asked.sampling.penalised and accepted:
-        return session.generated + Counter(accepted)
-    return session.generated
 
 
 def _kept(piece: _Piece, decision: Acceptance | Exception | None) -> Kept:

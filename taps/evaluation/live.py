@@ -37,8 +37,8 @@ from taps.models.pretrained import load_tokenizer
 from taps.provenance import heads_made, made_with, unlike_names
 from taps.recording.answers import prompt_tokens
 from taps.recording.sources import Prompt
-from taps.sampling import SamplingParams
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from taps.tree import ProposalTree
 
 PLAIN = "off"

@@ -17,7 +17,7 @@ from taps.recording.answers import AnswerRecipe, answer_sampling
 from taps.recording.recorder import answer_prompts
 from taps.recording.shards import Recording, load_shard, shards
 from taps.recording.sources import Prompt
-from taps.sampling import SamplingParams
+from taps.shaping import SamplingParams
 
 _UNBOUNDED = 1 << 20
 _MAX_PROMPT = 1024  # tokens

@@ -29,8 +29,9 @@ from taps.models.cache import PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.kernel_operations import cpu_race
 from taps.models.step import Segment
-from taps.sampling import SamplingParams, sample_rows
+from taps.sampling import sample_rows
 from taps.session import SessionState
+from taps.shaping import SamplingParams
 from taps.tree import NO_PARENT, ProposalTree
 from taps.verdict import Verdict
 

@@ -50,7 +50,7 @@ from taps.models.draft_head import DraftHead
 from taps.models.embedded import target_path
 from taps.models.pretrained import load_model
 from taps.provenance import heads_made, made_with, unlike_names
-from taps.sampling import SamplingParams
+from taps.shaping import SamplingParams
 
 TOGETHER = 16  # sessions of the largest steps
 _SHAPES = ((1, 1), (1, 8), (1, 16), (1, 60), (4, 1), (16, 1), (16, 4), (16, 8))  # sessions x rows of each

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 
 from taps.recording.shards import ShardRow, load_tokens, shard_header, shard_rows, shards
 from taps.recording.sources import ANSWER_MARK, InvalidData, Prompt
-from taps.sampling import SamplingParams
+from taps.shaping import SamplingParams
 
 
 @dataclass(frozen=True)
