@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -208,6 +209,21 @@ def test_only_the_draft_vocabulary_is_proposed() -> None:
     drafter = EagleDrafter(tiny_head(draft_vocab=vocabulary))
     tree = propose(drafter, drafter.open(), delta(0, 12))
     assert set(tree.tokens[1:]) <= set(vocabulary.tolist())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_drafts_follow_the_bias_that_the_target_will_have(temperature: float, dtype: torch.dtype) -> None:
+    """Whatever the draft vocabulary; others that share the step draft as without it."""
+    vocabulary = torch.tensor([2, 3, 5, 7, 11, 13])
+    drafter = EagleDrafter(tiny_head(draft_vocab=vocabulary).to(dtype))
+    sampling = SamplingParams(temperature=temperature, seed=3, logit_bias=((4, 90.0), (11, 80.0)))
+    jobs = [DraftJob(drafter.open(), delta(0, 12), ask) for ask in (replace(ASK, sampling=sampling), ASK)]
+    biased, other = drafter.step(jobs)
+    assert isinstance(biased, ProposalTree)
+    best = biased.children[ROOT][0]
+    assert (biased.tokens[best], biased.scores[best]) == (11, pytest.approx(0.0, abs=1e-6))
+    assert other == propose(drafter, drafter.open(), delta(0, 12))
 
 
 def test_drafts_are_timed_by_sessions_and_leave_none_behind() -> None:
