@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,9 @@ from taps.decoding import loop
 from taps.decoding.sessions import ServedDrafter
 from taps.drafting.batched import BatchedDrafter
 from taps.engine.verifier import BatchedVerifier
+from taps.session import SessionState
 from taps.shaping import SamplingParams
+from taps.tree import ProposalTree
 from tests.prompts import PROMPTS
 from tests.test_exactness import (
     GREEDY,
@@ -46,9 +49,9 @@ def asked(usual: tuple[list[Question], list[Text]]) -> list[Question]:
     """Of what is usual, something that each parameter forbids or asks for."""
     found = []
     for question, text in zip(*usual, strict=True):
-        words = ((text[4],), (text[8], text[9]), (text[9], text[10], text[11]))
-        ends = tuple(sorted({text[2], text[6], text[12]}))
-        bias = ((text[1], -100.0), (text[5], -3.0), (text[15], 2.5))
+        words = ((text[16],), (text[8], text[9]), (text[9], text[10], text[11]))
+        ends = tuple(sorted({text[6], text[12]}))
+        bias = ((text[5], -3.0), (text[7], -100.0), (text[15], 2.5))
         for params in (GREEDY, SAMPLED):
             found += [
                 question._replace(params=replace(params, repetition_penalty=1.3)),
@@ -112,6 +115,44 @@ def test_every_parameter_changes_the_text_it_is_asked_to_change(
             everything = question.prompt[-len(word) + 1 :] + text if len(word) > 1 else text
             assert all(everything[i : i + len(word)] != word for i in range(len(everything)))
         assert not set(text) & set(question.limits.get("end_tokens", ()))
+
+
+def beside_a_decoy(text: Text) -> ProposalTree:
+    """The text as a chain; of the root's children it is the second."""
+    nodes = [(text[1] + 1, 0, -0.1, 1), (text[1], 0, -0.2, 1)]
+    nodes += [(token, n, -float(n), 1) for n, token in enumerate(text[2:], 2)]
+    return ProposalTree.ordered(text[0], nodes, len(nodes) + 1)
+
+
+def common(one: Text, other: Text) -> int:
+    """How many tokens both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_accepted_in_a_pass_counts_for_what_comes_after_it_there(
+    dtype: str, usual: tuple[list[Question], list[Text]], asked: list[Question], plain: list[Text],
+    plain_bf16: list[Text], verifier: BatchedVerifier, verifier_bf16: BatchedVerifier,
+) -> None:  # fmt: skip
+    """One pass accepts all of the right text, and of the usual one as much as is right."""
+    texts, served = (plain, verifier) if dtype == "float32" else (plain_bf16, verifier_bf16)
+
+    async def check(question: Question, text: Text, drafted: Text) -> int:
+        async with served.session() as session:
+            state = SessionState(question.prompt, sampling=question.params, **question.limits)
+            assert (await session.prefill(state, 1)).tokens == text[:1]
+            found = await session.verify(beside_a_decoy((text[0], *drafted[1:])))
+            accepted = common(text[1:], drafted[1:])
+            assert (len(found.owners), found.num_nodes) == (accepted, NEW_TOKENS)
+            assert found.tokens[: NEW_TOKENS - 1] == text[1 : accepted + 2]
+            return accepted
+
+    for question, text in zip(asked, texts, strict=True):
+        assert asyncio.run(check(question, text, text)) == NEW_TOKENS - 1
+    (often,) = plain_alone(usual[0], served, NEW_TOKENS)
+    pairs = zip(asked, texts, strict=True)
+    accepted = {asyncio.run(check(question, text, often)) for question, text in pairs}
+    assert len(accepted) > 2, "what is asked for matters early and late"
 
 
 @pytest.mark.parametrize("strategy", ["single", "confidence", "entropy", "merged", "adaptive", "restless"])
