@@ -66,7 +66,7 @@ class Cluster:
         """The shipped config, with the target in float32 so that texts can be compared exactly."""
         port = free_port()
         os.environ[NICENESS] = "0"  # as `make serve` does
-        ray.init(num_cpus=2, include_dashboard=True, dashboard_port=port, log_to_driver=False)
+        ray.init("local", num_cpus=2, include_dashboard=True, dashboard_port=port, log_to_driver=False)
         try:
             cluster = cls(directory, f"http://127.0.0.1:{port}")
             cluster.apply(cluster.config)
