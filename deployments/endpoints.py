@@ -7,10 +7,10 @@ and writers; nothing of Serve or of how replicas are found.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -22,12 +22,13 @@ from deployments.directory import Directory
 from deployments.edge import Api, plain_path, read_body, refusal
 from deployments.errors import RequestError
 from deployments.generation import Generator
+from deployments.logprobs import Told
 from deployments.metrics import Observer
 from deployments.openai import Kind, Writer
 from deployments.record import RequestRecord
 from deployments.requests import Drafters, Generation, RequestReader
 from deployments.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion, unknown_model
-from taps.decoding.delivery import Delivered
+from taps.decoding.delivery import FinishReason
 from taps.peers import PeerBusy, PeerGone
 from taps.sampling import InvalidLogits
 from taps.verdict import PromptTooLong
@@ -38,7 +39,15 @@ AnyRequest = TypeVar("AnyRequest", ChatRequest, CompletionRequest)
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-async def _close(pieces: AsyncGenerator[Delivered, None]) -> None:
+class Piece(NamedTuple):
+    """What a step adds to an answer."""
+
+    text: str
+    told: Sequence[Told]  # of its tokens, where log-probabilities are asked for
+    finish_reason: FinishReason | None
+
+
+async def _close(pieces: AsyncGenerator[Piece, None]) -> None:
     """Free what an answer held: its sessions, and the drafters they lease."""
     await pieces.aclose()
 
@@ -163,12 +172,13 @@ class Endpoints:
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         text = "".join(piece.text for piece in answer)
-        return JSONResponse(writer.whole(text, answer[-1].finish_reason, record))
+        told = [one for piece in answer for one in piece.told]
+        return JSONResponse(writer.whole(text, answer[-1].finish_reason, record, told))
 
     async def _events(
         self,
-        piece: Delivered,
-        pieces: AsyncGenerator[Delivered, None],
+        piece: Piece,
+        pieces: AsyncGenerator[Piece, None],
         record: RequestRecord,
         writer: Writer,
     ) -> AsyncIterator[bytes]:
@@ -178,11 +188,11 @@ class Endpoints:
         """
         async with aclosing(pieces):
             try:
-                yield writer.first_chunk(piece.text)
+                yield writer.first_chunk(piece.text, piece.told)
                 while piece.finish_reason is None:
                     piece = await anext(pieces)
-                    if piece.text:
-                        yield writer.chunk(piece.text)
+                    if piece.text or piece.told:
+                        yield writer.chunk(piece.text, piece.told)
                 yield writer.last_chunk(piece.finish_reason)
             except RequestError as error:
                 yield openai.error_event(error)
@@ -193,7 +203,7 @@ class Endpoints:
 
     async def _pieces(
         self, job: Generation, deadline: float, record: RequestRecord
-    ) -> AsyncGenerator[Delivered, None]:
+    ) -> AsyncGenerator[Piece, None]:
         """The answer piece by piece; failures as request errors, and one record whatever happens."""
         outcome = "cancelled"
         delivery = self._reader.delivery(job)
@@ -206,7 +216,9 @@ class Endpoints:
                     record.take(step, delivered.num_tokens)
                     self._observer.observe_step(step, record)
                     outcome = delivered.finish_reason or outcome
-                    yield delivered
+                    tokens = step.verdict.tokens[: delivered.num_tokens]
+                    told = self._reader.token_texts.tell(tokens, step.verdict.logprobs)
+                    yield Piece(delivered.text, told, delivered.finish_reason)
                     if delivered.finish_reason is not None:
                         return
         except PeerBusy as error:

@@ -19,7 +19,7 @@ from taps.sampling import InvalidLogits
 from taps.session import SessionState
 from taps.shaping import SamplingParams
 from taps.tree import InvalidTree, ProposalTree
-from taps.verdict import PassCost, PromptTooLong, Verdict
+from taps.verdict import PassCost, PromptTooLong, TokenLogprob, Verdict
 
 VERSION = 7
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
@@ -103,6 +103,7 @@ def to_verdict(message: Mapping[str, Any]) -> Verdict:
         num_passes=message["num_passes"],
         cost=None if message["cost"] is None else PassCost(*message["cost"]),
         num_reused=message["num_reused"],
+        logprobs=tuple(TokenLogprob(own, tuple(likeliest)) for own, likeliest in message["logprobs"]),
     )
 
 

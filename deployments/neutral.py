@@ -28,8 +28,6 @@ _OPENAI: Neutral = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -107,7 +105,7 @@ _LLAMA_CPP: Neutral = {
 _EITHER: Neutral = {**_OPENAI, **_VLLM, **_SGLANG, **_LLAMA_CPP}
 # The template writes a chat's special tokens, the tokenizer a completion's; a chat ends where it ends.
 CHAT: Neutral = {**_EITHER, "add_special_tokens": (False,), "n_predict": (-1,)}
-COMPLETION: Neutral = {**_EITHER, "add_special_tokens": (True,)}
+COMPLETION: Neutral = {**_EITHER, "add_special_tokens": (True,), "top_logprobs": (0,)}
 STREAM_OPTIONS: Neutral = {"include_obfuscation": (True, False), "continuous_usage_stats": (False,)}
 # Clients send our own answers back, filled in with what other servers answer.
 MESSAGE: Collection[Any] = (False, "", [], {})

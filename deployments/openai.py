@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from deployments.errors import RequestError
+from deployments.logprobs import Told, in_chat, in_completion
 from deployments.record import RequestRecord
 from taps.decoding.delivery import FinishReason
 
@@ -70,12 +71,15 @@ class Writer:
         self.id = new_id("chatcmpl" if self._chat else "cmpl")
         self._model = model
         self._created = int(time.time())
+        self._offset = 0  # of the next token in the text, where that is told
 
     def _head(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
 
-    def whole(self, text: str, finish_reason: FinishReason | None, record: RequestRecord) -> Json:
-        choice: Json = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
+    def whole(
+        self, text: str, finish_reason: FinishReason | None, record: RequestRecord, told: Sequence[Told] = ()
+    ) -> Json:
+        choice: Json = {"index": 0, "finish_reason": finish_reason, "logprobs": self._told(told)}
         if self._chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
@@ -83,13 +87,15 @@ class Writer:
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head(kind), "choices": [choice], **_summary(record)}
 
-    def first_chunk(self, text: str) -> bytes:
+    def first_chunk(self, text: str, told: Sequence[Told] = ()) -> bytes:
         if not self._chat:
-            return self.chunk(text)
-        return self._chunk({"delta": {"role": "assistant", "content": text}})
+            return self.chunk(text, told)
+        return self._chunk({"delta": {"role": "assistant", "content": text}}, told=told)
 
-    def chunk(self, text: str) -> bytes:
-        """Text alone; what all such chunks of an answer share is encoded once."""
+    def chunk(self, text: str, told: Sequence[Told] = ()) -> bytes:
+        """What all chunks of text alone share is encoded once."""
+        if told:
+            return self._chunk({"delta": {"content": text}} if self._chat else {"text": text}, told=told)
         before, after = self._around
         return b"%b%b%b" % (before, _encoded(text), after)
 
@@ -105,8 +111,17 @@ class Writer:
         before, _, after = event.partition(_encoded(text))
         return before, after
 
-    def _chunk(self, what: Json, finish_reason: FinishReason | None = None) -> bytes:
-        choice = {"index": 0, **what, "logprobs": None, "finish_reason": finish_reason}
+    def _told(self, told: Sequence[Told]) -> Json | None:
+        """Log-probabilities of the next delivered tokens; null where there are none."""
+        if not told:
+            return None
+        if self._chat:
+            return in_chat(told)
+        offset, self._offset = self._offset, self._offset + sum(len(one.own.text) for one in told)
+        return in_completion(told, offset)
+
+    def _chunk(self, what: Json, finish_reason: FinishReason | None = None, told: Sequence[Told] = ()) -> bytes:
+        choice = {"index": 0, **what, "logprobs": self._told(told), "finish_reason": finish_reason}
         return _event({**self._chunk_head(), "choices": [choice]})
 
     def usage_chunk(self, record: RequestRecord) -> bytes:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from deployments.config import RouterArgs, TreeArgs
 from deployments.descriptions import TargetDescription
 from deployments.errors import RequestError
+from deployments.logprobs import TokenTexts
 from deployments.schema import ChatRequest, CompletionRequest, TapsOptions, complaint
 from taps.decoding.delivery import Delivery, end_tokens
 from taps.drafting.drafter import Ask
@@ -57,6 +58,7 @@ class RequestReader:
         self._args = args
         self._target = target
         self._tokenizer: Any = AutoTokenizer.from_pretrained(target_path)
+        self._token_texts = TokenTexts(self._tokenizer)
         self._end_tokens = tuple(sorted(end_tokens(target_path, self._tokenizer)))
         self._longest_token = max(map(len, self._tokenizer.get_vocab()))
 
@@ -78,6 +80,10 @@ class RequestReader:
     def read_completion(self, request: CompletionRequest, drafters: Drafters) -> Generation:
         max_tokens = request.max_tokens or _DEFAULT_COMPLETION_TOKENS
         return self._generation(request, self._tokenize(request), max_tokens, drafters)
+
+    @property
+    def token_texts(self) -> TokenTexts:
+        return self._token_texts
 
     def delivery(self, job: Generation) -> Delivery:
         """The text of `job`'s answer, as its tokens come."""
@@ -132,6 +138,7 @@ class RequestReader:
                 end_tokens=self._ends(request),
                 min_tokens=_least(request.min_tokens, max_tokens or room),
                 bad_words=self._bad_words(request.bad_words or ()),
+                num_logprobs=request.num_logprobs,
                 cache_salt=request.cache_salt or "",
             ),
             request.stop_strings,

@@ -46,6 +46,8 @@ def _whole(value: Any) -> Any:
 
 _WHOLE = BeforeValidator(_whole)
 Tokens = Annotated[int, Field(ge=1), _WHOLE]
+NumLogprobs = Annotated[int, Field(ge=0, le=20), _WHOLE]
+_FALSE_IS_NULL = BeforeValidator(lambda value: None if value is False else value)
 TokenId = Annotated[int, Field(ge=0), _WHOLE]
 # JSON has names for keys; llama.cpp's clients send an empty list.
 Bias = Annotated[
@@ -203,6 +205,18 @@ class ChatRequest(_Request):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Tokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
+
+    @model_validator(mode="after")
+    def _likeliest_beside_the_token(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
 
 class CompletionRequest(_Request):
@@ -211,6 +225,11 @@ class CompletionRequest(_Request):
     neutral = COMPLETION
 
     prompt: str | Annotated[list[int], Field(fail_fast=True)]
+    logprobs: Annotated[NumLogprobs | None, _FALSE_IS_NULL] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
     @field_validator("prompt", mode="before")
     @classmethod

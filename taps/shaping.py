@@ -97,6 +97,21 @@ def take(rows: Tensor, chosen: Sequence[int]) -> Tensor:
     return rows if len(chosen) == len(rows) else rows[torch.tensor(chosen, device=rows.device)]
 
 
+def logprobs_of(
+    shaped: Tensor, tokens: Sequence[int], num_likeliest: Sequence[int]
+) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    """Of each row: the log-probability of a token, and those of so many likeliest; none of excluded tokens.
+
+    Args: shaped [n, V] of `shape_rows`; tokens [n]; num_likeliest [n].
+    """
+    logprobs = shaped.log_softmax(-1)
+    own = logprobs.gather(1, torch.tensor(tokens, device=shaped.device)[:, None])[:, 0].tolist()
+    best = logprobs.topk(min(max(num_likeliest), shaped.shape[1]))
+    told = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    likeliest = [[pair for pair in zip(*row, strict=True) if pair[1] > -math.inf] for row in told]
+    return [(one, tuple(row[:most])) for one, row, most in zip(own, likeliest, num_likeliest, strict=True)]
+
+
 class _Places:
     """Some tokens of some rows, with a number each."""
 

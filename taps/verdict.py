@@ -22,6 +22,13 @@ class PassCost(NamedTuple):
     ms: float
 
 
+class TokenLogprob(NamedTuple):
+    """How likely a decided token was, in the distribution that it was drawn from."""
+
+    own: float  # natural logarithm
+    likeliest: tuple[tuple[int, float], ...]  # token ids, the likeliest first; of probability zero none
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a pass of the target decided for one session, or several passes without drafts."""
@@ -35,3 +42,4 @@ class Verdict:
     num_reused: int = 0  # of a prefill's tokens, those that had been computed before
     cost: PassCost | None = None  # of the last pass
     num_passes: int = 1  # of the target; several have no drafts, and decided one token each
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, where they were asked for

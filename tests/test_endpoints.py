@@ -161,7 +161,7 @@ async def test_a_finished_answer_frees_its_generation() -> None:
 @every_path
 async def test_a_refused_request_generates_nothing_and_is_counted(path: str) -> None:
     server = Server(chr(END))
-    answer = await server.post(path, logprobs=True)
+    answer = await server.post(path, mirostat=2)
     assert answer.status_code == 400
     assert server.ledger.refused == [answer.json()["error"]["message"]]
     assert not server.generator.jobs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import msgpack
 import pytest
@@ -32,7 +33,7 @@ from taps.models.cache import CacheFull
 from taps.sampling import InvalidLogits
 from taps.shaping import SamplingParams
 from taps.tree import InvalidTree, ProposalTree
-from taps.verdict import PromptTooLong, Verdict
+from taps.verdict import PromptTooLong, TokenLogprob, Verdict
 from tests.fakes import chain
 
 FEATURES = torch.tensor([[1.0, -2.5, 3e-5], [0.1, 65504.0, -0.0]])
@@ -47,6 +48,12 @@ def sent(message: Message) -> Message:
 
 def same(first: Tensor, second: Tensor) -> bool:
     return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def test_log_probabilities_arrive_with_their_tokens() -> None:
+    told = TokenLogprob(-0.5, ((7, -0.25), (5, -0.5))), TokenLogprob(-math.inf, ())
+    verdict = Verdict((5, 6), (), FEATURES, 0, 0, 1, logprobs=told)
+    assert to_verdict(sent(from_verdict(verdict))).logprobs == told
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -209,7 +209,7 @@ def test_a_pass_is_decided_once_a_level_however_many_sessions_share_it(monkeypat
         levels.append(len(logits))
         return sample_rows(logits, *others)
 
-    monkeypatch.setattr("taps.engine.target.sample_rows", counted)
+    monkeypatch.setattr("taps.engine.deciding.sample_rows", counted)
     target = Target(CausalLM(build(FAMILIES["llama"])), 8, 64, StepBudget(tree_nodes=8))
     sessions = [target.open() for _ in range(5)]
     roots = [run(target, PrefillJob(session, state(tokens(6)))).tokens[0] for session in sessions]

@@ -104,6 +104,28 @@ def test_what_shapes_an_answer_arrives(reader: RequestReader) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "number"),
+    [
+        ({}, None),
+        ({"logprobs": False, "top_logprobs": 0}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 7.0}, 7),
+    ],
+)
+def test_log_probabilities_are_asked_for_in_a_chat(
+    reader: RequestReader, fields: Json, number: int | None
+) -> None:
+    assert read_chat(reader, **fields).state.num_logprobs == number
+
+
+@pytest.mark.parametrize(("value", "number"), [(None, None), (False, None), (0, 0), (5, 5)])
+def test_log_probabilities_are_asked_for_in_a_completion(
+    reader: RequestReader, value: object, number: int | None
+) -> None:
+    assert read_completion(reader, "hello", logprobs=value).state.num_logprobs == number
+
+
+@pytest.mark.parametrize(
     ("fields", "where", "reason"),
     [
         ({"logit_bias": {"1000": 1}}, "logit_bias", "between 0 and 999; logit_bias has 1000"),
@@ -119,6 +141,9 @@ def test_what_shapes_an_answer_arrives(reader: RequestReader) -> None:
         ({"bad_words": [""]}, "bad_words", "character"),
         ({"bad_words": "word"}, "bad_words", "list"),
         ({"ignore_eos": "yes"}, "ignore_eos", "boolean"),
+        ({"top_logprobs": 5}, "top_logprobs", "needs logprobs to be true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
+        ({"logprobs": 3}, "logprobs", "boolean"),
     ],
 )
 def test_what_shapes_an_answer_is_checked(reader: RequestReader, fields: Json, where: str, reason: str) -> None:

@@ -49,6 +49,40 @@ def test_every_strategy_gives_the_text_of_plain_decoding(cluster: Cluster, sampl
         assert text_of(cluster, **sampling, extra_body={"taps": {"strategy": strategy}}) == plain
 
 
+def test_what_shapes_an_answer_shapes_it_with_every_strategy(cluster: Cluster) -> None:
+    usual = ask(cluster, extra_body={"taps": {"strategy": "off"}}).choices[0].message.content
+    word = usual.split()[4]
+    shaping = {"repetition_penalty": 1.2, "bad_words": [word], "min_tokens": 20, "min_p": 0.05}
+    for sampling in ({"temperature": 0}, {"temperature": 1.0, "seed": 7}):
+        texts = {
+            text_of(cluster, **sampling, extra_body={**shaping, "taps": {"strategy": strategy}})
+            for strategy in ("off", "merged", "adaptive")
+        }
+        (text,) = texts
+        assert text
+        assert word not in text
+
+
+def test_log_probabilities_are_told_whole_and_streamed(cluster: Cluster) -> None:
+    whole = ask(cluster, logprobs=True, top_logprobs=2)
+    content = whole.choices[0].logprobs.content
+    assert "".join(one.token for one in content) == whole.choices[0].message.content
+    assert len(content) == whole.usage.completion_tokens
+    assert all(one.token == one.top_logprobs[0].token for one in content), "greedy text"
+    plain = ask(cluster, logprobs=True, top_logprobs=2, extra_body={"taps": {"strategy": "off"}})
+    assert plain.choices[0].logprobs == whole.choices[0].logprobs
+    chunks = list(ask(cluster, stream=True, logprobs=True, top_logprobs=2))
+    told = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices]
+    assert [one for logprobs in told if logprobs for one in logprobs.content] == content
+    completion = cluster.client.completions.create(
+        model=MODEL, prompt="One, two, three,", logprobs=1, temperature=0
+    )
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None
+    assert "".join(logprobs.tokens or ()) == completion.choices[0].text
+    assert len(logprobs.token_logprobs or ()) == len(logprobs.top_logprobs or ()) == 16
+
+
 def test_metrics_count_what_was_drafted_and_accepted(cluster: Cluster) -> None:
     answer = ask(cluster, extra_body={"taps": {"strategy": "merged", "num_nodes": 8}})
     counts = answer.metrics["speculative_decoding"]

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from taps.session import SessionState
-from taps.shaping import SamplingParams, shape_logits, shape_rows
+from taps.shaping import SamplingParams, logprobs_of, shape_logits, shape_rows
 
 VOCAB, END = 64, 3
 PROMPT, ANSWER = (5, 9, 5, 40, 21), (7, 9, 33, 7)
@@ -127,3 +127,17 @@ def test_a_prompts_tokens_are_repetitions_and_nothing_else() -> None:
 def test_where_everything_is_excluded_there_is_no_token() -> None:
     shaped = shape_rows(logits(0)[None], [SamplingParams(min_p=0.5)], [{}], [range(VOCAB)])
     assert shaped.max() == -math.inf
+
+
+def test_log_probabilities_are_those_of_the_shaped_distribution() -> None:
+    raw = torch.stack([logits(n) for n in range(3)])
+    params = [SamplingParams(), SamplingParams(temperature=0.5, top_k=3), SamplingParams(temperature=0.0)]
+    shaped = shape_rows(raw, params, [{}] * 3, [(), (), (9,)])
+    told = logprobs_of(shaped, [4, 9, 11], [0, 5, 2])
+    for (own, likeliest), row, token in zip(told, shaped.double(), (4, 9, 11), strict=True):
+        expected = row - row.exp().sum().log()
+        assert own == pytest.approx(float(expected[token]), abs=1e-5)
+        assert [number for _, number in likeliest] == sorted((n for _, n in likeliest), reverse=True)
+        assert all(number == pytest.approx(float(expected[t]), abs=1e-5) for t, number in likeliest)
+    assert [len(likeliest) for _, likeliest in told] == [0, 3, 2], "what is cut is not among the likeliest"
+    assert told[2][1][0][0] != 9

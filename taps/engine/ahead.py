@@ -112,5 +112,6 @@ def _joined(verdicts: Sequence[Verdict]) -> list[Verdict]:
             found += passes
         else:
             tokens = tuple(token for verdict in passes for token in verdict.tokens)
-            found.append(replace(passes[-1], tokens=tokens, num_passes=len(passes)))
+            logprobs = tuple(one for verdict in passes for one in verdict.logprobs)
+            found.append(replace(passes[-1], tokens=tokens, num_passes=len(passes), logprobs=logprobs))
     return found

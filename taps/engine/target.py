@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,20 +16,19 @@ from torch import Tensor
 from taps.engine.admission import Admission
 from taps.engine.batching import BLOCKED, Blocked
 from taps.engine.costs import Rhythm, StepCosts
+from taps.engine.deciding import Undecided, decide, tell
 from taps.engine.jobs import Job, PrefillJob, TargetSession, VerifyJob
 from taps.engine.scheduling import MAX_LEN, MAX_SESSIONS, StepBudget, share_nodes, share_prefill
-from taps.engine.verification import Acceptance, Asked, Ending, accept_all
+from taps.engine.verification import Acceptance
 from taps.models.cache import PAGE, CachedSequence, Kept, PagedCache
 from taps.models.causal_lm import CausalLM
 from taps.models.memory import require_memory, zeros
 from taps.models.probe import Probe
 from taps.models.step import Segment
-from taps.sampling import InvalidLogits, sample_rows
 from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
-from taps.verdict import PassCost, PromptTooLong, Verdict
+from taps.verdict import PassCost, PromptTooLong, TokenLogprob, Verdict
 
-_MOST_DRAWN_AHEAD = 16  # rows
 _PROFILED, _PROFILED_FROM = (1, 2, 4, 8, 16, 32), 64  # rows of the steps; positions before them
 
 
@@ -244,7 +244,7 @@ class Target:
 
         One session's logits that cannot be sampled are that session's answer, not the whole step's.
         """
-        decided = self._decide(pieces, logits)
+        decided, told = self._decide(pieces, logits)
         kept = [_kept(piece, decision) for piece, decision in zip(pieces, decided, strict=True)]
         before = [piece.job.session.sequence.length for piece in pieces]
         self.cache.commit(kept)
@@ -252,63 +252,28 @@ class Target:
         sharing = sum(not piece.is_prefill for piece in pieces)
         cost = self._cost_of(pieces, began)
         verdicts: list[Verdict | Exception | None] = []
-        for piece, decision, newest in zip(pieces, decided, own, strict=True):
+        for piece, decision, newest, logprobs in zip(pieces, decided, own, told, strict=True):
             if isinstance(decision, Acceptance):
                 piece.job.session.extend(decision.tokens)
-                verdicts.append(self._verdict(piece, decision, newest, sharing, cost))
+                verdict = self._verdict(piece, decision, newest, sharing, cost)
+                verdicts.append(replace(verdict, logprobs=logprobs) if logprobs else verdict)
             else:
                 verdicts.append(decision)
         return verdicts
 
-    def _decide(self, pieces: Sequence[_Piece], logits: Tensor) -> list[Acceptance | Exception | None]:
-        """What the target decides in each piece that has logits: all of them together, level by level."""
-        ends = [piece for piece in pieces if piece.logits_start >= 0]
-        known = self._decide_ahead(ends, logits)
-
-        def decide(asked: Sequence[Asked]) -> list[int | InvalidLogits]:
-            rows = [ends[one.tree].logits_start + one.node for one in asked]
-            new = [(ends[one.tree], one) for one, row in zip(asked, rows, strict=True) if row not in known]
-            known.update(self._sample(new, logits))
-            return [known[row] for row in rows]
-
-        endings = [Ending(piece.job.session.asked.end_tokens, piece.job.session.num_left) for piece in ends]
-        answers = iter(accept_all([_decided_tree(piece) for piece in ends], decide, endings))
-        return [next(answers) if piece.logits_start >= 0 else None for piece in pieces]
-
-    def _decide_ahead(self, ends: Sequence[_Piece], logits: Tensor) -> dict[int, int | InvalidLogits]:
-        """Tokens by their rows of logits, of whole trees: one operation for all levels.
-
-        Not where they depend on what was accepted before, nor of many rows that are drawn, which cost more.
-        """
-        free = [piece for piece in ends if not piece.job.session.looks_back]
-        drawn = [piece for piece in free if not piece.job.session.asked.sampling.greedy]
-        if sum(len(_decided_tree(piece)) for piece in drawn) > _MOST_DRAWN_AHEAD:
-            free = [piece for piece in free if piece.job.session.asked.sampling.greedy]
-        trees = [(piece, _decided_tree(piece)) for piece in free]
-        return self._sample(
-            [
-                (piece, Asked(0, node, tree.tokens[1 : 1 + depth]))  # as many as are before it, whichever
-                for piece, tree in trees
-                for node, depth in enumerate(tree.depths)
-            ],
-            logits,
-        )
-
-    def _sample(self, asked: Sequence[tuple[_Piece, Asked]], logits: Tensor) -> dict[int, int | InvalidLogits]:
-        """The target's tokens after these nodes, by their rows of logits."""
-        if not asked:
-            return {}
-        rows = [piece.logits_start + one.node for piece, one in asked]
-        every = rows == list(range(len(logits)))
-        tokens = sample_rows(
-            logits if every else logits[torch.tensor(rows, device=logits.device)],
-            [piece.job.session.asked.sampling for piece, _ in asked],
-            [len(piece.job.session.tokens) + len(one.tokens) for piece, one in asked],
-            [piece.job.session.counts(one.tokens) for piece, one in asked],
-            self.model.race,
-            [piece.job.session.excluded(one.tokens) for piece, one in asked],
-        )
-        return dict(zip(rows, tokens, strict=True))
+    def _decide(
+        self, pieces: Sequence[_Piece], logits: Tensor
+    ) -> tuple[list[Acceptance | Exception | None], list[tuple[TokenLogprob, ...]]]:
+        """What the target decides in each piece that has logits, and what it tells of it."""
+        ends = [
+            Undecided(piece.job.session, _decided_tree(piece), piece.logits_start)
+            for piece in pieces
+            if piece.logits_start >= 0
+        ]
+        decisions = decide(ends, logits, self.model.race)
+        made = iter(zip(decisions, tell(ends, decisions, logits), strict=True))
+        both = [next(made) if piece.logits_start >= 0 else (None, ()) for piece in pieces]
+        return [decision for decision, _ in both], [logprobs for _, logprobs in both]
 
     def _keep_features(
         self, pieces: Sequence[_Piece], kept: Sequence[Kept], before: Sequence[int], features: Tensor
