@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Ray would run its workers at niceness 15, and Serve's controller look at everything ten times a second.
-RAY := RAY_worker_niceness=0 RAY_SERVE_CONTROL_LOOP_INTERVAL_S=0.5
+# Ray would look for a cluster at the address that the last one left, also when that was killed; it would run its
+# workers at niceness 15, and Serve's controller look at everything ten times a second.
+RAY_ADDRESS ?= local
+RAY := RAY_ADDRESS=$(RAY_ADDRESS) RAY_worker_niceness=0 RAY_SERVE_CONTROL_LOOP_INTERVAL_S=0.5
 
 .PHONY: serve bench test check slow
 

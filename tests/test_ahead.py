@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from taps.adaptive.lookups import Lookups
-from taps.engine.ahead import RunsAhead
+from taps.engine.ahead import Looks, RunsAhead
 from taps.engine.target import Target
 from taps.engine.verifier import BatchedVerifier
 from taps.lookup import Lookup
@@ -55,6 +55,15 @@ async def settled(condition: Callable[[], bool]) -> None:
     for _ in range(20):
         await asyncio.sleep(0)
     assert condition()
+
+
+def test_a_session_whose_looks_have_no_use_looks_now_and_then() -> None:
+    looks, looked = Looks(), []
+    for number in range(24):
+        looked.append(looks.now())
+        if looked[-1]:
+            looks.took(has_use=number == 15)
+    assert looked == [True] * 4 + [False, False, False, True] * 3 + [True] * 4 + [False, False, False, True]
 
 
 async def test_it_goes_on_up_to_its_window_while_nobody_reads() -> None:

@@ -82,7 +82,9 @@ def test_of_calibrated_trees_as_much_is_kept_as_gives_the_most_tokens_a_second()
             return (len(kept) + gained) / cost(sum(len(tree) - 1 for tree in kept))
 
         every = itertools.product(*([tree.prefix(n + 1) for n in range(len(tree))] for tree in trees))
-        assert goodput(share_nodes(trees, 100, cost)) == pytest.approx(max(map(goodput, every)))
+        best, plain = max(map(goodput, every)), len(trees) / cost(0)
+        expected = best if best > 1.02 * plain else plain  # less is lost beside the pass
+        assert goodput(share_nodes(trees, 100, cost)) == pytest.approx(expected)
 
 
 def test_nothing_is_kept_where_nothing_pays_and_what_was_asked_for_is() -> None:

@@ -33,6 +33,25 @@ class Guesser(Protocol):
 
 
 _NO_FEATURES = torch.empty(0, 0)
+_PATIENCE, _REST = 4, 4  # looks without use, and passes between two looks from then on
+
+
+class Looks:
+    """When a session looks for guesses: always, but now and then only while no pass has use for them."""
+
+    def __init__(self) -> None:
+        self._useless = 0  # looks in a row, ...
+        self._passes = 0  # ... and passes since the last of them
+
+    def now(self) -> bool:
+        """Whether to look before this pass."""
+        self._passes += 1
+        return self._useless < _PATIENCE or self._passes >= _REST
+
+    def took(self, has_use: bool) -> None:
+        """A pass was given guesses, and checked some or none of them."""
+        self._useless = 0 if has_use else self._useless + 1
+        self._passes = 0
 
 
 class RunsAhead:

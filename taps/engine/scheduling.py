@@ -13,6 +13,7 @@ from typing import TypeAlias
 from taps.tree import ProposalTree
 
 MAX_SESSIONS, MAX_LEN = 16, 2048  # by default: sessions of a target, and positions of each
+_LEAST_GAIN = 1.02  # in tokens a second, by what is drafted: what costs do not tell takes about that much
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,13 @@ _Drafted: TypeAlias = tuple[float, int, int]  # negative score, node, tree
 def _worth_it(
     best: Sequence[_Drafted], trees: Sequence[ProposalTree], cost: Callable[[int], float]
 ) -> list[_Drafted]:
-    """All nodes of trees that are not calibrated; of the others as many as give the most tokens a second."""
+    """All nodes of trees that are not calibrated; of the others as many as give the most tokens a second, none
+    where that is hardly more than without them.
+    """
     asked = [node for node in best if not trees[node[2]].calibrated]
     offered = [node for node in best if trees[node[2]].calibrated]
     tokens = len(trees) + sum(math.exp(-surprisal) for surprisal, _, _ in asked)
-    count, goodput = 0, tokens / cost(len(asked))
+    count, goodput = 0, _LEAST_GAIN * tokens / cost(len(asked))
     for number, (surprisal, _, _) in enumerate(offered, 1):
         tokens += math.exp(-surprisal)
         if (reached := tokens / cost(len(asked) + number)) > goodput:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from taps.engine.ahead import Guesser, Guesses, RunsAhead
+from taps.engine.ahead import Guesser, Guesses, Looks, RunsAhead
 from taps.engine.batching import Batcher
 from taps.engine.jobs import Job, PrefillJob, TargetSession, VerifyJob
 from taps.engine.target import Target
@@ -75,6 +75,7 @@ class BatchedVerifierSession:
         self._guesser = guesser
         self._guesses: Guesses | None = None  # since the prefill
         self._lookup: Lookup | None = None
+        self._looks = Looks()
         self._plain = RunsAhead(self._decide_one, lambda: state.is_over)
 
     async def prefill(self, state: SessionState, feature_window: int, tells: bool = True) -> Verdict:
@@ -104,6 +105,9 @@ class BatchedVerifierSession:
     async def _decide_one(self) -> Verdict:
         tokens = self._state.tokens
         tree = ProposalTree.root_only(tokens[-1])
-        if self._guesses is not None and self._lookup is not None:
+        if self._guesses is not None and self._lookup is not None and self._looks.now():
             tree = self._guesses.tree(tokens, self._lookup)
-        return await self._batcher.submit(VerifyJob(self._state, tree))
+        verdict = await self._batcher.submit(VerifyJob(self._state, tree))
+        if len(tree) > 1:
+            self._looks.took(verdict.num_nodes > 0)
+        return verdict

@@ -28,7 +28,7 @@ from taps.decoding.policy import Policy
 from taps.decoding.sessions import DrafterSession
 from taps.drafting.drafter import Ask
 from taps.drafting.ngram import NgramSession
-from taps.engine.ahead import RunsAhead
+from taps.engine.ahead import Looks, RunsAhead
 from taps.engine.costs import Rhythm, StepCosts
 from taps.engine.lingering import Lingering
 from taps.engine.scheduling import StepBudget, share_nodes
@@ -244,6 +244,7 @@ class _TextSession:
         self._end = text.answer_start
         self._guesses = verifier.lookups.open(is_greedy=True)
         self._lookup: Lookup | None = None
+        self._looks = Looks()
         self._plain = RunsAhead(self._decide_one, lambda: self._end >= len(text.tokens))
 
     async def prefill(self, state: SessionState, feature_window: int, tells: bool = True) -> Verdict:
@@ -280,9 +281,12 @@ class _TextSession:
     async def _decide_one(self) -> Verdict:
         decided = self._text.tokens[: self._end]
         tree = ProposalTree.root_only(decided[-1])
-        if self._lookup is not None:
+        if self._lookup is not None and self._looks.now():
             tree = self._guesses.tree(decided, self._lookup)
-        return await self._verifier.verify(self, tree)
+        verdict = await self._verifier.verify(self, tree)
+        if len(tree) > 1:
+            self._looks.took(verdict.num_nodes > 0)
+        return verdict
 
 
 class _Drafter:
