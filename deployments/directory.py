@@ -114,6 +114,7 @@ class Directory:
         self._started = time.monotonic()
         self._said: dict[str, tuple[float, SpecialistDescription]] = {}  # application -> (deployed at, what)
         self._roster = Roster()
+        self._seen: dict[str, dict[str, Any]] = {}  # what Serve said last of each application, in short
         self._handles: dict[str, DeploymentHandle[Any]] = {}  # by application
         self._task: asyncio.Task[None] | None = None
 
@@ -130,6 +131,17 @@ class Directory:
     def away(self) -> frozenset[str]:
         """Names of those that were up and are not now: a request may name them, and goes on without."""
         return self._roster.away
+
+    def told(self) -> dict[str, Any]:
+        """As JSON has it: applications with their replicas, and the specialists that were found among them."""
+        up = [{"name": n, "application": app, "state": "up"} for n, app in self._roster.taken.items()]
+        away = [{"name": name, "state": "away"} for name in sorted(self._roster.away)]
+        refused = [
+            {"name": self._said[app][1].name, "application": app, "state": "refused", "reason": reason}
+            for app, reason in sorted(self._roster.refused.items())
+            if app in self._said
+        ]
+        return {"applications": self._seen, "specialists": [*up, *away, *refused]}
 
     @property
     def verifier_is_up(self) -> bool:
@@ -161,6 +173,7 @@ class Directory:
     async def refresh(self) -> None:
         """Look at the applications that run a drafter; ask each new one what it is."""
         applications = (await asyncio.to_thread(serve.status)).applications
+        self._seen = {name: _in_short(application) for name, application in sorted(applications.items())}
         verifier = _deployment(applications.get(self._core), _VERIFIER)
         self._verifier_seen = time.monotonic() if _can_serve(verifier) else float("-inf")
         drafters = {n: app for n, app in applications.items() if _DEPLOYMENT in app.deployments}
@@ -211,6 +224,22 @@ class Directory:
                 ", ".join(sorted(self._unseen)), ", ".join(there) or "none",
             )  # fmt: skip
             self._unseen.clear()
+
+
+def _in_short(application: Any) -> dict[str, Any]:
+    """What Serve says of an application: its state, and its replicas by theirs."""
+
+    def plain(state: Any) -> str:  # which may be a member of an enumeration
+        return str(getattr(state, "value", state))
+
+    deployments = {
+        name: {
+            "status": plain(found.status),
+            "replicas": {plain(state): count for state, count in found.replica_states.items()},
+        }
+        for name, found in application.deployments.items()
+    }
+    return {"status": plain(application.status), "deployments": deployments}
 
 
 def _deployment(application: Any, name: str) -> Any:

@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -22,16 +22,18 @@ from deployments.directory import Directory
 from deployments.edge import Api, plain_path, read_body, refusal
 from deployments.errors import RequestError
 from deployments.generation import Generator
-from deployments.logprobs import Told
+from deployments.merging import merged
 from deployments.metrics import Observer
-from deployments.openai import Kind, Writer
+from deployments.openai import Kind, Piece, Writer
+from deployments.pages import pages
 from deployments.record import RequestRecord
 from deployments.requests import Drafters, Generation, RequestReader
 from deployments.schema import ChatRequest, CompletionRequest, parse_chat, parse_completion, unknown_model
-from taps.decoding.delivery import FinishReason
+from deployments.tools import CallReader
+from deployments.verifiers import RequestVerifier
 from taps.peers import PeerBusy, PeerGone
 from taps.sampling import InvalidLogits
-from taps.verdict import PromptTooLong
+from taps.verdict import InvalidGrammar, PromptTooLong
 
 logger = logging.getLogger("ray.serve")
 AnyRequest = TypeVar("AnyRequest", ChatRequest, CompletionRequest)
@@ -39,16 +41,8 @@ AnyRequest = TypeVar("AnyRequest", ChatRequest, CompletionRequest)
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-class Piece(NamedTuple):
-    """What a step adds to an answer."""
-
-    text: str
-    told: Sequence[Told]  # of its tokens, where log-probabilities are asked for
-    finish_reason: FinishReason | None
-
-
 async def _close(pieces: AsyncGenerator[Piece, None]) -> None:
-    """Free what an answer held: its sessions, and the drafters they lease."""
+    """Free what a request held: its sessions, and the drafters they lease."""
     await pieces.aclose()
 
 
@@ -78,6 +72,9 @@ class Endpoints:
     def api(self) -> Api:
         api = Api("TAPS Cluster", self._args.cors_origins)
         api.get_route("/health", self.health)
+        api.get_route("/status", self.status)
+        for path, page in pages().items():
+            api.get_route(path, page)
         api.get_route("/v1/models", self.models)
         api.get_route("/v1/models/{name:path}", self.model)
         api.post("/v1/chat/completions")(self.chat)
@@ -93,6 +90,13 @@ class Endpoints:
             "numerics": self._numerics,
         }
         return JSONResponse(status, 200 if up else 503)
+
+    async def status(self) -> Response:
+        """What there is and how it fares, for people and pages; of this router, where there are more."""
+        up = self._directory.verifier_is_up
+        about = {"status": "ok" if up else "no verifier is up", "model": self._args.model_name}
+        told = {**about, "numerics": self._numerics, "drafters": self._drafters()}
+        return JSONResponse({**told, **self._directory.told(), "router": self._observer.recent.told()})
 
     def _drafters(self) -> list[str]:
         """Names of those that are up, and of the one in this process."""
@@ -117,19 +121,19 @@ class Endpoints:
         self,
         http: Request,
         parse: Callable[[bytes, str], AnyRequest],
-        read: Callable[[AnyRequest, Drafters], Generation],
+        read: Callable[[AnyRequest, Drafters], list[Generation]],
         kind: Kind,
     ) -> Response:
         """One request of either endpoint."""
         deadline = asyncio.get_running_loop().time() + self._args.request_deadline_s
         try:
-            request, job = await self._understand(http, parse, read, deadline)
+            request, jobs = await self._understand(http, parse, read, deadline)
         except RequestError as error:
             self._observer.observe_refusal(error.message)
             return refusal(error)
         writer = Writer(kind, request.model, request.include_usage)
         try:
-            return await self._answer(job, deadline, request.stream or False, writer)
+            return await self._answer(jobs, deadline, request.stream or False, writer)
         except RequestError as error:
             return refusal(error)
 
@@ -137,13 +141,13 @@ class Endpoints:
         self,
         http: Request,
         parse: Callable[[bytes, str], AnyRequest],
-        read: Callable[[AnyRequest, Drafters], Generation],
+        read: Callable[[AnyRequest, Drafters], list[Generation]],
         deadline: float,
-    ) -> tuple[AnyRequest, Generation]:
+    ) -> tuple[AnyRequest, list[Generation]]:
         """The request, and what to generate for it. The event loop is free meanwhile: streams go on."""
         drafters = Drafters(self._drafters(), self._directory.away)
 
-        def from_body(body: bytes) -> tuple[AnyRequest, Generation]:
+        def from_body(body: bytes) -> tuple[AnyRequest, list[Generation]]:
             request = parse(body, self._args.model_name)
             return request, read(request, drafters)
 
@@ -158,42 +162,45 @@ class Endpoints:
         reason = f"the answer was not finished within {self._args.request_deadline_s:g} s"
         return RequestError(reason, status=503, code="timeout")
 
-    async def _answer(self, job: Generation, deadline: float, stream: bool, writer: Writer) -> Response:
-        """The whole answer, or its stream once the first token is there: errors before it have a status."""
-        record = RequestRecord(writer.id, job)
-        pieces = self._pieces(job, deadline, record)
+    async def _answer(
+        self, jobs: Sequence[Generation], deadline: float, stream: bool, writer: Writer
+    ) -> Response:
+        """Whole answers, or their stream once the first token is there: errors before it have a status."""
+        record = RequestRecord(writer.id, jobs, self._reader.token_texts.text_of)
+        pieces = self._pieces(jobs, deadline, record)
         if stream:
-            events = self._events(await anext(pieces), pieces, record, writer)
+            events = self._events(await anext(pieces), pieces, len(jobs), record, writer)
             return StreamingResponse(events, headers=_STREAM_HEADERS, media_type="text/event-stream")
-        answer = [await anext(pieces)]
-        while answer[-1].finish_reason is None:
-            answer.append(await anext(pieces))
+        answered, left = [], len(jobs)
+        while left:
+            answered.append(await anext(pieces))
+            left -= answered[-1].finish_reason is not None
         closing = asyncio.create_task(_close(pieces))
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
-        text = "".join(piece.text for piece in answer)
-        told = [one for piece in answer for one in piece.told]
-        return JSONResponse(writer.whole(text, answer[-1].finish_reason, record, told))
+        return JSONResponse(writer.whole(answered, record))
 
     async def _events(
         self,
         piece: Piece,
         pieces: AsyncGenerator[Piece, None],
+        left: int,
         record: RequestRecord,
         writer: Writer,
     ) -> AsyncIterator[bytes]:
-        """Server-sent events. A client that goes away closes this generator, which frees the session.
+        """Server-sent events. A client that goes away closes this generator, which frees the sessions.
 
-        Args: piece: the first one; pieces: all others.
+        Args: piece: the first one; pieces: all others; left: answers that are not complete.
         """
         async with aclosing(pieces):
             try:
-                yield writer.first_chunk(piece.text, piece.told)
-                while piece.finish_reason is None:
+                while True:
+                    for chunk in writer.chunks(piece):
+                        yield chunk
+                    left -= piece.finish_reason is not None
+                    if not left:
+                        break
                     piece = await anext(pieces)
-                    if piece.text or piece.told:
-                        yield writer.chunk(piece.text, piece.told)
-                yield writer.last_chunk(piece.finish_reason)
             except RequestError as error:
                 yield openai.error_event(error)
                 return
@@ -202,25 +209,23 @@ class Endpoints:
             yield openai.DONE
 
     async def _pieces(
-        self, job: Generation, deadline: float, record: RequestRecord
+        self, jobs: Sequence[Generation], deadline: float, record: RequestRecord
     ) -> AsyncGenerator[Piece, None]:
-        """The answer piece by piece; failures as request errors, and one record whatever happens."""
+        """All answers piece by piece; failures as request errors, and one record whatever happens."""
         outcome = "cancelled"
-        delivery = self._reader.delivery(job)
+        self._observer.observe_begin()
         try:
-            async with aclosing(self._generator.steps(job, self._directory.specialists)) as steps:
-                while True:
+            async with (
+                self._generator.verifier(jobs) as verifier,
+                aclosing(merged(self._each(jobs, verifier, record))) as pieces,
+            ):
+                left = len(jobs)
+                while left:
                     async with asyncio.timeout_at(deadline):
-                        step = await anext(steps)
-                    delivered = delivery.push(step.verdict.tokens)
-                    record.take(step, delivered.num_tokens)
-                    self._observer.observe_step(step, record)
-                    outcome = delivered.finish_reason or outcome
-                    tokens = step.verdict.tokens[: delivered.num_tokens]
-                    told = self._reader.token_texts.tell(tokens, step.verdict.logprobs)
-                    yield Piece(delivered.text, told, delivered.finish_reason)
-                    if delivered.finish_reason is not None:
-                        return
+                        piece = await anext(pieces)
+                    left -= piece.finish_reason is not None
+                    outcome = outcome if left else piece.finish_reason or outcome
+                    yield piece
         except PeerBusy as error:
             outcome = "overloaded"
             up = self._directory.verifier_is_up
@@ -229,6 +234,9 @@ class Endpoints:
         except PromptTooLong as error:
             outcome = "refused"
             raise RequestError(str(error), code="context_length_exceeded") from error
+        except InvalidGrammar as error:
+            outcome = "refused"
+            raise RequestError(f"the form asked for cannot be kept: {error}") from error
         except TimeoutError as error:
             outcome = "failed"
             raise self._too_late() from error
@@ -244,3 +252,52 @@ class Endpoints:
             raise RequestError(f"internal error: {type(error).__name__}", status=500) from error
         finally:
             self._observer.observe_end(record, outcome)
+
+    def _each(
+        self, jobs: Sequence[Generation], verifier: RequestVerifier, record: RequestRecord
+    ) -> list[AsyncGenerator[Piece, None]]:
+        """Each answer piece by piece. A prompt's others begin once its first one has: they share its pages."""
+        answers, begun = [], asyncio.Event()
+        for index, job in enumerate(jobs):
+            is_first = not job.state.sampling.choice
+            begun = asyncio.Event() if is_first else begun
+            answers.append(self._one(index, job, verifier, record, begun))
+        return answers
+
+    async def _one(
+        self,
+        index: int,
+        job: Generation,
+        verifier: RequestVerifier,
+        record: RequestRecord,
+        begun: asyncio.Event,
+    ) -> AsyncGenerator[Piece, None]:
+        """One answer. Args: begun: whether its prompt is in the verifier's cache."""
+        if job.state.sampling.choice:
+            await begun.wait()
+        delivery = self._reader.delivery(job)
+        calls = None if job.tools is None else CallReader()
+        text, prompt = job.echo, job.state.tokens if job.tells_ids else None
+        async with aclosing(self._generator.steps(job, self._directory.specialists, verifier)) as steps:
+            async for step in steps:
+                begun.set()
+                delivered = delivery.push(step.verdict.tokens)
+                record.take(step, delivered.num_tokens, index)
+                self._observer.observe_step(step, record)
+                tokens = step.verdict.tokens[: delivered.num_tokens]
+                told = self._reader.token_texts.tell(tokens, step.verdict.logprobs)
+                ids = tokens if job.tells_ids else None
+                said = Piece(text + delivered.text, delivered.finish_reason, index, told, ids, prompt)
+                piece = said._replace(step=record.steps[-1] if record.steps and not step.is_prefill else None)
+                yield piece if calls is None else _with_calls(piece, calls)
+                if delivered.finish_reason is not None:
+                    return
+                text, prompt = "", None
+
+
+def _with_calls(piece: Piece, calls: CallReader) -> Piece:
+    """The same, its text read for calls of tools."""
+    said = calls.push(piece.text, piece.finish_reason is not None)
+    if piece.finish_reason == "stop" and calls.num_calls:
+        piece = piece._replace(finish_reason="tool_calls")
+    return piece._replace(text=said.content, calls=said.calls)

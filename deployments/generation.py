@@ -1,4 +1,4 @@
-"""One generation on leased replicas: verifier and drafters in, decoded steps out, every lease ended.
+"""Generations on leased replicas: verifier and drafters in, decoded steps out, every lease ended.
 
 Knows handles and leases; nothing of HTTP.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from typing import Any
 
@@ -19,7 +19,8 @@ from deployments.config import RouterArgs
 from deployments.directory import Specialist
 from deployments.linking import LinkPool
 from deployments.requests import Generation
-from deployments.sessions import RemoteVerifierSession, drafter_session, verifier_session
+from deployments.sessions import RemoteVerifierSession, drafter_session
+from deployments.verifiers import RequestVerifier
 from taps.adaptive import ADAPTIVE
 from taps.adaptive.planning import Planner
 from taps.adaptive.policy import Adaptive, Fleet
@@ -33,7 +34,6 @@ from taps.engine.costs import StepCosts
 from taps.peers import PeerGone
 
 _REJOIN_DELAY_S = 0.5
-_LEASES = 4  # that are tried for a verifier of the same numerics
 logger = logging.getLogger("ray.serve")
 
 
@@ -49,7 +49,19 @@ class Generator:
         self._pool = LinkPool()
         self._fleet = Fleet(Planner(StepCosts(pass_seconds) if pass_seconds else None))
 
-    async def steps(self, job: Generation, specialists: dict[str, Specialist]) -> AsyncGenerator[Step, None]:
+    @asynccontextmanager
+    async def verifier(self, jobs: Sequence[Generation]) -> AsyncIterator[RequestVerifier]:
+        """Where one request's answers are decided; leased when the first of them asks for it."""
+        waits = self._args.lease_deadline_s, self._args.verify_deadline_s
+        shared = RequestVerifier(self._pool, self._verifier, jobs[0].conversation, len(jobs), *waits)
+        try:
+            yield shared
+        finally:
+            await shared.close()
+
+    async def steps(
+        self, job: Generation, specialists: dict[str, Specialist], shared: RequestVerifier
+    ) -> AsyncGenerator[Step, None]:
         """The steps of one answer, until closed. Drafters join when their leases are there."""
         chosen = [(index, specialists[name]) for index, name in enumerate(job.drafters) if name in specialists]
         context = Context(job.state, self._args.feature_window if chosen else 0)
@@ -57,13 +69,10 @@ class Generator:
             self._at_hand(job, specialists), self._args.propose_deadline_s, self._args.propose_patience
         )
         keepers: list[asyncio.Task[None]] = []
-        numerics: str | None = None  # of the verifier that the answer began on
 
         @asynccontextmanager
         async def open_verifier() -> AsyncIterator[RemoteVerifierSession]:
-            nonlocal numerics
-            async with self._alike(numerics, job.conversation) as verifier:
-                numerics = numerics or verifier.numerics
+            async with shared.session() as verifier:
                 # An answer that still waits for its verifier holds no drafter.
                 if not keepers:
                     likely = policy.likely([specialist.name for _, specialist in chosen])
@@ -102,22 +111,6 @@ class Generator:
             return []
         index = job.drafters.index(ngram.name)
         return [NgramSession(ngram.name, index, ngram.max_ngram, ngram.min_ngram)]
-
-    @asynccontextmanager
-    async def _alike(self, numerics: str | None, conversation: str) -> AsyncIterator[RemoteVerifierSession]:
-        """A verifier that goes on with the same bits, if a few leases find one; else the last of them.
-
-        Where Serve routes by sessions, the first asked is the one that a conversation always goes to.
-        """
-        waits = self._args.lease_deadline_s, self._args.verify_deadline_s
-        for number in range(_LEASES):
-            handle = self._verifier
-            if conversation:
-                handle = handle.options(session_id=f"{conversation}/{number}")
-            async with verifier_session(self._pool, handle, *waits) as verifier:
-                if number == _LEASES - 1 or numerics in (None, verifier.numerics):
-                    yield verifier
-                    return
 
     async def _keep_on(self, panel: Panel, specialist: Specialist, index: int, at_once: bool) -> None:
         """Lease the specialist once it is wanted and keep it on the panel; another one when it is lost."""

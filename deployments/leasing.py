@@ -1,8 +1,9 @@
 """A replica's side of its sessions: leases that Serve counts, and links that carry their messages.
 
-The lease is a streaming Serve call that stays open for the session, so autoscaling, queue bounds and draining
-work on sessions. A session is opened on a link with its lease's secret, and each ends with the other: whichever
-side goes first, all state of the session is freed. The end of a link ends all its sessions.
+The lease is a streaming Serve call that stays open for its sessions, so autoscaling, queue bounds and draining
+work on leases. A session is opened on a link with its lease's secret; the answers of one request have a session
+each on one lease. Whichever side goes first, all state of the sessions is freed: a lease ends with the last of
+them, they end with it, and the end of a link ends all sessions on it.
 
 Knows Serve's calls, links and messages; nothing of what sessions compute.
 """
@@ -15,7 +16,6 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -42,13 +42,47 @@ def node_address() -> str:
     return str(cast(Any, ray.util).get_node_ip_address())
 
 
-@dataclass
 class _Lease:
-    """A promised session: until it ends, or nobody opens it in time."""
+    """Promised sessions: until all of them have ended, or nobody opens the next in time."""
 
-    opened: asyncio.Event = field(default_factory=asyncio.Event)
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    session: asyncio.Task[None] | None = None
+    def __init__(self) -> None:
+        self.running: set[asyncio.Task[None]] = set()
+        self.left: int | None = None  # that may be opened yet; the first one says how many there are
+        self._news = asyncio.Event()  # a session was opened, or ended
+
+    def open(self, session: asyncio.Task[None], of: int) -> bool:
+        """Whether the session is one of this lease's."""
+        left = of if self.left is None else self.left
+        if left < 1:
+            return False
+        self.left = left - 1
+        self.running.add(session)
+        self._news.set()
+        return True
+
+    def end(self, session: asyncio.Task[None]) -> None:
+        """All that the session held is freed."""
+        self.running.discard(session)
+        self._news.set()
+
+    async def until_over(self) -> None:
+        """Until none is left, or none runs and the next is not opened in time."""
+        while self.left != 0 or self.running:
+            self._news.clear()
+            if self.running:
+                await self._news.wait()
+                continue
+            try:
+                async with asyncio.timeout(_CONNECT_DEADLINE_S):
+                    await self._news.wait()
+            except TimeoutError:
+                return
+
+    async def until_freed(self) -> None:
+        """Until none runs."""
+        while self.running:
+            self._news.clear()
+            await self._news.wait()
 
 
 class SessionServer:
@@ -84,39 +118,29 @@ class SessionServer:
             await self._server.stop(grace=None)
 
     @property
-    def num_sessions(self) -> int:
+    def num_leases(self) -> int:
         return len(self._leases)
 
     async def lease(self) -> AsyncIterator[Message]:
-        """A streaming Serve method: yields endpoint and secret, then lasts as long as the session."""
+        """A streaming Serve method: yields endpoint and secret, then lasts as long as the sessions."""
         secret = secrets.token_urlsafe(24)
         lease = self._leases[secret] = _Lease()
         try:
             yield {"endpoint": self._endpoint, "secret": secret, "numerics": self._numerics}
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_CONNECT_DEADLINE_S):
-                    await lease.opened.wait()
-                await lease.ended.wait()
+            await lease.until_over()
         finally:
             del self._leases[secret]
-            if lease.session is not None:
-                lease.session.cancel()
-                await self._until_freed(lease)
+            for session in lease.running:
+                session.cancel()
+            # Their state goes before Serve may give the place to another lease.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_CLOSE_DEADLINE_S):
+                    await lease.until_freed()
 
-    async def _until_freed(self, lease: _Lease) -> None:
-        """The session's state goes before Serve may give its place to another lease."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLOSE_DEADLINE_S):
-                await lease.ended.wait()
-
-    def take(self, secret: str, session: asyncio.Task[None] | None) -> _Lease | None:
-        """The lease of a session that begins; None where there is none, or it was taken before."""
+    def take(self, secret: str, session: asyncio.Task[None], of: int) -> _Lease | None:
+        """The lease of a session that begins; None where there is none, or all of it are taken."""
         lease = self._leases.get(secret)
-        if lease is None or lease.opened.is_set():
-            return None
-        lease.session = session
-        lease.opened.set()
-        return lease
+        return lease if lease is not None and lease.open(session, of) else None
 
     async def _serve_link(
         self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
@@ -197,7 +221,7 @@ class _Served:
     async def _run(self, opening: Message) -> None:
         lease = None
         try:
-            lease = self._server.take(opening["secret"], asyncio.current_task())
+            lease = self._server.take(opening["secret"], self.task, opening["of"])
             if lease is None:
                 self._fail(PeerGone("no such lease"))
                 return
@@ -211,7 +235,7 @@ class _Served:
                     await self._handle(handle, await self.asked.get())
         finally:
             if lease is not None:
-                lease.ended.set()
+                lease.end(self.task)
             self._outbox.put(self._number, "ended")
 
     async def _handle(self, handle: Handler, message: Message) -> None:

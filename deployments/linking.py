@@ -46,9 +46,9 @@ class RemoteSession:
         """
         return await self._exchange("ask", message, timeout_s)
 
-    async def open(self, secret: str, hello: Message, timeout_s: float) -> None:
-        """Raises as `ask` does, or what the session cannot be opened for."""
-        await self._exchange("open", {"secret": secret, "hello": hello}, timeout_s)
+    async def open(self, secret: str, hello: Message, timeout_s: float, of: int) -> None:
+        """Raises as `ask` does, or what the session cannot be opened for. Args: of: so many of the lease."""
+        await self._exchange("open", {"secret": secret, "hello": hello, "of": of}, timeout_s)
 
     async def _exchange(self, kind: Kind, message: Message, timeout_s: float) -> Message:
         if self._is_broken or self._ended.done():
@@ -118,14 +118,16 @@ class _Link:
         self._outbox.put(number, kind, message)
 
     @asynccontextmanager
-    async def session(self, granted: Message, hello: Message, timeout_s: float) -> AsyncIterator[RemoteSession]:
+    async def session(
+        self, granted: Message, hello: Message, timeout_s: float, of: int
+    ) -> AsyncIterator[RemoteSession]:
         """The leased session, freed when the block ends."""
         if self._lost is not None:
             raise self._lost
         number = next(self._numbers)
         session = self._sessions[number] = RemoteSession(self, number, granted.get("numerics", ""))
         try:
-            await session.open(granted["secret"], hello, timeout_s)
+            await session.open(granted["secret"], hello, timeout_s, of)
             yield session
         finally:
             await asyncio.shield(session.close())
@@ -167,6 +169,24 @@ def _reason(error: BaseException) -> str:
     return type(error).__name__
 
 
+class Lease:
+    """A replica that Serve keeps for its holder's sessions."""
+
+    def __init__(self, pool: LinkPool, granted: Message, timeout_s: float) -> None:
+        self.numerics: str = granted.get("numerics", "")
+        self._pool, self._granted, self._timeout_s = pool, granted, timeout_s
+
+    @asynccontextmanager
+    async def session(self, hello: Message, of: int = 1) -> AsyncIterator[RemoteSession]:
+        """A session on the replica, freed when the block ends. Args: of: so many there are to be of this lease.
+
+        Raises `PeerGone` when the replica is lost, and whatever error it opens with.
+        """
+        link = self._pool.link(self._granted["endpoint"])
+        async with link.session(self._granted, hello, self._timeout_s, of) as session:
+            yield session
+
+
 class LinkPool:
     """One link per replica, made when it is first leased and kept while both live."""
 
@@ -174,25 +194,30 @@ class LinkPool:
         self._links: dict[str, _Link] = {}
 
     @asynccontextmanager
-    async def session(
-        self, handle: DeploymentHandle[Any], hello: Message, timeout_s: float
-    ) -> AsyncIterator[RemoteSession]:
-        """Lease a replica and open a session on it; both are freed when the block ends.
+    async def lease(self, handle: DeploymentHandle[Any], timeout_s: float) -> AsyncIterator[Lease]:
+        """A leased replica, until the block ends.
 
         Raises `PeerBusy` when no replica has room within `timeout_s` seconds or the deployment's queue is full,
-        `PeerGone` when the replica is lost, and whatever error it opens with.
+        `PeerGone` when the replica is lost.
         """
         lease: Any = handle.options(stream=True).lease.remote()
         try:
-            granted = await self._grant(lease, timeout_s)
-            async with self._link(granted["endpoint"]).session(granted, hello, timeout_s) as session:
-                yield session
+            yield Lease(self, await self._grant(lease, timeout_s), timeout_s)
         finally:
             # Raises the lease's own error when it was never granted; the body has reported that already.
             with contextlib.suppress(RayError, RayServeException):
                 lease.cancel()
 
-    def _link(self, endpoint: str) -> _Link:
+    @asynccontextmanager
+    async def session(
+        self, handle: DeploymentHandle[Any], hello: Message, timeout_s: float
+    ) -> AsyncIterator[RemoteSession]:
+        """A session on a replica leased for it alone; both are freed when the block ends. Raises as both do."""
+        async with self.lease(handle, timeout_s) as lease, lease.session(hello) as session:
+            yield session
+
+    def link(self, endpoint: str) -> _Link:
+        """The one there is, or a new one."""
         link = self._links.get(endpoint)
         if link is None or not link.is_up:
             link = self._links[endpoint] = _Link(endpoint)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from transformers import AutoTokenizer
+
 from deployments.config import SpecialistArgs, TargetArgs, VerifierArgs, locate, torch_dtype
 from deployments.descriptions import SpecialistDescription, TargetDescription
 from taps.adaptive.lookups import Lookups
+from taps.decoding.delivery import end_tokens
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Drafter
 from taps.drafting.eagle import EagleDrafter
 from taps.drafting.ngram import NgramDrafter
+from taps.engine.grammars import Grammars
 from taps.engine.scheduling import StepBudget
 from taps.engine.target import Target
 from taps.engine.threads import compute_with
@@ -29,7 +33,12 @@ def load_verifier(target: TargetArgs, args: VerifierArgs) -> tuple[BatchedVerifi
     served = Target(model, args.max_sessions, args.max_len, budget, args.cache_tokens, args.overcommit)
     made_of = _fingerprint_of(path, model)
     description = TargetDescription(model.vocab_size, made_of, served.max_tokens)
-    return BatchedVerifier(served, args.torch_threads, Lookups()), description
+
+    def grammars() -> Grammars:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        return Grammars(tokenizer, model.vocab_size, sorted(end_tokens(path, tokenizer)))
+
+    return BatchedVerifier(served, args.torch_threads, Lookups(), grammars), description
 
 
 def _fingerprint_of(path: str, model: CausalLM) -> str:

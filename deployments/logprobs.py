@@ -48,11 +48,17 @@ class TokenTexts:
             for token, one in zip(tokens, logprobs, strict=False)
         ]
 
+    def text_of(self, token: int) -> str:
+        return self._look(token)[0]
+
     def _show(self, token: int, logprob: float) -> Shown:
+        return Shown(*self._look(token), max(logprob, _LEAST))
+
+    def _look(self, token: int) -> tuple[str, tuple[int, ...]]:
         if token not in self._known:
             text = self._tokenizer.decode([token], skip_special_tokens=False)
             self._known[token] = text, tuple(self._bytes(token, text))
-        return Shown(*self._known[token], max(logprob, _LEAST))
+        return self._known[token]
 
     def _bytes(self, token: int, text: str) -> bytes:
         """Of a token that ends or begins inside a character, too, which its text does not say."""

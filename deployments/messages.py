@@ -19,13 +19,13 @@ from taps.sampling import InvalidLogits
 from taps.session import SessionState
 from taps.shaping import SamplingParams
 from taps.tree import InvalidTree, ProposalTree
-from taps.verdict import PassCost, PromptTooLong, TokenLogprob, Verdict
+from taps.verdict import InvalidGrammar, PassCost, PromptTooLong, TokenLogprob, Verdict
 
 VERSION = 7
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 # Errors that travel by name: the far side raises the same type.
 _ERRORS: dict[str, type[Exception]] = {
-    e.__name__: e for e in (CacheFull, PromptTooLong, InvalidTree, InvalidLogits, InvalidAsk)
+    e.__name__: e for e in (CacheFull, PromptTooLong, InvalidTree, InvalidLogits, InvalidAsk, InvalidGrammar)
 }
 _TREE = tuple(f.name for f in fields(ProposalTree))
 
@@ -89,7 +89,8 @@ def to_tensor(message: Mapping[str, Any]) -> Tensor:
 
 
 def from_verdict(verdict: Verdict) -> Message:
-    return {**vars(verdict), "features": from_tensor(verdict.features)}
+    checked = None if verdict.checked is None else from_tree(verdict.checked)
+    return {**vars(verdict), "features": from_tensor(verdict.features), "checked": checked}
 
 
 def to_verdict(message: Mapping[str, Any]) -> Verdict:
@@ -104,6 +105,7 @@ def to_verdict(message: Mapping[str, Any]) -> Verdict:
         cost=None if message["cost"] is None else PassCost(*message["cost"]),
         num_reused=message["num_reused"],
         logprobs=tuple(TokenLogprob(own, tuple(likeliest)) for own, likeliest in message["logprobs"]),
+        checked=None if message["checked"] is None else to_tree(message["checked"]),
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 
 from ray.serve import metrics
 
 from deployments.record import RequestRecord
+from deployments.status import Recent
 from taps.decoding.policy import Step
 
 logger = logging.getLogger("ray.serve")
@@ -18,6 +20,7 @@ class Observer:
     """The router's metrics. Names begin with `taps_`; times are milliseconds."""
 
     def __init__(self) -> None:
+        self.recent = Recent()
         self._requests = metrics.Counter("taps_requests", "Requests ended.", ("outcome",))
         self._tokens = metrics.Counter("taps_tokens", "Tokens delivered.")
         self._prompt_tokens = metrics.Counter("taps_prompt_tokens", "Prompt tokens prefilled.")
@@ -31,6 +34,10 @@ class Observer:
         self._verify = metrics.Histogram("taps_verify_ms", "Waiting for the verifier, per step.", _MS)
         self._verified = metrics.Counter("taps_verify_sessions", "Trees verified, one per session and pass.")
         self._batch = metrics.Histogram("taps_verify_batch_size", "Sessions that share a verify pass.", _SIZES)
+
+    def observe_begin(self) -> None:
+        """A request is being answered."""
+        self.recent.begin()
 
     def observe_step(self, step: Step, record: RequestRecord) -> None:
         """Count one step of a request, the newest its record took."""
@@ -48,10 +55,12 @@ class Observer:
             self._verify.observe(step.verify_ms / verdict.num_passes)
             self._between.observe(record.step_ms / max(record.step_tokens, 1))
         self._tokens.inc(record.step_tokens)
+        self.recent.deliver(record.step_tokens)
 
     def observe_refusal(self, reason: str) -> None:
         """Count a request that was refused before it began."""
         self._requests.inc(tags={"outcome": "refused"})
+        self.recent.refuse(reason)
         logger.info("request refused: %s", reason)
 
     def observe_end(self, record: RequestRecord, outcome: str) -> None:
@@ -59,9 +68,12 @@ class Observer:
         if record.numerics_changed:
             self._numerics.inc(record.numerics_changed)
             logger.warning("%s went on with other numerics: its text may differ from there", record.id)
-        for index, name in enumerate(record.drafters):
-            if drafted := record.drafted_by_drafter[index]:
-                self._drafted.inc(drafted, tags={"drafter": name})
-            if accepted := record.counts.accepted_by_drafter[index]:
-                self._accepted.inc(accepted, tags={"drafter": name})
+        names = enumerate(record.drafters)
+        drafted = Counter({name: record.drafted_by_drafter[index] for index, name in names})
+        accepted = Counter({n: record.counts.accepted_by_drafter[i] for i, n in enumerate(record.drafters)})
+        for name, count in (+drafted).items():
+            self._drafted.inc(count, tags={"drafter": name})
+        for name, count in (+accepted).items():
+            self._accepted.inc(count, tags={"drafter": name})
+        self.recent.end(outcome, drafted, accepted)
         logger.info(record.line(outcome))

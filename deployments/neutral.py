@@ -13,7 +13,7 @@ Neutral = Mapping[str, Collection[Any]]
 
 # Whatever their value: bookkeeping, scheduling, caching, and what only shapes a feature that is refused itself.
 _OPENAI_FREE = """user metadata store service_tier safety_identifier prompt_cache_retention
-    prompt_cache_options prediction parallel_tool_calls moderation"""
+    prompt_cache_options prediction moderation"""
 _VLLM_FREE = """priority request_id session_id spaces_between_special_tokens truncation_side
     return_tokens_as_token_ids return_token_offsets return_mm_kwargs routed_experts_prompt_start stream_interval
     guided_decoding_backend guided_whitespace_pattern"""
@@ -24,13 +24,7 @@ _LLAMA_CPP_FREE = """cache_prompt id_slot n_keep n_discard n_cache_reuse sse_pin
 WITHOUT_EFFECT = frozenset(f"{_OPENAI_FREE} {_VLLM_FREE} {_SGLANG_FREE} {_LLAMA_CPP_FREE}".split())
 
 _OPENAI: Neutral = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
@@ -45,11 +39,7 @@ _VLLM: Neutral = {
     "skip_special_tokens": (True,),
     "detokenize": (True,),
     "flat_logprobs": (False,),
-    "return_token_ids": (False,),
     "return_prompt_text": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "media_io_kwargs": ({},),
     "documents": ([],),
@@ -104,8 +94,17 @@ _LLAMA_CPP: Neutral = {
 }
 _EITHER: Neutral = {**_OPENAI, **_VLLM, **_SGLANG, **_LLAMA_CPP}
 # The template writes a chat's special tokens, the tokenizer a completion's; a chat ends where it ends.
-CHAT: Neutral = {**_EITHER, "add_special_tokens": (False,), "n_predict": (-1,)}
-COMPLETION: Neutral = {**_EITHER, "add_special_tokens": (True,), "top_logprobs": (0,)}
+CHAT: Neutral = {**_EITHER, "add_special_tokens": (False,), "n_predict": (-1,), "echo": (False,)}
+_OF_CHATS: Neutral = {
+    "top_logprobs": (0,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+}
+COMPLETION: Neutral = {**_EITHER, **_OF_CHATS, "add_special_tokens": (True,)}
 STREAM_OPTIONS: Neutral = {"include_obfuscation": (True, False), "continuous_usage_stats": (False,)}
 # Clients send our own answers back, filled in with what other servers answer.
 MESSAGE: Collection[Any] = (False, "", [], {})

@@ -9,17 +9,20 @@ import hashlib
 import json
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from deployments.config import RouterArgs, TreeArgs
 from deployments.descriptions import TargetDescription
 from deployments.errors import RequestError
 from deployments.logprobs import TokenTexts
 from deployments.schema import ChatRequest, CompletionRequest, TapsOptions, complaint
+from deployments.structured import grammar_of
+from deployments.tools import Tools, tools_of, without_tools
 from taps.decoding.delivery import Delivery, end_tokens
 from taps.drafting.drafter import Ask
 from taps.session import SessionState
@@ -29,6 +32,8 @@ _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _SEED_MASK = 0xFFFFFFFFFFFFFFFF
 _MOST_TOKENS = (1 << 31) - 1  # of any vocabulary
 _MOST_DRAFTERS = 64  # of one answer: each has a bit in its nodes' owners
+# What applying a template takes beside what is the template's.
+_OF_TEMPLATING = frozenset(signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class Generation:
     ask: Ask
     explains: bool = False  # its steps, in the answer
     conversation: str = ""  # names those that begin alike; nothing where that is not known
+    echo: str = ""  # what its text begins with
+    tells_ids: bool = False  # the prompt's tokens and its own, in the answer
+    tools: Tools | None = None  # that it may call
 
 
 class Drafters(NamedTuple):
@@ -59,27 +67,39 @@ class RequestReader:
         self._target = target
         self._tokenizer: Any = AutoTokenizer.from_pretrained(target_path)
         self._token_texts = TokenTexts(self._tokenizer)
+        self._knows_tools = "tools" in str(self._tokenizer.chat_template)
         self._end_tokens = tuple(sorted(end_tokens(target_path, self._tokenizer)))
         self._longest_token = max(map(len, self._tokenizer.get_vocab()))
 
-    def read_chat(self, request: ChatRequest, drafters: Drafters) -> Generation:
+    def read_chat(self, request: ChatRequest, drafters: Drafters) -> list[Generation]:
+        """What to generate, each choice's answer by itself."""
         messages = [message.plain() for message in request.messages]
+        given = [tool.plain() for tool in request.tools]
+        tools = tools_of(given, request.tool_choice, request.parallel_tool_calls)
         if len(messages) > self._target.max_tokens:
             raise self._too_long(f"{len(messages)} messages", "messages")
         shown = (message.get(key, "") for message in messages for key in ("content", "name"))
-        self._refuse_far_too_long(sum(map(len, shown)), "messages")
-        try:
-            templated = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-        except Exception as error:  # templates raise errors of their own about roles and their order
-            reason = f"the target's chat template refuses these messages: {error}"
-            raise RequestError(reason, "messages") from error
+        called = (json.dumps(message["tool_calls"]) for message in messages if "tool_calls" in message)
+        self._refuse_far_too_long(sum(map(len, (*shown, *called))), "messages")
+        if tools is not None:
+            self._refuse_far_too_long(len(json.dumps(tools.functions)), "tools")
         max_tokens = request.max_completion_tokens or request.max_tokens
         begins = _beginning(messages, request.cache_salt)
-        return self._generation(request, templated["input_ids"], max_tokens, drafters, begins)
+        prompt = self._templated(request, messages, tools)
+        job = self._generation(request, prompt, max_tokens, drafters, begins, tools=tools)
+        return _choices(job, request.num_choices)
 
-    def read_completion(self, request: CompletionRequest, drafters: Drafters) -> Generation:
+    def read_completion(self, request: CompletionRequest, drafters: Drafters) -> list[Generation]:
+        """What to generate, each choice's answer to each prompt by itself; a prompt's choices lie together."""
         max_tokens = request.max_tokens or _DEFAULT_COMPLETION_TOKENS
-        return self._generation(request, self._tokenize(request), max_tokens, drafters)
+        jobs: list[Generation] = []
+        seed = _seed(request)  # the same for all prompts: each is answered as if it were alone
+        for prompt in request.prompt:
+            job = self._generation(request, self._tokenize(prompt), max_tokens, drafters, seed=seed)
+            if request.echo:
+                job = replace(job, echo=self._text_of(prompt))
+            jobs += _choices(job, request.num_choices)
+        return jobs
 
     @property
     def token_texts(self) -> TokenTexts:
@@ -91,15 +111,48 @@ class RequestReader:
         ends = frozenset(state.end_tokens)
         return Delivery(self._tokenizer, state.max_tokens, ends, job.stop, state.min_tokens)
 
-    def _tokenize(self, request: CompletionRequest) -> list[int]:
-        if isinstance(request.prompt, str):
-            self._refuse_far_too_long(len(request.prompt), "prompt")
+    def _templated(
+        self, request: ChatRequest, messages: Sequence[dict[str, Any]], tools: Tools | None
+    ) -> list[int]:
+        """The messages and tools as the target's chat template writes them."""
+        given = dict(request.chat_template_kwargs)
+        if taken := sorted({*given} & _OF_TEMPLATING):
+            reason = f"chat_template_kwargs are the template's own; {taken[0]!r} is not"
+            raise RequestError(reason, "chat_template_kwargs")
+        self._refuse_far_too_long(len(json.dumps(given)), "chat_template_kwargs")
+        if not self._knows_tools:
+            messages = without_tools(messages)
+            messages = messages if tools is None else tools.told(messages)
+        elif tools is not None:
+            given["tools"] = [{"type": "function", "function": function} for function in tools.functions]
+        try:
+            templated = self._tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=request.add_generation_prompt,
+                continue_final_message=request.continue_final_message,
+                **given,
+            )
+        except Exception as error:  # templates raise errors of their own about roles and their order
+            reason = f"the target's chat template refuses these messages: {error}"
+            raise RequestError(reason, "messages") from error
+        ids: list[int] = templated["input_ids"]
+        return ids
+
+    def _tokenize(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            self._refuse_far_too_long(len(prompt), "prompt")
             try:
-                ids: list[int] = self._tokenizer(request.prompt)["input_ids"]
+                ids: list[int] = self._tokenizer(prompt)["input_ids"]
             except (TypeError, ValueError) as error:
                 raise RequestError(f"the prompt cannot be tokenized: {error}", "prompt") from error
             return ids
-        return request.prompt
+        return prompt
+
+    def _text_of(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        text: str = self._tokenizer.decode(prompt, skip_special_tokens=True)
+        return text
 
     def _refuse_far_too_long(self, num_characters: int, where: str) -> None:
         """Text that cannot fit however it is tokenized: that would take long, and every stream would wait."""
@@ -117,8 +170,10 @@ class RequestReader:
         max_tokens: int | None,
         drafters: Drafters,
         begins: str = "",
+        seed: int | None = None,
+        tools: Tools | None = None,
     ) -> Generation:
-        """Args: begins: names a conversation that no key of the request's own names."""
+        """Args: begins: names a conversation that no key of the request's names; seed: by default its own."""
         where = "messages" if isinstance(request, ChatRequest) else "prompt"
         if not prompt:
             raise RequestError("the prompt is empty", where)
@@ -128,8 +183,16 @@ class RequestReader:
         if room < 1 or (max_tokens or 1) > room:
             wanted = f" and {max_tokens} more were requested" if max_tokens else ""
             raise self._too_long(f"{len(prompt)}{wanted}", where)
-        tree, params = self._tree(request.options), _sampling(request)
+        tree = self._tree(request.options)
+        params = _sampling(request, _seed(request) if seed is None else seed)
         self._refuse_unknown([token for token, _ in params.logit_bias], "logit_bias", "logit_bias")
+        grammar = grammar_of(request.forms)
+        if grammar and tools is not None:
+            raise RequestError("an answer has a form or calls tools; leave one of them out", "tools")
+        grammar = grammar if tools is None else tools.grammar()
+        if grammar and (request.min_tokens or request.ignore_eos):
+            reason = "an answer of a given form ends where that ends: leave out min_tokens and ignore_eos"
+            raise RequestError(reason, "min_tokens" if request.min_tokens else "ignore_eos")
         return Generation(
             SessionState(
                 tuple(prompt),
@@ -138,7 +201,9 @@ class RequestReader:
                 end_tokens=self._ends(request),
                 min_tokens=_least(request.min_tokens, max_tokens or room),
                 bad_words=self._bad_words(request.bad_words or ()),
+                grammar=grammar,
                 num_logprobs=request.num_logprobs,
+                tells_trees=request.options.explain,
                 cache_salt=request.cache_salt or "",
             ),
             request.stop_strings,
@@ -147,6 +212,8 @@ class RequestReader:
             Ask(tree.num_nodes, tree.depth, tree.top_k, params if tree.coupled else None),
             request.options.explain,
             request.prompt_cache_key or begins,
+            tells_ids=request.return_token_ids or False,
+            tools=tools,
         )
 
     def _refuse_unknown(self, tokens: Collection[int], what: str, where: str) -> None:
@@ -203,7 +270,22 @@ def _least(min_tokens: int | None, max_tokens: int) -> int:
     return least
 
 
-def _sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
+def _choices(job: Generation, count: int) -> list[Generation]:
+    """The same with noise of their own each."""
+
+    def with_noise(choice: int) -> Generation:
+        params = replace(job.state.sampling, choice=choice)
+        ask = job.ask if job.ask.sampling is None else replace(job.ask, sampling=params)
+        return replace(job, state=replace(job.state, sampling=params), ask=ask)
+
+    return [job, *map(with_noise, range(1, count))]
+
+
+def _seed(request: ChatRequest | CompletionRequest) -> int:
+    return secrets.randbits(64) if request.seed is None else request.seed & _SEED_MASK
+
+
+def _sampling(request: ChatRequest | CompletionRequest, seed: int) -> SamplingParams:
     temperature = 1.0 if request.temperature is None else request.temperature
     top_p = 1.0 if request.top_p is None else request.top_p
     likeliest = temperature < LEAST_TEMPERATURE or top_p == 0
@@ -216,5 +298,5 @@ def _sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
         min_p=request.min_p or 0.0,
         repetition_penalty=request.repetition_penalty or 1.0,
         logit_bias=tuple(sorted((request.logit_bias or {}).items())),
-        seed=secrets.randbits(64) if request.seed is None else request.seed & _SEED_MASK,
+        seed=seed,
     )

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -21,22 +20,24 @@ from pydantic import (
 )
 
 from deployments.config import STRATEGY_NAMES, Depth, NumNodes
+from deployments.conversation import Body, ChatMessage, Tool
 from deployments.errors import RequestError
 from deployments.neutral import (
     CHAT,
     COMPLETION,
-    MESSAGE,
     STREAM_OPTIONS,
     Neutral,
     asks_for_nothing,
-    is_one_of,
-    said,
 )
 
 R = TypeVar("R", bound="_Request")
 _MOST_BIASES = 1024
 _MOST_STOP_TOKENS = 128
 _MOST_BAD_WORDS = 128
+_GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_MOST_TOOLS = 128
+_MOST_CHOICES = 16  # of a prompt
+_MOST_ANSWERS = 64  # of a request: choices of all prompts
 
 
 def _whole(value: Any) -> Any:
@@ -46,6 +47,7 @@ def _whole(value: Any) -> Any:
 
 _WHOLE = BeforeValidator(_whole)
 Tokens = Annotated[int, Field(ge=1), _WHOLE]
+NumChoices = Annotated[int, Field(ge=1, le=_MOST_CHOICES), _WHOLE]
 NumLogprobs = Annotated[int, Field(ge=0, le=20), _WHOLE]
 _FALSE_IS_NULL = BeforeValidator(lambda value: None if value is False else value)
 TokenId = Annotated[int, Field(ge=0), _WHOLE]
@@ -56,17 +58,7 @@ Bias = Annotated[
 ]
 LogitBias = Annotated[Bias, BeforeValidator(lambda value: {} if value == [] else value)]
 BadWord = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-class _Body(BaseModel):
-    """A JSON object in which `null` means that nothing was said."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_says_nothing(cls, fields: Any) -> Any:
-        return said(fields)
+Prompt = str | Annotated[list[int], Field(fail_fast=True)]
 
 
 def _not_supported(extra: Mapping[str, Any] | None, known: Neutral) -> Iterator[tuple[str, str]]:
@@ -76,7 +68,7 @@ def _not_supported(extra: Mapping[str, Any] | None, known: Neutral) -> Iterator[
             yield name, f"{name!r} = {json.dumps(value)[:80]} is not supported by this server; leave it out"
 
 
-class TapsOptions(_Body):
+class TapsOptions(Body):
     """How this request is speculated on; never changes its text."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -95,7 +87,7 @@ class TapsOptions(_Body):
         return name
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """How an answer is streamed; without a stream they ask for nothing."""
 
     include_usage: bool = False
@@ -107,12 +99,14 @@ class StreamOptions(_Body):
         return self
 
 
-class _Request(_Body):
+class _Request(Body):
     """What both endpoints share. Where a request is silent, OpenAI's defaults hold."""
 
     neutral: ClassVar[Neutral]
 
     model: str
+    n: NumChoices | None = None
+    best_of: Annotated[int, _WHOLE] | None = None
     max_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -129,6 +123,14 @@ class _Request(_Body):
     min_tokens: Annotated[int, Field(ge=0), _WHOLE] | None = None
     ignore_eos: bool | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=_MOST_BAD_WORDS, fail_fast=True)] | None = None
+    return_token_ids: bool | None = None
+    # The form of an answer: OpenAI's, and vLLM's.
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Field(fail_fast=True)] | None = None
+    guided_grammar: str | None = None
     # vLLM's: what is cached of a request is used again by those of the same salt alone.
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
     # OpenAI's: requests of the same key begin alike, and one verifier should answer them.
@@ -141,6 +143,11 @@ class _Request(_Body):
     def _supported(self) -> _Request:
         for name, reason in _not_supported(self.model_extra, self.neutral):
             raise RequestError(reason, name)
+        if self.best_of not in (None, self.num_choices):
+            reason = (
+                f"best_of is {self.best_of} and n {self.num_choices}: to choose among more is not supported"
+            )
+            raise RequestError(f"{reason}; leave best_of out", "best_of")
         return self
 
     @field_validator("stop")
@@ -157,45 +164,21 @@ class _Request(_Body):
         return tuple(dict.fromkeys(string for string in strings if string))
 
     @property
+    def forms(self) -> dict[str, Any]:
+        """What is said of the answer's form, by name."""
+        return {name: getattr(self, name) for name in ("response_format", "structured_outputs", *_GUIDED)}
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
     def options(self) -> TapsOptions:
         return self.taps or TapsOptions()
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
-
-
-class TextPart(BaseModel):
-    """A part of a message; what else clients note on it, such as `cache_control`, is not the target's."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Body):
-    """Clients send our own answers back with fields such as `refusal: null`: empty ones are fine."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    name: str | None = None
-
-    @model_validator(mode="after")
-    def _supported(self) -> ChatMessage:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of the role {self.role!r} needs a content")
-        for name, value in (self.model_extra or {}).items():
-            if name != "cache_control" and not is_one_of(value, MESSAGE):
-                raise ValueError(f"{name!r} in a message is not supported by this server; leave it out")
-        return self
-
-    def plain(self) -> dict[str, str]:
-        """As a chat template takes it: each part on a line of its own, a name for templates that show it."""
-        parts = self.content or ""
-        text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
 
 
 class ChatRequest(_Request):
@@ -207,11 +190,27 @@ class ChatRequest(_Request):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs | None = None
+    # vLLM's, as chat templates have them.
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    tools: Annotated[list[Tool], Field(max_length=_MOST_TOOLS, fail_fast=True)] = Field(default_factory=list)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _likeliest_beside_the_token(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        return self
+
+    @model_validator(mode="after")
+    def _goes_on_or_begins(self) -> ChatRequest:
+        if self.continue_final_message and self.add_generation_prompt:
+            reason = (
+                "an answer either goes on with the final message or begins: set add_generation_prompt to false"
+            )
+            raise RequestError(reason, "continue_final_message")
         return self
 
     @property
@@ -220,12 +219,25 @@ class ChatRequest(_Request):
 
 
 class CompletionRequest(_Request):
-    """POST /v1/completions. One prompt: a string, or token ids."""
+    """POST /v1/completions. Prompts are strings, or token ids; one or several of them."""
 
     neutral = COMPLETION
 
-    prompt: str | Annotated[list[int], Field(fail_fast=True)]
+    prompt: Annotated[list[Prompt], Field(fail_fast=True)]
     logprobs: Annotated[NumLogprobs | None, _FALSE_IS_NULL] = None
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _few_answers(self) -> CompletionRequest:
+        if len(self.prompt) * self.num_choices > _MOST_ANSWERS:
+            asked = f"{len(self.prompt)} prompts with {self.num_choices} choices each"
+            raise RequestError(
+                f"{asked}: a request has {_MOST_ANSWERS} answers at most; send several", "prompt"
+            )
+        if self.echo and self.logprobs is not None:
+            reason = "log-probabilities of the prompt are not supported; leave out echo or logprobs"
+            raise RequestError(reason, "echo")
+        return self
 
     @property
     def num_logprobs(self) -> int | None:
@@ -233,15 +245,15 @@ class CompletionRequest(_Request):
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _one_prompt(cls, prompt: Any) -> Any:
-        """Without the list around a single prompt."""
-        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-            if len(prompt) > 1:
-                raise ValueError("one prompt per request; send several requests, they are batched")
-            prompt = prompt[0]
-        if not prompt:
+    def _several(cls, prompt: Any) -> Any:
+        """With a list around a single prompt."""
+        has_several = isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list)
+        prompts = prompt if has_several else [prompt]
+        if len(prompts) > _MOST_ANSWERS:
+            raise ValueError(f"at most {_MOST_ANSWERS} prompts a request")
+        if not all(prompts):
             raise ValueError("the prompt is empty")
-        return [_whole(token) for token in prompt] if isinstance(prompt, list) else prompt
+        return [[_whole(token) for token in one] if isinstance(one, list) else one for one in prompts]
 
 
 def parse_chat(body: bytes, model_name: str) -> ChatRequest:

@@ -106,15 +106,6 @@ def _left_out_on_failure() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def verifier_session(
-    pool: LinkPool, handle: DeploymentHandle[Any], lease_timeout_s: float, step_timeout_s: float
-) -> AsyncIterator[RemoteVerifierSession]:
-    """A session on a leased verifier replica. Raises `PeerBusy` when none has room, or `PeerGone`."""
-    async with pool.session(handle, {}, lease_timeout_s) as session:
-        yield RemoteVerifierSession(session, step_timeout_s)
-
-
-@asynccontextmanager
 async def drafter_session(
     pool: LinkPool, handle: DeploymentHandle[Any], name: str, index: int,
     lease_timeout_s: float, step_timeout_s: float,

@@ -55,5 +55,5 @@ class Verifier:
 
     @asynccontextmanager
     async def _open_session(self, hello: Message) -> AsyncIterator[Handler]:
-        async with self._verifier.session() as session:
+        async with self._verifier.session(hello.get("beside", False)) as session:
             yield answering_verifier(session)

@@ -27,7 +27,9 @@ class SessionState:
     end_tokens: tuple[int, ...] = ()  # after any of these nothing is decided
     min_tokens: int = 0  # that are generated before any of these may come
     bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that may not come
+    grammar: str = ""  # that the text must keep to, as `llguidance` writes it
     num_logprobs: int | None = None  # likeliest tokens told beside each token's own log-probability
+    tells_trees: bool = False  # every verdict has what was checked
     cache_salt: str = ""  # sessions of different salts share nothing that is cached
 
     @property

@@ -131,6 +131,20 @@ class ProposalTree:
         """Drafted tokens from below the root to `node`: the node's identity across trees."""
         return tuple(self.tokens[i] for i in self.path(node)[1:])
 
+    def only(self, nodes: Sequence[int]) -> ProposalTree:
+        """These nodes, in order, the root first; of each its parent is among them."""
+        if len(nodes) == len(self):
+            return self
+        place = {old: new for new, old in enumerate(nodes)}
+        return replace(
+            self,
+            tokens=tuple(self.tokens[i] for i in nodes),
+            parents=(NO_PARENT, *(place[self.parents[i]] for i in nodes[1:])),
+            scores=tuple(self.scores[i] for i in nodes),
+            owners=tuple(self.owners[i] for i in nodes),
+            entropies=tuple(self.entropies[i] for i in nodes) if self.entropies else (),
+        )
+
     def prefix(self, num_nodes: int) -> ProposalTree:
         """The first `num_nodes` nodes (at least the root), which are a tree by construction."""
         n = max(1, num_nodes)

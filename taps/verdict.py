@@ -10,9 +10,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from taps.tree import ProposalTree
+
 
 class PromptTooLong(ValueError):
     """The tokens do not fit a session's share of the cache."""
+
+
+class InvalidGrammar(ValueError):
+    """A text's grammar cannot be used, or was left; the message says why."""
 
 
 class PassCost(NamedTuple):
@@ -43,3 +49,5 @@ class Verdict:
     cost: PassCost | None = None  # of the last pass
     num_passes: int = 1  # of the target; several have no drafts, and decided one token each
     logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens, where they were asked for
+    # What was checked, where that is asked for or is not the beginning of the tree that was sent.
+    checked: ProposalTree | None = None

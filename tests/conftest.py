@@ -12,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taps.adaptive.lookups import Lookups
+from taps.decoding.delivery import end_tokens
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.eagle import EagleDrafter
 from taps.drafting.ngram import NgramDrafter
+from taps.engine.grammars import Grammars
 from taps.engine.scheduling import StepBudget
 from taps.engine.target import Target
 from taps.engine.verifier import BatchedVerifier
@@ -48,12 +50,23 @@ def reference(target_directory: Path) -> Any:
     return model.eval()
 
 
+def grammars_of(target_directory: Path) -> Grammars:
+    tokenizer = AutoTokenizer.from_pretrained(target_directory)
+    return Grammars(tokenizer, len(tokenizer), sorted(end_tokens(str(target_directory), tokenizer)))
+
+
+@pytest.fixture(scope="session")
+def grammars(target_directory: Path) -> Grammars:
+    """What the embedded target's texts may be asked to be."""
+    return grammars_of(target_directory)
+
+
 @pytest.fixture(scope="session")
 def verifier(target_directory: Path) -> Iterator[BatchedVerifier]:
     """The real target in float32, which texts of transformers alone can be compared with."""
     model = CausalLM.load(target_directory, torch.float32)
     target = Target(model, SESSIONS, 512, StepBudget(prefill_tokens=256, tree_nodes=160))
-    verifier = BatchedVerifier(target, guesser=Lookups())
+    verifier = BatchedVerifier(target, guesser=Lookups(), grammars=lambda: grammars_of(target_directory))
     yield verifier
     verifier.close()
 
@@ -63,7 +76,7 @@ def verifier_bf16(target_directory: Path) -> Iterator[BatchedVerifier]:
     """The real target as it is served, with a budget that cuts trees."""
     model = CausalLM.load(target_directory, torch.bfloat16)
     target = Target(model, SESSIONS, 512, StepBudget(prefill_tokens=100, tree_nodes=50))
-    verifier = BatchedVerifier(target, guesser=Lookups())
+    verifier = BatchedVerifier(target, guesser=Lookups(), grammars=lambda: grammars_of(target_directory))
     yield verifier
     verifier.close()
 

@@ -89,7 +89,7 @@ class Replica:
             self.open -= 1
 
     async def until_free(self) -> None:
-        await until(lambda: not self.open and not self.server.num_sessions)
+        await until(lambda: not self.open and not self.server.num_leases)
 
 
 @asynccontextmanager

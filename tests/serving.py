@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,6 +18,7 @@ from deployments.endpoints import Endpoints
 from deployments.openai import Json
 from deployments.record import RequestRecord
 from deployments.requests import Generation, RequestReader
+from deployments.status import Recent
 from taps.decoding.policy import Step
 from tests.fakes import make_verdict, until
 from tests.test_requests import MODEL, TARGET, CharacterTokenizer
@@ -37,10 +38,20 @@ class ScriptedGenerator:
 
     def __init__(self, script: Script) -> None:
         self.jobs: list[Generation] = []
-        self.num_open = 0
+        self.num_open = self.num_leased = 0
         self._script = script
 
-    async def steps(self, job: Generation, specialists: Mapping[str, Any]) -> AsyncIterator[Step]:
+    @asynccontextmanager
+    async def verifier(self, jobs: Sequence[Generation]) -> AsyncIterator[None]:
+        self.num_leased += 1
+        try:
+            yield
+        finally:
+            self.num_leased -= 1
+
+    async def steps(
+        self, job: Generation, specialists: Mapping[str, Any], verifier: None
+    ) -> AsyncIterator[Step]:
         self.jobs.append(job)
         self.num_open += 1
         prefill = True
@@ -64,6 +75,10 @@ class Ledger:
         self.refused: list[str] = []
         self.outcomes: list[str] = []
         self.num_tokens = 0
+        self.recent = Recent()
+
+    def observe_begin(self) -> None:
+        self.recent.begin()
 
     def observe_step(self, step: Step, record: RequestRecord) -> None:
         self.num_tokens += record.step_tokens
@@ -83,8 +98,9 @@ class Server:
         self.generator = ScriptedGenerator(script)
         self.ledger = Ledger()
         self.directory = SimpleNamespace(
-            specialists={"chat": None, "math": None}, away=frozenset(), verifier_is_up=True
-        )
+            specialists={"chat": None, "math": None}, away=frozenset(), verifier_is_up=True,
+            told=lambda: {"applications": {}, "specialists": []},
+        )  # fmt: skip
         arguments = RouterArgs(**args)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("deployments.requests.AutoTokenizer", CharacterTokenizer)
@@ -112,7 +128,7 @@ class Server:
                 await connection.task
 
     async def until_free(self) -> None:
-        await until(lambda: not self.generator.num_open)
+        await until(lambda: not self.generator.num_open and not self.generator.num_leased)
 
 
 class Connection:

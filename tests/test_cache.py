@@ -88,6 +88,10 @@ def test_places_are_bounded_and_come_back() -> None:
     sequence = cache.open()
     with pytest.raises(CacheFull):
         cache.open()
+    beside = cache.open(beside=True)
+    cache.close(beside)
+    with pytest.raises(CacheFull):
+        cache.open()
     cache.close(sequence)
     assert cache.open().length == 0
 

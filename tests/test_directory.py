@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -100,6 +101,19 @@ async def test_a_specialist_joins_when_its_application_runs(serve: FakeServe, di
     assert applications_of(directory) == {"math": "math"}
     handle: Any = directory.specialists["math"].handle
     assert handle.application == "math"
+
+
+async def test_it_tells_what_it_found(serve: FakeServe, directory: Directory) -> None:
+    serve.deploy("math")
+    serve.deploy("code", SpecialistDescription("code", "another target", 3904))
+    await directory.refresh()
+    told = directory.told()
+    assert {"math", "code"} <= told["applications"].keys()
+    assert told["applications"]["math"]["status"] == "RUNNING"
+    states = {one["name"]: one["state"] for one in told["specialists"]}
+    assert states == {"math": "up", "code": "refused"}
+    assert "another target" in next(one["reason"] for one in told["specialists"] if one["name"] == "code")
+    json.dumps(told)
 
 
 async def test_an_application_is_asked_once_and_again_when_it_is_deployed_anew(

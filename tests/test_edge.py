@@ -71,7 +71,7 @@ async def test_a_model_may_have_slashes_in_its_name(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/nowhere", 404), ("GET", "/", 404), ("POST", "/v1/embeddings", 404), ("PUT", "/v1/models", 405)],
+    [("GET", "/nowhere", 404), ("POST", "/", 405), ("POST", "/v1/embeddings", 404), ("PUT", "/v1/models", 405)],
 )
 async def test_an_unknown_path_or_method_is_an_error_in_openais_form(
     method: str, path: str, status: int
@@ -113,7 +113,7 @@ async def answers(server: Server, origin: str) -> list[httpx.Response]:
         ("PUT", "/health", {}),
         ("POST", "/v1/completions", {"json": COMPLETION}),
         ("POST", "/v1/completions", {"json": COMPLETION | {"stream": True}}),
-        ("POST", "/v1/completions", {"json": COMPLETION | {"n": 2}}),
+        ("POST", "/v1/completions", {"json": COMPLETION | {"mirostat": 2}}),
         ("POST", "/v1/completions", {"content": b"x" * 10_000}),
     ]
     return [await server.ask(m, path, headers={"Origin": origin}, **options) for m, path, options in asked]

@@ -12,10 +12,10 @@ import pytest
 from deployments.openai import Json
 from taps.peers import PeerBusy, PeerGone
 from taps.sampling import InvalidLogits
-from taps.verdict import PromptTooLong
+from taps.verdict import InvalidGrammar, PromptTooLong
 from tests.fakes import turns, until
 from tests.serving import COMPLETION, END, PATHS, PATIENCE_S, Script, Server
-from tests.test_requests import CharacterTokenizer
+from tests.test_requests import MODEL, CharacterTokenizer
 
 every_path = pytest.mark.parametrize("path", PATHS)
 
@@ -25,6 +25,12 @@ def events(answer: httpx.Response) -> list[Json]:
     *data, done = [line for line in answer.text.split("\n\n") if line]
     assert done == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in data]
+
+
+def said(choice: Json) -> str:
+    """The text of a whole answer's choice."""
+    text: str = choice["text"] if "text" in choice else choice["message"]["content"]
+    return text
 
 
 def text_of(choice: Json) -> str:
@@ -89,6 +95,7 @@ async def test_a_stream_is_neither_buffered_nor_cached_on_its_way() -> None:
         (PeerBusy("full"), 503, "overloaded", "overloaded"),
         (PeerGone("lost"), 503, None, "failed"),
         (PromptTooLong("too long"), 400, "context_length_exceeded", "refused"),
+        (InvalidGrammar("no"), 400, None, "refused"),
         (InvalidLogits("nan"), 500, None, "failed"),
         (RuntimeError("a bug"), 500, None, "failed"),
     ],
@@ -165,6 +172,129 @@ async def test_a_refused_request_generates_nothing_and_is_counted(path: str) -> 
     assert answer.status_code == 400
     assert server.ledger.refused == [answer.json()["error"]["message"]]
     assert not server.generator.jobs
+
+
+async def test_the_status_says_what_there_is_and_how_it_fares() -> None:
+    server = Server("He", chr(END))
+    await server.post("/v1/completions", mirostat=2)
+    told = (await server.ask("GET", "/status")).json()
+    assert (told["status"], told["model"], told["drafters"]) == ("ok", MODEL, ["chat", "math"])
+    assert {"numerics", "applications", "specialists"} <= told.keys()
+    assert told["router"]["answering"] == 0
+    server.directory.verifier_is_up = False
+    assert (await server.ask("GET", "/status")).json()["status"] == "no verifier is up"
+
+
+@every_path
+async def test_choices_are_answered_side_by_side(path: str) -> None:
+    server = Server("He", "llo", chr(END))
+    whole = (await server.post(path, n=3)).json()
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2]
+    assert [said(choice) for choice in whole["choices"]] == ["Hello"] * 3
+    assert [job.state.sampling.choice for job in server.generator.jobs] == [0, 1, 2]
+    assert (whole["usage"]["completion_tokens"], whole["usage"]["prompt_tokens"]) == (18, 5)
+    *chunks, usage = events(await server.post(path, n=3, stream=True, stream_options={"include_usage": True}))
+    texts = ["", "", ""]
+    for chunk in chunks:
+        texts[chunk["choices"][0]["index"]] += text_of(chunk["choices"][0])
+    assert texts == ["Hello"] * 3
+    reasons = [(chunk["choices"][0]["index"], chunk["choices"][0]["finish_reason"]) for chunk in chunks]
+    assert sorted(pair for pair in reasons if pair[1]) == [(0, "stop"), (1, "stop"), (2, "stop")]
+    assert usage["usage"] == whole["usage"]
+    await server.until_free()
+    assert server.ledger.outcomes == ["stop", "stop"], "one request, one outcome"
+
+
+async def test_other_choices_begin_once_their_prompt_is_there() -> None:
+    """They find its pages in the cache."""
+    gate = asyncio.Event()
+    server = Server(gate, "He", chr(END))
+    task = asyncio.create_task(server.post("/v1/completions", n=4, prompt=["hello", "hi"]))
+    await until(lambda: server.generator.num_open == 2)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert [job.state.sampling.choice for job in server.generator.jobs] == [0, 0]
+    gate.set()
+    choices = (await task).json()["choices"]
+    assert [choice["index"] for choice in choices] == list(range(8))
+    assert len(server.generator.jobs) == 8
+
+
+async def test_a_failure_of_one_choice_is_the_requests() -> None:
+    server = Server("He", PeerGone("lost"))
+    answer = await server.post("/v1/chat/completions", n=3)
+    assert answer.status_code == 503
+    assert server.ledger.outcomes == ["failed"]
+    await server.until_free()
+
+
+async def test_a_client_that_leaves_frees_all_choices() -> None:
+    server = Server("He", asyncio.Event())
+    body = json.dumps(COMPLETION | {"stream": True, "n": 5}).encode()
+    async with server.connection("/v1/completions", body) as connection:
+        assert (await connection.sent())["status"] == 200
+        await until(lambda: server.generator.num_open == 5)
+        connection.gone.set()
+        await server.until_free()
+    assert server.ledger.outcomes == ["cancelled"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_echo_comes_before_the_text(stream: bool) -> None:
+    server = Server(" wor", "ld", chr(END))
+    fields = {"prompt": ["hello", "hi"], "echo": True, "return_token_ids": True}
+    answer = await server.post("/v1/completions", stream=stream, **fields)
+    texts = ["", ""]
+    ids: list[list[int]] = [[], []]
+    prompts: list[list[int]] = [[], []]
+    choices = [chunk["choices"][0] for chunk in events(answer)] if stream else answer.json()["choices"]
+    for choice in choices:
+        texts[choice["index"]] += choice["text"]
+        ids[choice["index"]] += choice.get("token_ids", [])
+        prompts[choice["index"]] += choice.get("prompt_token_ids", [])
+    assert texts == ["hello world", "hi world"]
+    assert ids == [[*map(ord, " world"), END]] * 2
+    assert prompts == [[*map(ord, "hello")], [*map(ord, "hi")]]
+
+
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}}]
+CALLS = (
+    "Let me see. <tool",
+    '_call>\n{"name": "clock", "arg',
+    'uments": {"zone": "CET"}}',
+    "\n</tool_call>",
+    chr(END),
+)
+
+
+async def test_calls_of_tools_are_told_as_openai_tells_them() -> None:
+    whole = (await Server(*CALLS).post("/v1/chat/completions", tools=TOOLS)).json()["choices"][0]
+    assert whole["finish_reason"] == "tool_calls"
+    assert whole["message"]["content"] == "Let me see. "
+    (call,) = whole["message"]["tool_calls"]
+    assert (call["type"], call["function"]) == ("function", {"name": "clock", "arguments": '{"zone": "CET"}'})
+    assert call["id"].startswith("call")
+    chunks = events(await Server(*CALLS).post("/v1/chat/completions", tools=TOOLS, stream=True))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Let me see. "
+    told = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert [call.get("id", "call")[:4] for call in told] == ["call"] * len(told)
+    assert told[0]["function"]["name"] == "clock"
+    assert "".join(call["function"]["arguments"] for call in told) == '{"zone": "CET"}'
+    assert {call["index"] for call in told} == {0}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_where_nothing_is_called_an_answer_with_tools_is_as_any_other() -> None:
+    server = Server("He", "llo", chr(END))
+    whole = (await server.post("/v1/chat/completions", tools=TOOLS)).json()["choices"][0]
+    assert (whole["finish_reason"], whole["message"]["content"]) == ("stop", "Hello")
+    assert "tool_calls" not in whole["message"]
+    assert server.generator.jobs[0].state.grammar
+    assert not (await server.post("/v1/chat/completions", tools=TOOLS, tool_choice="none")).is_error
+    assert not server.generator.jobs[1].state.grammar
+    both = await server.post("/v1/chat/completions", tools=TOOLS, response_format={"type": "json_object"})
+    assert (both.status_code, both.json()["error"]["param"]) == (400, "tools")
 
 
 @every_path

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
 import pytest
@@ -64,13 +64,25 @@ def tokens_of(steps: Sequence[Step]) -> list[int]:
     return [token for step in steps for token in step.verdict.tokens][:NEW_TOKENS]
 
 
+@asynccontextmanager
+async def alone(
+    generator: Generator, asked: Generation, there: dict[str, Specialist]
+) -> AsyncIterator[AsyncGenerator[Step, None]]:
+    """The steps of a request's only answer."""
+    async with (
+        generator.verifier([asked]) as shared,
+        aclosing(generator.steps(asked, there, shared)) as generated,
+    ):
+        yield generated
+
+
 async def steps_of(
     generator: Generator, asked: Generation, there: dict[str, Specialist],
     meanwhile: Callable[[Step, int], Awaitable[None]] | None = None,
 ) -> list[Step]:  # fmt: skip
     """Steps until there are enough tokens. Args: meanwhile: told each step, and its number."""
     steps: list[Step] = []
-    async with asyncio.timeout(30), aclosing(generator.steps(asked, there)) as generated:
+    async with asyncio.timeout(30), alone(generator, asked, there) as generated:
         async for step in generated:
             steps.append(step)
             if meanwhile is not None:
@@ -169,7 +181,7 @@ async def test_a_verifier_that_no_replica_can_replace_ends_the_answer(monkeypatc
 async def test_closing_an_answer_frees_everything_it_held(after: int) -> None:
     async with running(verifier, drafter) as (target, math):
         generator = Generator(target.handle, ARGS)
-        async with aclosing(generator.steps(job("math"), specialists(math=math))) as generated:
+        async with alone(generator, job("math"), specialists(math=math)) as generated:
             for _ in range(after):
                 await anext(generated)
         await target.until_free()
@@ -181,8 +193,9 @@ async def test_cancelling_an_answer_frees_everything_it_held() -> None:
         generator = Generator(target.handle, ARGS)
 
         async def endless() -> None:
-            async for _ in generator.steps(job("math"), specialists(math=math)):
-                pass
+            async with alone(generator, job("math"), specialists(math=math)) as generated:
+                async for _ in generated:
+                    pass
 
         task = asyncio.create_task(endless())
         await until(lambda: target.open == 1 and math.open == 1)

@@ -12,7 +12,7 @@ import pytest
 
 from deployments import leasing, link, messages
 from deployments.leasing import Handler
-from deployments.linking import LinkPool
+from deployments.linking import Lease, LinkPool
 from deployments.messages import Entry, Message, RemoteError
 from taps.models.cache import CacheFull
 from taps.peers import PeerBusy, PeerGone
@@ -168,7 +168,66 @@ async def test_a_lease_nobody_connects_to_ends_by_itself(monkeypatch: pytest.Mon
         await anext(lease)
         async with asyncio.timeout(PATIENCE_S):
             await lease.finish()
-        assert replica.server.num_sessions == 0
+        assert replica.server.num_leases == 0
+
+
+async def test_sessions_of_one_lease_end_it_together() -> None:
+    async with running(echo) as replica:
+        pool = LinkPool()
+        async with pool.lease(replica.handle, PATIENCE_S) as lease:
+            over = asyncio.create_task(replica.handle.leases[0].finish())
+            async with lease.session({}, 3), lease.session({}, 3) as second:
+                assert (replica.open, replica.server.num_leases) == (2, 1)
+            assert replica.open == 0
+            with pytest.raises(PeerGone, match="ended"):
+                await second.ask({"text": "late"}, PATIENCE_S)
+            async with lease.session({}, 3) as third:
+                assert (await third.ask({"text": "in time"}, PATIENCE_S))["echo"] == "in time"
+            await asyncio.wait_for(over, PATIENCE_S)
+            with pytest.raises(PeerGone, match="no such lease"):
+                async with lease.session({}, 3):
+                    pytest.fail("all were taken")
+        assert len(replica.handle.leases) == 1
+
+
+async def test_a_lease_has_no_more_sessions_than_its_first_said() -> None:
+    async with (
+        running(echo) as replica,
+        LinkPool().lease(replica.handle, PATIENCE_S) as lease,
+        lease.session({}, 1),
+    ):
+        with pytest.raises(PeerGone, match="no such lease"):
+            async with lease.session({}, 5):
+                pytest.fail("must not open")
+
+
+async def test_a_lease_whose_next_session_nobody_opens_ends_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leasing, "_CONNECT_DEADLINE_S", 0.05)
+    async with running(echo) as replica:
+        lease = replica.handle.remote()
+        granted = await anext(lease)
+        over = asyncio.create_task(lease.finish())
+        async with Lease(LinkPool(), granted, PATIENCE_S).session({}, 2):
+            await asyncio.sleep(0.2)
+            assert not over.done()
+        await asyncio.wait_for(over, PATIENCE_S)
+
+
+async def test_the_end_of_a_lease_ends_all_its_sessions() -> None:
+    async with running(silence) as replica:
+        pool = LinkPool()
+
+        async def ask(lease: Lease) -> None:
+            async with lease.session({}, 3) as session:
+                await session.ask({"text": "hello?"}, 60.0)
+
+        async with pool.lease(replica.handle, PATIENCE_S) as lease:
+            tasks = [asyncio.create_task(ask(lease)) for _ in range(3)]
+            await until(lambda: replica.open == 3)
+        for task in tasks:
+            with pytest.raises(PeerGone):
+                await asyncio.wait_for(task, PATIENCE_S)
+        await replica.until_free()
 
 
 async def test_a_session_without_a_lease_is_refused() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deployments.logprobs import TokenTexts, in_chat, in_completion
-from deployments.openai import Writer
+from deployments.openai import Piece, Writer
 from taps.adaptive.policy import Fleet
 from taps.composing import STRATEGIES, off
 from taps.context import Context
@@ -25,7 +25,7 @@ from taps.shaping import SamplingParams
 from taps.verdict import TokenLogprob
 from tests.prompts import PROMPTS
 from tests.test_exactness import GREEDY, AtHand, Strategy, following, questions
-from tests.test_openai import payload
+from tests.test_openai import events
 
 NEW_TOKENS, MOST = 16, 3
 SAMPLED = SamplingParams(temperature=0.8, top_k=30, seed=5)
@@ -132,12 +132,10 @@ def test_both_forms() -> None:
 def test_chunks_tell_the_tokens_of_their_step() -> None:
     shown = TokenTexts(Spelling()).tell([0, 1], [TokenLogprob(-1.0, ())] * 2)
     chat, completion = Writer("chat", "m"), Writer("completion", "m")
-    (choice,) = payload(chat.first_chunk("Hi", shown[:1]))["choices"]
-    assert choice["delta"] == {"role": "assistant", "content": "Hi"}
-    assert [one["token"] for one in choice["logprobs"]["content"]] == ["Hi"]
-    assert payload(chat.chunk(""))["choices"][0]["logprobs"] is None
-    offsets = [
-        payload(event)["choices"][0]["logprobs"]["text_offset"]
-        for event in (completion.first_chunk("Hi", shown[:1]), completion.chunk(" there", shown[1:]))
-    ]
-    assert offsets == [[0], [2]]
+    pieces = Piece("Hi", told=shown[:1]), Piece(" there", told=shown[1:]), Piece("!")
+    choices = [chunk["choices"][0] for chunk in events(chat, *pieces)]
+    assert choices[0]["delta"] == {"role": "assistant", "content": "Hi"}
+    assert [one["token"] for one in choices[0]["logprobs"]["content"]] == ["Hi"]
+    assert choices[2]["logprobs"] is None
+    offsets = [chunk["choices"][0]["logprobs"] for chunk in events(completion, *pieces)]
+    assert [told and told["text_offset"] for told in offsets] == [[0], [2], None]

@@ -54,11 +54,14 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> Observed:
 
 def run(steps: Sequence[tuple[Step, int]], outcome: str = "stop") -> RequestRecord:
     """One request with these steps, each delivering so many tokens, seen from its start to its end."""
-    observer, record = Observer(), RequestRecord("request-1", JOB)
+    observer, record = Observer(), RequestRecord("request-1", [JOB])
+    observer.observe_begin()
     for step, delivered in steps:
         record.take(step, delivered)
         observer.observe_step(step, record)
     observer.observe_end(record, outcome)
+    told = observer.recent.told()
+    assert (told["answering"], told["requests"], told["tokens"]) == (0, {outcome: 1}, record.new_tokens)
     return record
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from deployments import openai
 from deployments.errors import RequestError
-from deployments.openai import Json, Kind, Writer
+from deployments.openai import Json, Kind, Piece, Writer
 from deployments.record import RequestRecord
 from deployments.requests import Generation
 from taps.decoding.policy import Step
@@ -28,11 +28,16 @@ def payload(event: bytes) -> Json:
     return parsed
 
 
+def events(writer: Writer, *pieces: Piece) -> list[Json]:
+    """The JSON of what a stream of these pieces has."""
+    return [payload(event) for piece in pieces for event in writer.chunks(piece)]
+
+
 def record_of(prompt_tokens: int, new_tokens: int, drafters: tuple[str, ...] = ()) -> RequestRecord:
     """A record that so many tokens were delivered to."""
     state = SessionState((7,) * prompt_tokens, 0, SamplingParams(), 100)
     job = Generation(state, (), "merged", drafters, Ask())
-    record = RequestRecord("id", job)
+    record = RequestRecord("id", [job])
     record.take(Step(make_verdict([1] * new_tokens), True, 0.0, 1.0), new_tokens)
     return record
 
@@ -46,7 +51,7 @@ def test_an_error_body_has_openais_fields(status: int, kind: str) -> None:
 
 def test_a_whole_chat_answer() -> None:
     writer = Writer("chat", "m")
-    body = writer.whole("hello", "stop", record_of(3, 5))
+    body = writer.whole([Piece("hel"), Piece("lo", "stop")], record_of(3, 5))
     assert (body["id"], body["object"], body["model"]) == (writer.id, "chat.completion", "m")
     assert writer.id.startswith("chatcmpl-")
     (choice,) = body["choices"]
@@ -61,7 +66,7 @@ def test_a_whole_chat_answer() -> None:
 
 def test_a_whole_completion() -> None:
     writer = Writer("completion", "m")
-    body = writer.whole("hello", "length", record_of(3, 5))
+    body = writer.whole([Piece("hello", "length")], record_of(3, 5))
     assert body["object"] == "text_completion"
     assert body["id"].startswith("cmpl-")
     assert body["choices"] == [{"index": 0, "finish_reason": "length", "logprobs": None, "text": "hello"}]
@@ -69,8 +74,7 @@ def test_a_whole_completion() -> None:
 
 def test_chat_chunks_begin_with_the_role_and_share_their_head() -> None:
     writer = Writer("chat", "m")
-    events = writer.first_chunk(""), writer.chunk("a\nb"), writer.last_chunk("stop")
-    chunks = [payload(event) for event in events]
+    chunks = events(writer, Piece(""), Piece("a\nb", "stop"))
     assert [c["choices"][0]["delta"] for c in chunks] == [
         {"role": "assistant", "content": ""},
         {"content": "a\nb"},
@@ -82,8 +86,7 @@ def test_chat_chunks_begin_with_the_role_and_share_their_head() -> None:
 
 def test_completion_chunks_carry_text() -> None:
     writer = Writer("completion", "m")
-    events = writer.first_chunk("\N{GRINNING FACE}"), writer.chunk("b"), writer.last_chunk("length")
-    chunks = [payload(event) for event in events]
+    chunks = events(writer, Piece("\N{GRINNING FACE}"), Piece("b"), Piece("", "length"))
     assert {chunk["object"] for chunk in chunks} == {"text_completion"}
     assert [chunk["choices"] for chunk in chunks] == [
         [{"index": 0, "finish_reason": None, "logprobs": None, "text": "\N{GRINNING FACE}"}],
@@ -118,17 +121,18 @@ def random_text(draw: random.Random) -> str:
 def test_a_chunk_is_the_same_object_whatever_its_text(kind: Kind, include_usage: bool, model: str) -> None:
     """What chunks share is encoded once; it is as if each had been encoded whole."""
     writer = Writer(kind, model, include_usage)
+    _, last = events(writer, Piece("", "stop"))
     draw = random.Random(1)
     for text in HARD + [random_text(draw) for _ in range(500)]:
         said = {"delta": {"content": text}} if kind == "chat" else {"text": text}
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": None}
-        whole = payload(writer.last_chunk("stop")) | {"choices": [choice]}
-        assert payload(writer.chunk(text)) == json.loads(json.dumps(whole))
+        chunks = events(writer, Piece(text))
+        assert chunks == [json.loads(json.dumps(last | {"choices": [choice]}))] * bool(text)
 
 
 def test_text_goes_as_utf_8_and_without_spaces() -> None:
-    chunk = Writer("chat", "m").chunk("gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n")
-    assert b'"delta":{"content":"gr\xc3\xbcn"}' in chunk
+    (chunk,) = Writer("chat", "m").chunks(Piece("gr\N{LATIN SMALL LETTER U WITH DIAERESIS}n"))
+    assert b'"content":"gr\xc3\xbcn"}' in chunk
 
 
 def test_the_usage_chunk_has_no_choices() -> None:
@@ -140,9 +144,43 @@ def test_the_usage_chunk_has_no_choices() -> None:
 
 def test_a_stream_with_usage_has_a_null_on_every_other_chunk() -> None:
     writer = Writer("chat", "m", include_usage=True)
-    assert payload(writer.chunk("a"))["usage"] is None
+    assert [chunk["usage"] for chunk in events(writer, Piece("a"), Piece("b", "stop"))] == [None] * 3
     assert payload(writer.usage_chunk(record_of(1, 2)))["usage"]["total_tokens"] == 3
-    assert "usage" not in payload(Writer("chat", "m").chunk("a"))
+    assert "usage" not in events(Writer("chat", "m"), Piece("a"))[0]
+
+
+def test_answers_that_come_at_once_are_told_apart() -> None:
+    pieces = Piece("a", answer=1), Piece("b", answer=0), Piece("c", "stop", 1), Piece("d", "length", 0)
+    chunks = [chunk["choices"][0] for chunk in events(Writer("chat", "m"), *pieces)]
+    assert [(chunk["index"], chunk["delta"].get("content")) for chunk in chunks] == [
+        (1, "a"), (0, "b"), (1, "c"), (1, None), (0, "d"), (0, None)
+    ]  # fmt: skip
+    assert [chunk["delta"].get("role") for chunk in chunks][:2] == ["assistant"] * 2
+    body = Writer("completion", "m").whole(pieces, record_of(3, 4))
+    assert [(choice["index"], choice["text"], choice["finish_reason"]) for choice in body["choices"]] == [
+        (0, "bd", "length"), (1, "ac", "stop")
+    ]  # fmt: skip
+
+
+def test_token_ids_are_where_vllm_has_them() -> None:
+    pieces = Piece("a", tokens=[5], prompt=[1, 2]), Piece("", tokens=[6]), Piece("b", "stop", tokens=[7, 8])
+    first, second, third, last = events(Writer("chat", "m"), *pieces)
+    assert (first["prompt_token_ids"], first["choices"][0]["token_ids"]) == ([1, 2], [5])
+    assert [chunk["choices"][0].get("token_ids") for chunk in (second, third, last)] == [[6], [7, 8], None]
+    assert not any("prompt_token_ids" in chunk for chunk in (second, third, last))
+    assert events(Writer("completion", "m"), *pieces)[0]["choices"][0]["prompt_token_ids"] == [1, 2]
+    chat = Writer("chat", "m").whole(pieces, record_of(2, 4))
+    assert (chat["prompt_token_ids"], chat["choices"][0]["token_ids"]) == ([1, 2], [5, 6, 7, 8])
+    (choice,) = Writer("completion", "m").whole(pieces, record_of(2, 4))["choices"]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == ([1, 2], [5, 6, 7, 8])
+    assert "token_ids" not in str(Writer("chat", "m").whole([Piece("a", "stop")], record_of(2, 4)))
+
+
+def test_a_step_is_told_beside_its_text() -> None:
+    chunks = events(
+        Writer("chat", "m"), Piece("a"), Piece("", step={"tokens": 2}), Piece("b", "stop", step={"tokens": 1})
+    )
+    assert [chunk.get("taps") for chunk in chunks] == [None, {"tokens": 2}, {"tokens": 1}, None]
 
 
 def test_two_answers_have_two_ids() -> None:

@@ -13,6 +13,7 @@ from taps.decoding.policy import Step
 from taps.drafting.drafter import Ask
 from taps.session import SessionState
 from taps.shaping import SamplingParams
+from taps.tree import ProposalTree
 from tests.fakes import make_verdict
 
 JOB = Generation(SessionState((7,) * 5, 0, SamplingParams(), 100), (), "merged", ("math", "chat"), Ask())
@@ -23,7 +24,7 @@ VERIFY = Step(make_verdict([2, 3, 4], owners=[0b01, 0b11], num_nodes=3, depth=2)
 
 @pytest.fixture
 def record() -> RequestRecord:
-    return RequestRecord("request-1", JOB)
+    return RequestRecord("request-1", [JOB])
 
 
 def test_a_new_record_knows_what_was_asked_for(record: RequestRecord) -> None:
@@ -59,7 +60,7 @@ def test_tokens_that_were_cut_do_not_count(record: RequestRecord) -> None:
 def timed(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> RequestRecord:
     """A record that looks at the clock at these times, first when it begins."""
     monkeypatch.setattr("deployments.record.time.perf_counter", partial(next, iter(seconds)))
-    return RequestRecord("request-1", JOB)
+    return RequestRecord("request-1", [JOB])
 
 
 def test_a_step_lasts_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,7 @@ def test_the_time_to_the_first_token_is_the_first_prefills(monkeypatch: pytest.M
 
 
 def test_a_request_that_came_to_nothing_has_a_line_too(record: RequestRecord) -> None:
-    plain = RequestRecord("request-2", replace(JOB, strategy="off", drafters=()))
+    plain = RequestRecord("request-2", [replace(JOB, strategy="off", drafters=())])
     assert "0 new tokens" in record.line("cancelled")
     assert "off: 0 passes, 0.00 tokens/pass" in plain.line("failed")
     assert "accepted" not in plain.line("failed")
@@ -102,3 +103,32 @@ def test_what_was_cached_is_what_the_first_verifier_had(record: RequestRecord) -
         record.take(Step(verdict, True, 0.0, 1.0), 1)
     assert record.cached_tokens == 3
     assert "5 prompt (3 cached) + 2 new tokens" in record.line("stop")
+
+
+def test_answers_of_one_request_are_counted_together() -> None:
+    """Prompts once each, what was cached of each as its first answer found it."""
+    other = replace(JOB, state=replace(JOB.state, tokens=(7,) * 3))
+    again = replace(JOB, state=replace(JOB.state, sampling=SamplingParams(choice=1)))
+    record = RequestRecord("request-1", [JOB, again, other])
+    assert record.prompt_tokens == 8
+    for index, reused in enumerate((2, 4, 1)):
+        record.take(Step(replace(make_verdict([1]), num_reused=reused), True, 0.0, 1.0), 1, index)
+    assert (record.cached_tokens, record.num_prefills, record.new_tokens) == (3, 3, 3)
+    record.take(VERIFY, 3, 1)
+    assert record.new_tokens == 6
+
+
+def test_a_step_that_is_explained_has_its_tree() -> None:
+    record = RequestRecord("request-1", [replace(JOB, explains=True)], lambda token: f"<{token}>")
+    nodes = [(2, 0, -0.1, 0b01), (9, 0, -0.2, 0b10), (3, 1, -0.3, 0b11)]
+    tree = ProposalTree.ordered(1, nodes, 4)
+    record.take(PREFILL, 1)
+    record.take(replace(VERIFY, verdict=replace(VERIFY.verdict, checked=tree)), 3)
+    assert record.steps is not None
+    (step,) = record.steps
+    assert step["text"] == ["<2>", "<3>", "<4>"]
+    assert step["tree"] == [
+        {"text": "<2>", "parent": -1, "drafters": ["math"], "accepted": True},
+        {"text": "<9>", "parent": -1, "drafters": ["chat"], "accepted": False},
+        {"text": "<3>", "parent": 0, "drafters": ["math", "chat"], "accepted": True},
+    ]

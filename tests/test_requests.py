@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ UP = Drafters(["chat", "math"], ["code"])
 
 class CharacterTokenizer:
     eos_token_id = 2
+    chat_template = "it knows tools"
 
     def get_vocab(self) -> dict[str, int]:
         return {chr(i): i for i in range(100)}
@@ -39,11 +41,20 @@ class CharacterTokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         return "".join(map(chr, token_ids))
 
-    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> Json:
-        """A template that shows names."""
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, str]],
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        tools: object = None,
+        **own: Any,
+    ) -> Json:
+        """A template that shows names, what it is given, and where an answer begins."""
         if messages[0]["role"] == "assistant":
             raise ValueError("an answer cannot come first")
-        return self("".join(message.get("name", "") + message["content"] for message in messages))
+        shown = "".join(message.get("name", "") + message["content"] for message in messages)
+        end = "" if continue_final_message else ">" if add_generation_prompt is False else ""
+        return self("".join(f"{name}={value};" for name, value in own.items()) + shown + end)
 
 
 @pytest.fixture
@@ -52,14 +63,24 @@ def reader(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> RequestReader:
     return RequestReader(str(tmp_path), TARGET, RouterArgs(tree=TreeArgs(num_nodes=8, depth=4, top_k=4)))
 
 
-def read_chat(reader: RequestReader, **fields: Any) -> Generation:
+def read_chats(reader: RequestReader, **fields: Any) -> list[Generation]:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]} | fields
     return reader.read_chat(parse_chat(json.dumps(body).encode(), MODEL), UP)
 
 
-def read_completion(reader: RequestReader, prompt: object, **fields: Any) -> Generation:
+def read_chat(reader: RequestReader, **fields: Any) -> Generation:
+    (job,) = read_chats(reader, **fields)
+    return job
+
+
+def read_completions(reader: RequestReader, prompt: object, **fields: Any) -> list[Generation]:
     body = {"model": MODEL, "prompt": prompt} | fields
     return reader.read_completion(parse_completion(json.dumps(body).encode(), MODEL), UP)
+
+
+def read_completion(reader: RequestReader, prompt: object, **fields: Any) -> Generation:
+    (job,) = read_completions(reader, prompt, **fields)
+    return job
 
 
 def test_where_a_request_is_silent_openais_defaults_hold(reader: RequestReader) -> None:
@@ -234,7 +255,8 @@ def test_numbers_beyond_what_travels_are_brought_into_range(reader: RequestReade
     assert read_chat(reader, top_k=10**24).state.sampling.top_k == 2**31 - 1
     many = [f"drafter-{i}" for i in range(70)]
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}
-    assert len(reader.read_chat(parse_chat(json.dumps(body).encode(), MODEL), Drafters(many)).drafters) == 64
+    (job,) = reader.read_chat(parse_chat(json.dumps(body).encode(), MODEL), Drafters(many))
+    assert len(job.drafters) == 64
 
 
 def test_a_prompt_of_no_tokens_is_refused(reader: RequestReader) -> None:
@@ -317,3 +339,78 @@ def test_all_turns_of_a_conversation_are_known_by_its_beginning(reader: RequestR
     assert conversation(reader, "hello", prompt_cache_key="my key") == "my key"
     assert read_completion(reader, "hello").conversation == ""
     assert read_completion(reader, "hello", prompt_cache_key="my key").conversation == "my key"
+
+
+def test_choices_differ_in_their_noise_alone(reader: RequestReader) -> None:
+    jobs = read_chats(reader, n=3, seed=7, taps={"strategy": "merged"})
+    assert [job.state.sampling.choice for job in jobs] == [0, 1, 2]
+    assert {replace(job.state.sampling, choice=0) for job in jobs} == {jobs[0].state.sampling}
+    assert all(job.ask.sampling in (None, job.state.sampling) for job in jobs), "drafts know the noise"
+    assert jobs[0] == read_chat(reader, seed=7, taps={"strategy": "merged"})
+    unseeded = read_chats(reader, n=2)
+    assert unseeded[0].state.sampling.seed == unseeded[1].state.sampling.seed
+
+
+def test_each_of_several_prompts_is_answered_as_if_it_were_alone(reader: RequestReader) -> None:
+    jobs = read_completions(reader, ["hello", [5, 6]], n=2, seed=7)
+    assert [job.state.sampling.choice for job in jobs] == [0, 1, 0, 1]
+    assert jobs[0] == read_completion(reader, "hello", seed=7)
+    assert jobs[2] == read_completion(reader, [5, 6], seed=7)
+    unseeded = read_completions(reader, ["a", "b"])
+    assert unseeded[0].state.sampling == unseeded[1].state.sampling
+
+
+@pytest.mark.parametrize(
+    ("fields", "where", "reason"),
+    [
+        ({"n": 0}, "n", "1"),
+        ({"n": 17}, "n", "16"),
+        ({"n": 2, "best_of": 3}, "best_of", "n 2"),
+        ({"best_of": 2}, "best_of", "leave best_of out"),
+        ({"n": 16, "prompt": ["a"] * 5}, "prompt", "64 answers"),
+        ({"echo": True, "logprobs": 0}, "echo", "log-probabilities of the prompt"),
+        ({"echo": "yes"}, "echo", "boolean"),
+    ],
+)
+def test_what_asks_for_answers_is_checked(reader: RequestReader, fields: Json, where: str, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason) as caught:
+        read_completions(reader, **{"prompt": "hello"} | fields)
+    assert caught.value.param == where
+
+
+def test_a_completion_may_begin_with_its_prompt(reader: RequestReader) -> None:
+    jobs = read_completions(reader, ["hello", [104, 105]], echo=True)
+    assert [job.echo for job in jobs] == ["hello", "hi"]
+    assert read_completion(reader, "hello", best_of=1).echo == ""
+    assert read_completion(reader, "hello", return_token_ids=True).tells_ids
+
+
+def test_a_chat_goes_on_or_begins_as_it_is_asked_for(reader: RequestReader) -> None:
+    def prompt(**fields: Any) -> str:
+        return "".join(map(chr, read_chat(reader, **fields).state.tokens))
+
+    assert prompt() == "hello"
+    assert prompt(add_generation_prompt=False) == "hello>"
+    assert prompt(add_generation_prompt=False, continue_final_message=True) == "hello"
+    assert prompt(chat_template_kwargs={"a": 1}) == "a=1;hello"
+    for fields, where in (
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a": "x" * 101}}, "chat_template_kwargs"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            prompt(**fields)
+        assert caught.value.param == where
+
+
+def test_an_answer_of_a_given_form_is_asked_for_by_its_grammar(reader: RequestReader) -> None:
+    asked = {"response_format": {"type": "json_object"}}
+    grammar = read_chat(reader, **asked).state.grammar
+    assert grammar == read_completion(reader, "hello", guided_json={"type": "object"}).state.grammar != ""
+    assert read_chat(reader, response_format={"type": "text"}).state.grammar == ""
+    for fields, where in (({"min_tokens": 5}, "min_tokens"), ({"ignore_eos": True}, "ignore_eos")):
+        with pytest.raises(RequestError, match="ends where that ends") as caught:
+            read_chat(reader, **asked, **fields)
+        assert caught.value.param == where
+    with pytest.raises(RequestError, match="guided_regex cannot be used"):
+        read_chat(reader, guided_regex="(")

@@ -138,7 +138,7 @@ def test_whole_numbers_may_be_written_as_floats() -> None:
     assert [type(number) for number in numbers] == [int] * 4
     options = chat(taps={"num_nodes": 4.0, "depth": 2.0}).options
     assert (options.num_nodes, options.depth) == (4, 2)
-    assert completion(prompt=[1.0, 2]).prompt == [1, 2]
+    assert completion(prompt=[1.0, 2]).prompt == [[1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_half_of_a_character_is_refused_wherever_it_stands(fields: Json) -> None
 
 def test_escaped_characters_and_backslashes_are_taken() -> None:
     text = "\N{GRINNING FACE} \\ud83d \0 \N{LATIN SMALL LETTER E WITH ACUTE}"
-    assert completion(prompt=text).prompt == text
+    assert completion(prompt=text).prompt == [text]
 
 
 @pytest.mark.parametrize("depth", range(100, 1200, 25))
@@ -222,10 +222,17 @@ def test_a_body_that_is_no_request_is_refused(body: bytes) -> None:
     assert caught.value.status == 400
 
 
+def call(arguments: object) -> Json:
+    return {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
 @pytest.mark.parametrize(
     "message",
     [
-        {"role": "tool", "content": "x", "tool_call_id": "c"},
+        {"role": "tool", "tool_call_id": "c"},
+        {"role": "user", "content": "x", "tool_calls": [call("{}")]},
+        {"role": "assistant", "tool_calls": [call("[]")]},
+        {"role": "assistant", "tool_calls": [call("{")]},
         {"role": "function", "content": "x", "name": "f"},
         {"role": "user"},
         {"role": "user", "content": None},
@@ -276,6 +283,14 @@ def test_of_several_forms_the_one_that_came_closest_is_named() -> None:
         ),
         ({"role": "assistant"}, {"role": "assistant", "content": ""}),
         (
+            {"role": "assistant", "tool_calls": [call('{"a": 1}')]},
+            {"role": "assistant", "content": "", "tool_calls": [call({"a": 1})]},
+        ),
+        (
+            {"role": "tool", "tool_call_id": "c", "content": "sunny"},
+            {"role": "tool", "tool_call_id": "c", "content": "sunny"},
+        ),
+        (
             {"role": "assistant", "content": [], "prefix": False, "reasoning": ""},
             {"role": "assistant", "content": ""},
         ),
@@ -294,14 +309,22 @@ def test_another_model_is_said_before_anything_else_that_is_wrong() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "taken"), [("hi", "hi"), (["hi"], "hi"), ([1, 2], [1, 2])], ids=["text", "list", "ids"]
+    ("prompt", "taken"),
+    [
+        ("hi", ["hi"]),
+        (["hi"], ["hi"]),
+        ([1, 2], [[1, 2]]),
+        ([[1.0, 2]], [[1, 2]]),
+        (["a", "b"], ["a", "b"]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
 )
-def test_a_completion_takes_one_prompt(prompt: object, taken: object) -> None:
+def test_a_completion_takes_prompts(prompt: object, taken: object) -> None:
     assert completion(prompt=prompt).prompt == taken
 
 
-@pytest.mark.parametrize("prompt", ["", [], [""], ["a", "b"], [[1, 2], [3]], [1.5], [True], None])
-def test_a_completion_refuses_no_prompt_and_several(prompt: object) -> None:
+@pytest.mark.parametrize("prompt", ["", [], [""], ["a", ""], [[1], []], ["a"] * 65, [1.5], [True], 5, None])
+def test_a_completion_refuses_what_is_no_prompt(prompt: object) -> None:
     with pytest.raises(RequestError) as caught:
         completion(prompt=prompt)
     assert str(caught.value.param).startswith("prompt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -63,6 +64,106 @@ def test_what_shapes_an_answer_shapes_it_with_every_strategy(cluster: Cluster) -
         assert word not in text
 
 
+def test_choices_share_a_prompt_and_have_noise_of_their_own(cluster: Cluster) -> None:
+    """Each is what plain decoding gives with its noise; the first is what one choice alone is."""
+    sampling: dict[str, Any] = {"temperature": 1.0, "seed": 7, "max_tokens": 16}
+    whole = ask(cluster, n=5, **sampling)
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.index for choice in whole.choices] == list(range(5))
+    assert len(set(texts)) > 1
+    assert texts[0] == text_of(cluster, **sampling)
+    plain = ask(cluster, n=5, **sampling, extra_body={"taps": {"strategy": "off"}})
+    assert [choice.message.content for choice in plain.choices] == texts
+    assert whole.usage.completion_tokens == plain.usage.completion_tokens <= 5 * 16
+    assert whole.usage.prompt_tokens == ask(cluster, max_tokens=1).usage.prompt_tokens
+    streamed = [""] * 5
+    for chunk in ask(cluster, n=5, stream=True, **sampling):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == texts
+
+
+def test_more_answers_than_a_verifier_has_places_are_given_on_one_lease(cluster: Cluster) -> None:
+    prompts = ["One, two, three,", "Once upon a time", "The capital of France is"]
+    options: dict[str, Any] = {"model": MODEL, "temperature": 1.0, "seed": 3, "max_tokens": 8}
+    answer = cluster.client.completions.create(prompt=prompts, n=8, **options)
+    assert len(answer.choices) == 24
+    for number, prompt in enumerate(prompts):
+        alone = cluster.client.completions.create(prompt=prompt, n=2, **options)
+        assert [choice.text for choice in alone.choices] == [
+            choice.text for choice in answer.choices[8 * number : 8 * number + 2]
+        ]
+
+
+def test_an_answer_goes_on_with_the_final_message(cluster: Cluster) -> None:
+    whole = ask(cluster, max_tokens=24).choices[0].message.content
+    begun = [*USER, {"role": "assistant", "content": whole[: len(whole) // 2].rstrip()}]
+    extra = {"add_generation_prompt": False, "continue_final_message": True, "return_token_ids": True}
+    answer = ask(cluster, messages=begun, max_tokens=16, extra_body=extra)
+    assert answer.choices[0].message.content
+    assert len(answer.choices[0].token_ids) == answer.usage.completion_tokens
+    assert len(answer.prompt_token_ids) == answer.usage.prompt_tokens
+    echoed = cluster.client.completions.create(
+        model=MODEL, prompt="One, two, three,", echo=True, temperature=0, max_tokens=4
+    )
+    assert echoed.choices[0].text.startswith("One, two, three,")
+    assert len(echoed.choices[0].text) > len("One, two, three,")
+
+
+def test_an_answer_keeps_to_a_schema_with_every_strategy(cluster: Cluster) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"robes": {"type": "integer"}, "colour": {"enum": ["blue", "white"]}},
+        "required": ["robes", "colour"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "bolts", "schema": schema, "strict": True}}
+    for sampling in ({"temperature": 0}, {"temperature": 1.0, "seed": 5}):
+        answers = [
+            ask(cluster, response_format=form, **sampling, extra_body={"taps": {"strategy": strategy}})
+            for strategy in ("off", "merged", "adaptive")
+        ]
+        (text,) = {answer.choices[0].message.content for answer in answers}
+        assert {answer.choices[0].finish_reason for answer in answers} == {"stop"}
+        found = json.loads(text)
+        assert isinstance(found["robes"], int)
+        assert found["colour"] in ("blue", "white")
+        passes = answers[0].metrics["speculative_decoding"]["num_spec_steps"]
+        assert passes < answers[0].usage.completion_tokens - 1, "what must come is drafted for nothing"
+    chosen = ask(cluster, extra_body={"guided_choice": ["three bolts", "no idea"]}).choices[0].message.content
+    assert chosen in ("three bolts", "no idea")
+
+
+def test_a_tool_is_called_and_what_came_of_it_is_taken_back(cluster: Cluster) -> None:
+    weather = {
+        "name": "get_weather",
+        "description": "The weather in a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    }
+    tools = [{"type": "function", "function": weather}]
+    user = {"role": "user", "content": "How is the weather in Rome?"}
+    asked = {"messages": [user], "tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    first = ask(cluster, **asked)
+    (call,) = first.choices[0].message.tool_calls
+    assert first.choices[0].finish_reason == "tool_calls"
+    assert call.function.name == "get_weather"
+    assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+    plain = ask(cluster, **asked, extra_body={"taps": {"strategy": "off"}})
+    assert plain.choices[0].message.tool_calls[0].function == call.function
+    arguments = ""
+    for chunk in ask(cluster, **asked, stream=True):
+        for delta in chunk.choices[0].delta.tool_calls or ():
+            arguments += delta.function.arguments
+    assert arguments == call.function.arguments
+    result = {"role": "tool", "tool_call_id": call.id, "content": "sunny, 25 degrees"}
+    turns = [user, first.choices[0].message.model_dump(), result]
+    assert ask(cluster, messages=turns, tools=tools, tool_choice="none").choices[0].message.content
+
+
 def test_log_probabilities_are_told_whole_and_streamed(cluster: Cluster) -> None:
     whole = ask(cluster, logprobs=True, top_logprobs=2)
     content = whole.choices[0].logprobs.content
@@ -116,8 +217,8 @@ def test_stop_string_ends_the_answer_before_it(cluster: Cluster) -> None:
         ({"taps": {"drafters": ["nobody"]}}, "nobody"),
         ({"taps": {"strategy": "magic"}}, "magic"),
         ({"temperature": "hot"}, "temperature"),
-        ({"logprobs": True}, "logprobs"),
-        ({"n": 2}, "n"),
+        ({"top_logprobs": 3}, "logprobs"),
+        ({"n": 17}, "n"),
         ({"max_tokens": 100_000}, "context length"),
         ({"messages": [{"role": "user", "content": "word " * 5000}]}, "context length"),
     ],

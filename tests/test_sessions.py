@@ -17,8 +17,8 @@ from deployments.sessions import (
     answering_drafter,
     answering_verifier,
     drafter_session,
-    verifier_session,
 )
+from deployments.verifiers import RequestVerifier
 from taps.context import ContextDelta
 from taps.drafting.drafter import Ask, InvalidAsk
 from taps.peers import PeerBusy, PeerGone
@@ -51,9 +51,12 @@ def failing(error: Exception) -> Handler:
 
 @asynccontextmanager
 async def verifying(replica: Replica) -> AsyncIterator[RemoteVerifierSession]:
-    waits = PATIENCE_S, PATIENCE_S
-    async with verifier_session(LinkPool(), replica.handle, *waits) as session:
-        yield session
+    verifier = RequestVerifier(LinkPool(), replica.handle, "", 1, PATIENCE_S, PATIENCE_S)
+    try:
+        async with verifier.session() as session:
+            yield session
+    finally:
+        await verifier.close()
 
 
 async def test_a_remote_verifier_decides_what_a_local_one_does() -> None:
@@ -76,10 +79,8 @@ async def test_a_remote_verifier_decides_what_a_local_one_does() -> None:
 async def test_a_resumed_prefill_says_how_much_was_generated() -> None:
     params = SamplingParams(temperature=0.9, frequency_penalty=2.0, seed=7)
     tokens = [*PROMPT, *TARGET.continuation(PROMPT, params, 4)]
-    async with running(table) as (replica,):
-        waits = PATIENCE_S, PATIENCE_S
-        async with verifier_session(LinkPool(), replica.handle, *waits) as remote:
-            verdict = await remote.prefill(SessionState(tuple(tokens), 4, params), 2)
+    async with running(table) as (replica,), verifying(replica) as remote:
+        verdict = await remote.prefill(SessionState(tuple(tokens), 4, params), 2)
     assert [*tokens[len(PROMPT) :], *verdict.tokens] == TARGET.continuation(PROMPT, params, 5)
     assert positions_of(verdict.features) == [len(tokens) - 2, len(tokens) - 1]
 
@@ -126,7 +127,7 @@ async def test_without_a_free_replica_the_peer_is_busy() -> None:
         replica.handle.servers.clear()
         pool, waits = LinkPool(), (0.1, 1.0)
         with pytest.raises(PeerBusy, match="no replica was free"):
-            await verifier_session(pool, replica.handle, *waits).__aenter__()
+            await RequestVerifier(pool, replica.handle, "", 1, *waits).session().__aenter__()
         with pytest.raises(PeerBusy, match="no replica was free"):
             await drafter_session(pool, replica.handle, "math", 0, *waits).__aenter__()
 

@@ -97,6 +97,8 @@ async def _decode_on(
             context.extend(verdict)
             if verdict.tokens:
                 waits = draft_ms * verdict.num_passes, verify_ms * verdict.num_passes
-                step = Step(verdict, False, *waits, drafts[: verdict.num_nodes], why=policy.explain())
+                checked = verdict.checked
+                owners = drafts[: verdict.num_nodes] if checked is None else checked.owners[1:]
+                step = Step(verdict, False, *waits, owners, why=policy.explain())
                 policy.observe(context, step, panel.take_arrived())
                 yield step

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from taps.engine.grammars import TextState
 from taps.models.cache import CachedSequence
 from taps.session import SessionState
 from taps.tree import ProposalTree
@@ -27,9 +28,11 @@ class TargetSession:
     generated: Counter[int] = field(default_factory=Counter)  # how often each token was
     num_generated: int = 0
     num_reused: int = 0  # of its tokens, those that were in the cache when it was let in
+    text: TextState | None = None  # where a grammar says what may come
 
-    def take_up(self, state: SessionState) -> None:
-        self.asked = state
+    def take_up(self, state: SessionState, text: TextState | None = None) -> None:
+        """Args: text: the generated part of `state`, where that has a grammar."""
+        self.asked, self.text = state, text
         self.tokens = list(state.tokens)
         self.generated = state.counts()
         self.num_generated = state.num_generated
@@ -38,6 +41,12 @@ class TargetSession:
         self.tokens += tokens
         self.generated.update(tokens)
         self.num_generated += len(tokens)
+        if self.text is not None:
+            self.text.extend(tokens)
+
+    def drafts(self, tree: ProposalTree) -> ProposalTree:
+        """What of a tree is worth checking."""
+        return tree if self.text is None else self.text.drafts(tree)
 
     @property
     def is_over(self) -> bool:
@@ -78,6 +87,7 @@ class PrefillJob:
     session: TargetSession
     state: SessionState
     feature_window: int = 1 << 30  # return at most this many of the newest features
+    text: TextState | None = None  # its generated part, where it has a grammar
 
     @property
     def num_missing(self) -> int:

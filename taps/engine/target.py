@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -29,6 +30,7 @@ from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import PassCost, PromptTooLong, TokenLogprob, Verdict
 
+_ASIDE = ThreadPoolExecutor(1, "grammars")  # what may come is found out beside the forward
 _PROFILED, _PROFILED_FROM = (1, 2, 4, 8, 16, 32), 64  # rows of the steps; positions before them
 
 
@@ -103,9 +105,11 @@ class Target:
         """How often a session gave its pages to others, which came before it."""
         return self._admission.num_pauses
 
-    def open(self) -> TargetSession:
-        """A session with a place of its own; raises `CacheFull`. Free it with `close`."""
-        return TargetSession(self.cache.open())
+    def open(self, beside: bool = False) -> TargetSession:
+        """A session with a place of its own, or beside one that has a place; raises `CacheFull` where there is
+        none. Free it with `close`.
+        """
+        return TargetSession(self.cache.open(beside))
 
     def close(self, session: TargetSession) -> None:
         self._admission.let_out(session)
@@ -125,7 +129,11 @@ class Target:
         results |= {job: BLOCKED for job in fitting if not self._admission.is_in(job.session)}
         if pieces:
             began = time.perf_counter()
+            has_forms = any(piece.job.session.text is not None for piece in pieces)
+            allowed = _ASIDE.submit(_allowed, pieces) if has_forms else None
             features, logits = self._forward(pieces)
+            if allowed is not None:
+                _restrict(logits, *allowed.result())
             outcomes = self._finish(pieces, features, logits, began)
             results |= {piece.job: outcome for piece, outcome in zip(pieces, outcomes, strict=True)}
         return [results[job] for job in jobs]
@@ -182,7 +190,7 @@ class Target:
         for job in sorted(outside, key=lambda job: isinstance(job, PrefillJob)):
             session = job.session
             if isinstance(job, PrefillJob) and session.asked is not job.state:
-                session.take_up(job.state)
+                session.take_up(job.state, job.text)
             if not self._admission.let_in(session):
                 break
             there.append(job)
@@ -192,7 +200,8 @@ class Target:
         """Every waiting tree, cut to the shared node budget, then prompts as far as the budget goes."""
         verifies = [job for job in jobs if isinstance(job, VerifyJob) and not job.num_missing]
         prefills = [job for job in jobs if isinstance(job, PrefillJob) or job.num_missing]
-        trees = share_nodes([job.tree for job in verifies], self.budget.tree_nodes, self._cost(len(verifies)))
+        drafted = [job.session.drafts(job.tree) for job in verifies]
+        trees = share_nodes(drafted, self.budget.tree_nodes, self._cost(len(verifies)))
         limit = self.budget.prefill_tokens
         if verifies:
             limit = min(limit, self.costs.size_within(self.budget.longest_step_s) - sum(map(len, trees)))
@@ -309,7 +318,29 @@ class Target:
             features = self._features_of(job.session.sequence, job.feature_window)
             return Verdict(tokens, (), features, 0, 0, sharing, job.session.num_reused, cost)
         nodes, depth = len(piece.tree) - 1, max(piece.tree.depths)
-        return Verdict(tokens, decision.owners, newest, nodes, depth, sharing, cost=cost)
+        is_told = job.session.text is not None or job.session.asked.tells_trees
+        checked = piece.tree if is_told else None
+        return Verdict(tokens, decision.owners, newest, nodes, depth, sharing, cost=cost, checked=checked)
+
+
+def _allowed(pieces: Sequence[_Piece]) -> tuple[list[int], Tensor]:
+    """Rows of logits, and [n, V] uint8: 0 for what may not come there."""
+    rows: list[int] = []
+    found: list[Tensor] = []
+    for piece in pieces:
+        if piece.job.session.text is not None and piece.logits_start >= 0:
+            tree = _decided_tree(piece)
+            rows += range(piece.logits_start, piece.logits_start + len(tree))
+            found.append(piece.job.session.text.allowed(tree))
+    return rows, torch.cat(found) if found else torch.empty(0, 0)
+
+
+def _restrict(logits: Tensor, rows: Sequence[int], allowed: Tensor) -> None:
+    """Leave what may not come out of these rows of logits [n, V], in place."""
+    if rows:
+        places = torch.tensor(rows, device=logits.device)
+        forbidden = (allowed == 0).to(logits.device)
+        logits[places] = logits[places].masked_fill(forbidden, -torch.inf)
 
 
 def _segment(piece: _Piece) -> Segment:

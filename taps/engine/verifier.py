@@ -5,43 +5,62 @@ Knows batching and the target; nothing of drafters, Ray or HTTP.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import cache
 
 from taps.engine.ahead import Guesser, Guesses, Looks, RunsAhead
 from taps.engine.batching import Batcher
+from taps.engine.grammars import Grammars, TextState
 from taps.engine.jobs import Job, PrefillJob, TargetSession, VerifyJob
 from taps.engine.target import Target
 from taps.engine.threads import computing
 from taps.lookup import Lookup
 from taps.session import SessionState
 from taps.tree import ProposalTree
-from taps.verdict import Verdict
+from taps.verdict import InvalidGrammar, Verdict
 
 
 class BatchedVerifier:
     """A target served to many sessions by continuous batching."""
 
-    def __init__(self, target: Target, num_threads: int | None = None, guesser: Guesser | None = None) -> None:
+    def __init__(
+        self, target: Target, num_threads: int | None = None, guesser: Guesser | None = None,
+        grammars: Callable[[], Grammars] | None = None,
+    ) -> None:  # fmt: skip
         """Args: num_threads: that its steps compute with (`taps.engine.threads`), None leaves it to torch;
-        guesser: of plain decoding, where it is told to look tokens up.
+        guesser: of plain decoding, where it is told to look tokens up; grammars: made when they are first used.
         """
         self.target = target
         self._guesser = guesser
+        self._grammars = None if grammars is None else cache(grammars)
         self._batcher: Batcher[Job, Verdict] = Batcher(
             target.step, "verifier", computing(num_threads, target.model.in_kernel), lambda job: job.session
         )
 
     @asynccontextmanager
-    async def session(self) -> AsyncIterator[BatchedVerifierSession]:
-        """A session that owns a cache slot until the block ends. Raises `CacheFull`."""
-        async with self._batcher.holding(self.target.open, self.target.close) as state:
-            session = BatchedVerifierSession(self._batcher, state, self.target, self._guesser)
+    async def session(self, beside: bool = False) -> AsyncIterator[BatchedVerifierSession]:
+        """A session, until the block ends. Raises `CacheFull`.
+
+        Args: beside: its owner has a session here that has a place, and this one needs none.
+        """
+        async with self._batcher.holding(lambda: self.target.open(beside), self.target.close) as state:
+            session = BatchedVerifierSession(self._batcher, state, self.target, self._guesser, self._text)
             try:
                 yield session
             finally:
                 await session.close()
+
+    async def _text(self, state: SessionState) -> TextState | None:
+        """What is generated so far, where a grammar says what may come. Raises `InvalidGrammar`."""
+        if not state.grammar:
+            return None
+        if self._grammars is None:
+            raise InvalidGrammar("this verifier has no grammars")
+        grammars, generated = self._grammars, state.tokens[len(state.tokens) - state.num_generated :]
+        return await asyncio.to_thread(lambda: grammars().open(state.grammar, generated))
 
     async def warm_up(self) -> None:
         """Probe the target and run a short session: what is set up on first use is not in a user's time."""
@@ -64,12 +83,14 @@ class BatchedVerifierSession:
     """Implements `taps.decoding.sessions.VerifierSession`."""
 
     def __init__(
-        self, batcher: Batcher[Job, Verdict], state: TargetSession, target: Target, guesser: Guesser | None
-    ) -> None:
+        self, batcher: Batcher[Job, Verdict], state: TargetSession, target: Target, guesser: Guesser | None,
+        text: Callable[[SessionState], Awaitable[TextState | None]],
+    ) -> None:  # fmt: skip
         self.numerics = target.numerics
         self._target = target
         self._batcher = batcher
         self._state = state
+        self._text = text
         self._feature_window = 1 << 30
         self._num_untold = 0  # positions whose features were not told
         self._guesser = guesser
@@ -82,7 +103,8 @@ class BatchedVerifierSession:
         self._feature_window, self._num_untold = feature_window, 0 if tells else len(state.tokens)
         if self._guesser is not None:
             self._guesses = self._guesser.open(state.sampling.greedy)
-        return await self._batcher.submit(PrefillJob(self._state, state, feature_window if tells else 0))
+        text = await self._text(state)
+        return await self._batcher.submit(PrefillJob(self._state, state, feature_window if tells else 0, text))
 
     async def verify(self, tree: ProposalTree) -> Verdict:
         verdict = await self._batcher.submit(VerifyJob(self._state, tree))

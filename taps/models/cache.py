@@ -45,6 +45,7 @@ class CachedSequence:
     length: int = 0  # committed positions
     tokens: list[int] = field(default_factory=list)  # of them, where they were told: what pages are named by
     names: list[bytes] = field(default_factory=list)  # of the full pages; the first is what they begin from
+    has_place: bool = True  # is one of as many as may be open
 
     def place(self, position: int) -> int:
         """Where a position lies in the pool: page times 64 and its lane."""
@@ -96,8 +97,12 @@ class PagedCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._pools: list[Pool] = []
 
-    def open(self) -> CachedSequence:
-        """An empty sequence; raises `CacheFull` when there are as many as may be. Free it with `close`."""
+    def open(self, beside: bool = False) -> CachedSequence:
+        """An empty sequence; raises `CacheFull` when there are as many as may be, unless it is beside one of
+        those. Free it with `close`.
+        """
+        if beside:
+            return CachedSequence(has_place=False)
         if not self._places:
             raise CacheFull("all places for sessions are in use")
         self._places -= 1
@@ -105,7 +110,7 @@ class PagedCache:
 
     def close(self, sequence: CachedSequence) -> None:
         self.forget(sequence)
-        self._places += 1
+        self._places += sequence.has_place
 
     @property
     def num_available(self) -> int:
