@@ -2,12 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Ray would look for a cluster at the address that the last one left, also when that was killed; it would run its
-# workers at niceness 15, and Serve's controller look at everything ten times a second.
-RAY_ADDRESS ?= local
-RAY := RAY_ADDRESS=$(RAY_ADDRESS) RAY_worker_niceness=0 RAY_SERVE_CONTROL_LOOP_INTERVAL_S=0.5
-
-.PHONY: serve bench test check slow
+.PHONY: serve bench test browser check slow
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -17,8 +12,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 serve: $(STAMP)
-	$(BIN)/taps prepare
-	$(RAY) exec $(BIN)/python -m cluster.haproxy $(BIN)/serve run serve_config.yaml
+	exec $(BIN)/taps serve serve_config.yaml
 
 # Asks the server that `make serve` runs; more options: make bench BENCH="--peer vllm=http://127.0.0.1:8100"
 bench: $(STAMP)
@@ -26,8 +20,13 @@ bench: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/taps prepare
-	$(BIN)/python -m pytest -m "not serve and not slow" -n 2
+	$(BIN)/python -m pytest -m "not serve and not slow and not browser" -n 2
 	$(BIN)/python -m pytest -m serve
+
+# The page in a real browser: needs Chromium and its driver.
+browser: $(STAMP)
+	$(BIN)/taps prepare
+	$(BIN)/python -m pytest -m browser
 
 slow: $(STAMP)
 	$(BIN)/taps prepare

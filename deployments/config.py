@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -150,5 +151,11 @@ def locate(path_or_id: str) -> str:
 
     Serve replicas do not run in the directory `serve run` was called in.
     """
-    inside = _PROJECT / path_or_id
+    inside = shipped(path_or_id)
     return str(inside) if inside.is_dir() else path_or_id
+
+
+def shipped(name: str) -> Path:
+    """What comes with the project: beside the code in a checkout, else where it is installed."""
+    places = (_PROJECT / name, Path(sys.prefix) / "share" / "taps" / name)
+    return next((place for place in places if place.exists()), places[0])

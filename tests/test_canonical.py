@@ -47,7 +47,7 @@ def same_alone(operation: Callable[[Tensor], Tensor], rows: Tensor, counts: Sequ
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (64, 1536), (640, 2304), (97, 33)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (64, 1536), (640, 2304), (1000, 3000), (97, 33)])
 def test_a_linear_layer_gives_a_row_the_same_bits_among_any_number(
     outputs: int, inputs: int, dtype: torch.dtype, threads: int
 ) -> None:

@@ -16,6 +16,7 @@ import httpx
 import openai
 import pytest
 
+from cluster import clients
 from deployments.config import RouterArgs
 from deployments.directory import RAREST
 from tests.cluster import DRAFTERS, MODEL, QUESTION, USER, Cluster, ask, eventually, streamed_text, text_of
@@ -391,6 +392,13 @@ def test_langgraph_runs_a_named_agent_over_two_turns(cluster: Cluster) -> None:
     assert [message.name for message in said] == [None, "helper", None, "helper"]
     assert said[1].content == text_of(cluster, max_tokens=16)
     assert said[3].content
+
+
+def test_the_clients_of_others_get_what_they_expect(
+    cluster: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert clients.main(["--url", cluster.url]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out.count("holds") >= 6
 
 
 def test_answers_come_beside_a_busy_machine(cluster: Cluster) -> None:

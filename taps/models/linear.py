@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 _BLOCKED = (torch.bfloat16, torch.float32)
 _TYPICAL_ROWS = 16  # a hint for the layout
+_HAS_TILES = torch.cpu._is_amx_tile_supported()  # with them oneDNN sums 33 rows and more in another order
 # Rows whose bits do not depend on how many they are, by type: what the probe at load checks.
-MOST_ROWS = {torch.float32: 512, torch.bfloat16: 512, torch.float16: 320}
+MOST_ROWS = {torch.float32: 512, torch.bfloat16: 32 if _HAS_TILES else 512, torch.float16: 320}
 
 
 class RowLinear(nn.Module):
