@@ -79,17 +79,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f"starting Ray; what it logs goes to {log}")
     with log.open("wb") as out:
         environment = {**SETTINGS, **os.environ}
-        running = subprocess.Popen(_command(path), stdout=out, stderr=out, env=environment)
+        # In a session of its own, so that Ctrl-C comes to it once, from here.
+        running = subprocess.Popen(
+            _command(path), stdout=out, stderr=out, env=environment, start_new_session=True
+        )
+    stopping = _Stopping(running, say)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: running.send_signal(signal.SIGTERM))
+        signal.signal(number, stopping)
     if watch(expected, lambda: running.poll() is None, say):
         say.up(expected, log)
     code = running.wait()
-    if code not in (0, -signal.SIGTERM, -signal.SIGINT):
+    if code and not stopping.is_asked:
         lines = log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
         print("\n".join(["taps serve: the cluster ended; the last of its log:", *lines]), file=sys.stderr)
         return 1
     return 0
+
+
+class _Stopping:
+    """What a signal does: the first has answers finished, as Serve does when interrupted; the next ends all."""
+
+    def __init__(self, running: subprocess.Popen[bytes], say: Callable[[str], None]) -> None:
+        self.is_asked = False
+        self._running, self._say = running, say
+
+    def __call__(self, *_: object) -> None:
+        again, self.is_asked = self.is_asked, True
+        self._say("ending at once" if again else "stopping, once answers are finished; again ends it at once")
+        self._running.send_signal(signal.SIGTERM if again else signal.SIGINT)
 
 
 def _command(config: Path) -> list[str]:

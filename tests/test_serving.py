@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +87,59 @@ def test_what_is_no_configuration_is_said(
     assert main(["serve", str(tmp_path / "missing.yaml")]) == 1
 
 
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a configuration whose cluster is this script of the shell."""
+
+    def start(script: str) -> Path:
+        program = tmp_path / "serve"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(serving, "embedded_target", lambda: tmp_path)
+        monkeypatch.setattr(serving, "private_directory", lambda _: str(tmp_path))
+        monkeypatch.setattr(serving, "_command", lambda path: [str(program), "run", str(path)])
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(CONFIG | {"http_options": {"port": 1}}))
+        return path
+
+    return start
+
+
+@pytest.fixture
+def signals(monkeypatch: pytest.MonkeyPatch) -> dict[int, Any]:
+    """Handlers by signal: what is sent here is sent by the test."""
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr("signal.signal", handlers.__setitem__)
+    return handlers
+
+
+def test_a_cluster_is_stopped_with_its_answers_finished_and_then_at_once(
+    started: Callable[[str], Path], signals: dict[int, Any], monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    """The first signal is taken in silence by a cluster that finishes its answers."""
+    begun = tmp_path / "begun"
+    path = started(f"trap '' INT; trap 'exit 143' TERM; touch {begun}; while true; do sleep 0.05; done")
+
+    def stop(*_: object) -> bool:
+        while not begun.exists():
+            time.sleep(0.01)
+        signals[signal.SIGINT]()
+        signals[signal.SIGINT]()
+        return False
+
+    monkeypatch.setattr(serving, "watch", stop)
+    assert main(["serve", str(path)]) == 0
+    shown = capsys.readouterr()
+    assert "stopping, once answers are finished" in shown.out
+    assert "ending at once" in shown.out
+    assert not shown.err
+
+
 def test_a_cluster_that_fails_shows_the_end_of_its_log(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    started: Callable[[str], Path], signals: dict[int, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program = tmp_path / "serve"
-    program.write_text("#!/bin/sh\necho no such thing\nexit 3\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(serving, "embedded_target", lambda: tmp_path)
-    monkeypatch.setattr(serving, "private_directory", lambda _: str(tmp_path))
-    monkeypatch.setattr(serving, "_command", lambda path: [str(program), "run", str(path)])
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(CONFIG | {"http_options": {"port": 1}}))
-    assert main(["serve", str(path)]) == 1
+    assert main(["serve", str(started("echo no such thing; exit 3"))]) == 1
     shown = capsys.readouterr()
     assert "starting Ray" in shown.out
     assert "no such thing" in shown.err
