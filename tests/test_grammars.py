@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from taps.decoding import loop
 from taps.decoding.delivery import end_tokens
 from taps.decoding.sessions import ServedDrafter
 from taps.drafting.batched import BatchedDrafter
-from taps.engine.grammars import Grammars
+from taps.engine.grammars import Grammars, TextState
 from taps.engine.target import Target
 from taps.engine.verifier import BatchedVerifier
 from taps.models.causal_lm import CausalLM
@@ -251,3 +252,37 @@ def test_many_grammars_are_kept_but_not_all(grammars: Grammars) -> None:
     for n in range(100):
         grammars.open(grammar_of({"guided_regex": f"a{{1,{n + 1}}}"}))
     assert len(grammars._known) <= 64
+
+
+def test_a_grammar_that_fails_is_its_own_sessions_answer(
+    asked: list[Question], plain: list[Text], verifier: BatchedVerifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever shares the step goes on with the same text."""
+    hard = asked[4]
+    marked: list[TextState] = []
+    count = 0
+
+    def opening(
+        grammars: Grammars, grammar: str, generated: Sequence[int] = (), opened: Any = Grammars.open
+    ) -> TextState:
+        state: TextState = opened(grammars, grammar, generated)
+        marked.extend([state] * (grammar == hard.limits["grammar"]))
+        return state
+
+    def failing(state: TextState, tree: ProposalTree, allowed: Any = TextState.allowed) -> torch.Tensor:
+        nonlocal count
+        count += state in marked
+        if state in marked and count > 2:
+            raise InvalidGrammar("a limit of the parser")
+        found: torch.Tensor = allowed(state, tree)
+        return found
+
+    monkeypatch.setattr(Grammars, "open", opening)
+    monkeypatch.setattr(TextState, "allowed", failing)
+
+    async def answers() -> Any:
+        return await asyncio.gather(passes(verifier, hard), passes(verifier, asked[0]), return_exceptions=True)
+
+    failed, (text, _) = asyncio.run(answers())
+    assert isinstance(failed, InvalidGrammar)
+    assert text == plain[0]

@@ -86,7 +86,10 @@ class TextState:
         return tree.only(sorted(allowed))
 
     def allowed(self, tree: ProposalTree) -> Tensor:
-        """[n, V] uint8: 0 for each token that may not come after a node. The text itself stays where it is."""
+        """[n, V] uint8: 0 for each token that may not come after a node. The text itself stays where it is.
+
+        Raises `InvalidGrammar` where the parser has reached one of its limits.
+        """
         rows = []
         for node in range(len(tree)):
             path = list(tree.token_path(node))
@@ -94,6 +97,6 @@ class TextState:
             if consumed < len(path):
                 raise InvalidGrammar("a tree has tokens that may not come")
             rows.append(self._matcher.compute_logit_bias())
-            if consumed and not self._matcher.rollback(consumed):
+            if self._matcher.is_error() or (consumed and not self._matcher.rollback(consumed)):
                 raise InvalidGrammar(self._matcher.get_error())
         return torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.uint8).view(len(tree), -1)

@@ -6,7 +6,7 @@ Knows the target's model, cache and sampling; nothing of drafters, asyncio, Ray 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from taps.models.probe import Probe
 from taps.models.step import Segment
 from taps.session import SessionState
 from taps.tree import InvalidTree, ProposalTree
-from taps.verdict import PassCost, PromptTooLong, TokenLogprob, Verdict
+from taps.verdict import InvalidGrammar, PassCost, PromptTooLong, TokenLogprob, Verdict
 
 _ASIDE = ThreadPoolExecutor(1, "grammars")  # what may come is found out beside the forward
 _PROFILED, _PROFILED_FROM = (1, 2, 4, 8, 16, 32), 64  # rows of the steps; positions before them
@@ -132,9 +132,8 @@ class Target:
             has_forms = any(piece.job.session.text is not None for piece in pieces)
             allowed = _ASIDE.submit(_allowed, pieces) if has_forms else None
             features, logits = self._forward(pieces)
-            if allowed is not None:
-                _restrict(logits, *allowed.result())
-            outcomes = self._finish(pieces, features, logits, began)
+            failed = {} if allowed is None else _restrict(logits, *allowed.result())
+            outcomes = self._finish(pieces, features, logits, began, failed)
             results |= {piece.job: outcome for piece, outcome in zip(pieces, outcomes, strict=True)}
         return [results[job] for job in jobs]
 
@@ -247,13 +246,16 @@ class Target:
         return self.model.extend([_segment(piece) for piece in pieces], tokens, keep, self.cache)
 
     def _finish(
-        self, pieces: Sequence[_Piece], features: Tensor, logits: Tensor, began: float
-    ) -> list[Verdict | Exception | None]:
-        """Decide, commit and keep the features; None for prompts that go on. Args: began: when the step did.
+        self, pieces: Sequence[_Piece], features: Tensor, logits: Tensor, began: float,
+        failed: Mapping[int, Exception],
+    ) -> list[Verdict | Exception | None]:  # fmt: skip
+        """Decide, commit and keep the features; None for prompts that go on. Args: began: when the step did;
+        failed: what is an answer whatever the logits say, by piece.
 
         One session's logits that cannot be sampled are that session's answer, not the whole step's.
         """
         decided, told = self._decide(pieces, logits)
+        decided = [failed.get(index, decision) for index, decision in enumerate(decided)]
         kept = [_kept(piece, decision) for piece, decision in zip(pieces, decided, strict=True)]
         before = [piece.job.session.sequence.length for piece in pieces]
         self.cache.commit(kept)
@@ -323,24 +325,31 @@ class Target:
         return Verdict(tokens, decision.owners, newest, nodes, depth, sharing, cost=cost, checked=checked)
 
 
-def _allowed(pieces: Sequence[_Piece]) -> tuple[list[int], Tensor]:
-    """Rows of logits, and [n, V] uint8: 0 for what may not come there."""
+def _allowed(pieces: Sequence[_Piece]) -> tuple[list[int], Tensor, dict[int, Exception]]:
+    """Rows of logits, [n, V] uint8: 0 for what may not come there, and whose grammar has failed, by piece."""
     rows: list[int] = []
     found: list[Tensor] = []
-    for piece in pieces:
+    failed: dict[int, Exception] = {}
+    for index, piece in enumerate(pieces):
         if piece.job.session.text is not None and piece.logits_start >= 0:
             tree = _decided_tree(piece)
-            rows += range(piece.logits_start, piece.logits_start + len(tree))
-            found.append(piece.job.session.text.allowed(tree))
-    return rows, torch.cat(found) if found else torch.empty(0, 0)
+            try:
+                found.append(piece.job.session.text.allowed(tree))
+                rows += range(piece.logits_start, piece.logits_start + len(tree))
+            except InvalidGrammar as error:
+                failed[index] = error
+    return rows, torch.cat(found) if found else torch.empty(0, 0), failed
 
 
-def _restrict(logits: Tensor, rows: Sequence[int], allowed: Tensor) -> None:
-    """Leave what may not come out of these rows of logits [n, V], in place."""
+def _restrict(
+    logits: Tensor, rows: Sequence[int], allowed: Tensor, failed: dict[int, Exception]
+) -> dict[int, Exception]:
+    """Leave what may not come out of these rows of logits [n, V], in place; what failed is handed on."""
     if rows:
         places = torch.tensor(rows, device=logits.device)
         forbidden = (allowed == 0).to(logits.device)
         logits[places] = logits[places].masked_fill(forbidden, -torch.inf)
+    return failed
 
 
 def _segment(piece: _Piece) -> Segment:
