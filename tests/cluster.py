@@ -171,7 +171,11 @@ class Cluster:
 
 def ask(cluster: Cluster, **options: Any) -> Any:
     settings: dict[str, Any] = {"messages": USER, "max_tokens": 32, "temperature": 0, **options}
-    return cluster.client.chat.completions.create(model=MODEL, **settings)
+    client = cluster.client
+    if settings.get("stream"):
+        return client.chat.completions.create(model=MODEL, **settings)
+    with client:  # its sockets are closed here, in whichever thread this is
+        return client.chat.completions.create(model=MODEL, **settings)
 
 
 def text_of(cluster: Cluster, **options: Any) -> str:

@@ -33,8 +33,10 @@ def test_every_node_has_one_of_each_and_sessions_spread(nodes: Nodes) -> None:
     cluster, _ = nodes
     for application, deployment in (("core", "Verifier"), ("math", "Drafter"), ("chat", "Drafter")):
         assert len(set(cluster.replicas(application, deployment).values())) == 2
+    # By chance one of two verifiers has none or one of 8 conversations once in 14 times, of 24 once in 300,000.
+    asked = [said(f"{prompt} {number}") for prompt in PROMPTS[:ANSWERS] for number in range(3)]
     with ThreadPoolExecutor(ANSWERS) as pool:
-        list(pool.map(lambda prompt: text_of(cluster, messages=said(prompt)), PROMPTS[:ANSWERS]))
+        list(pool.map(lambda messages: text_of(cluster, messages=messages), asked))
 
     def answering() -> int:
         """Verifiers that have had several leases."""
