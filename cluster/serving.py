@@ -157,7 +157,7 @@ def watch(
             if time.monotonic() > give_up_at:
                 say(f"not up, and not waited for any longer: {', '.join(sorted(expected.drafters - there))}")
                 return True
-        time.sleep(look_s)
+        time.sleep(look_s)  # between two looks: a cluster that starts gives no sign to wait for
     return False
 
 

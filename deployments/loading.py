@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from llguidance import LLTokenizer
+from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer
 
 from deployments.config import SpecialistArgs, TargetArgs, VerifierArgs, locate, torch_dtype
@@ -34,11 +38,11 @@ def load_verifier(target: TargetArgs, args: VerifierArgs) -> tuple[BatchedVerifi
     made_of = _fingerprint_of(path, model)
     description = TargetDescription(model.vocab_size, made_of, served.max_tokens)
 
-    def grammars() -> Grammars:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        return Grammars(tokenizer, model.vocab_size, sorted(end_tokens(path, tokenizer)))
+    def make() -> LLTokenizer:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
+        return from_tokenizer(tokenizer, model.vocab_size, sorted(end_tokens(path, tokenizer)))
 
-    return BatchedVerifier(served, args.torch_threads, Lookups(), grammars), description
+    return BatchedVerifier(served, args.torch_threads, Lookups(), Grammars(make)), description
 
 
 def _fingerprint_of(path: str, model: CausalLM) -> str:

@@ -68,9 +68,10 @@ class Observer:
         if record.numerics_changed:
             self._numerics.inc(record.numerics_changed)
             logger.warning("%s went on with other numerics: its text may differ from there", record.id)
-        names = enumerate(record.drafters)
-        drafted = Counter({name: record.drafted_by_drafter[index] for index, name in names})
-        accepted = Counter({n: record.counts.accepted_by_drafter[i] for i, n in enumerate(record.drafters)})
+        drafted, accepted = Counter[str](), Counter[str]()
+        for index, name in enumerate(record.drafters):
+            drafted[name] = record.drafted_by_drafter[index]
+            accepted[name] = record.counts.accepted_by_drafter[index]
         for name, count in (+drafted).items():
             self._drafted.inc(count, tags={"drafter": name})
         for name, count in (+accepted).items():

@@ -15,7 +15,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from deployments.errors import RequestError
 
 # As models write it: with free whitespace a small one goes on with it until its tokens end.
-_COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_CHARACTERS = 200_000
 _ANY_OBJECT = {"type": "object"}
 
@@ -38,7 +38,7 @@ def grammar_of(asked: Mapping[str, Any]) -> str:
         raise RequestError(f"{name} has more than {_MOST_CHARACTERS} characters", name)
     try:
         grammar = _GRAMMARS[kind](value)
-    except Exception as error:  # what reads GBNF raises plain ones
+    except (ValueError, TypeError) as error:
         raise RequestError(f"{name} cannot be used: {error}", name) from error
     return checked(grammar, name)
 
@@ -83,7 +83,7 @@ def _json(schema: Any) -> str:
     if not isinstance(schema, str | dict | bool):
         raise TypeError("a schema is an object, or one in a string")
     parsed = json.loads(schema) if isinstance(schema, str) else schema
-    return LLMatcher.grammar_from_json_schema(json.dumps(parsed), overrides=_COMPACT)
+    return LLMatcher.grammar_from_json_schema(json.dumps(parsed), overrides=COMPACT)
 
 
 def _choice(texts: Any) -> str:
@@ -99,10 +99,19 @@ def _text(value: Any) -> str:
     return value
 
 
+def _grammar(value: Any) -> str:
+    """Of Lark, or GBNF, whose reader raises exceptions of no kind of their own."""
+    text = _text(value)
+    try:
+        return LLMatcher.grammar_from_lark(any_to_lark(text))
+    except Exception as error:
+        raise ValueError(str(error)) from error
+
+
 _GRAMMARS: dict[str, Callable[[Any], str]] = {
     "json": _json,
     "json_object": lambda _: _json(_ANY_OBJECT),
     "regex": lambda regex: LLMatcher.grammar_from_regex(_text(regex)),
     "choice": _choice,
-    "grammar": lambda grammar: LLMatcher.grammar_from_lark(any_to_lark(_text(grammar))),
+    "grammar": _grammar,
 }

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from deployments.errors import RequestError
-from deployments.structured import checked
+from deployments.structured import COMPACT, checked
 
 Json = dict[str, Any]
 Mode = Literal["auto", "required", "named"]
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _ANY_ARGUMENTS = {"type": "object"}
 _TOLD = """{before}You may call these functions, one JSON Schema of a function a line:
 <tools>
@@ -43,7 +42,7 @@ class Tools:
         calls = " | ".join(f"call_{n}" for n in range(len(self.functions)))
         lines = [f"one: {calls}"]
         for n, function in enumerate(self.functions):
-            schema = {**(function.get("parameters") or _ANY_ARGUMENTS), "x-guidance": _COMPACT}
+            schema = {**(function.get("parameters") or _ANY_ARGUMENTS), "x-guidance": COMPACT}
             begin = json.dumps(f'\n{{"name": {json.dumps(function["name"])}, "arguments": ')
             lines.append(f"call_{n}: {begin} %json {json.dumps(schema)} {json.dumps('}' + chr(10) + _CLOSE)}")
         if self.mode == "auto":

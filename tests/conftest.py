@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from llguidance.hf import from_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from taps.adaptive.lookups import Lookups
@@ -50,33 +51,29 @@ def reference(target_directory: Path) -> Any:
     return model.eval()
 
 
-def grammars_of(target_directory: Path) -> Grammars:
-    tokenizer = AutoTokenizer.from_pretrained(target_directory)
-    return Grammars(tokenizer, len(tokenizer), sorted(end_tokens(str(target_directory), tokenizer)))
-
-
 @pytest.fixture(scope="session")
-def grammars(target_directory: Path) -> Grammars:
+def grammars(target_directory: Path, tokenizer: Any) -> Grammars:
     """What the embedded target's texts may be asked to be."""
-    return grammars_of(target_directory)
+    ends = sorted(end_tokens(str(target_directory), tokenizer))
+    return Grammars(lambda: from_tokenizer(tokenizer, len(tokenizer), ends))
 
 
 @pytest.fixture(scope="session")
-def verifier(target_directory: Path) -> Iterator[BatchedVerifier]:
+def verifier(target_directory: Path, grammars: Grammars) -> Iterator[BatchedVerifier]:
     """The real target in float32, which texts of transformers alone can be compared with."""
     model = CausalLM.load(target_directory, torch.float32)
     target = Target(model, SESSIONS, 512, StepBudget(prefill_tokens=256, tree_nodes=160))
-    verifier = BatchedVerifier(target, guesser=Lookups(), grammars=lambda: grammars_of(target_directory))
+    verifier = BatchedVerifier(target, guesser=Lookups(), grammars=grammars)
     yield verifier
     verifier.close()
 
 
 @pytest.fixture(scope="session")
-def verifier_bf16(target_directory: Path) -> Iterator[BatchedVerifier]:
+def verifier_bf16(target_directory: Path, grammars: Grammars) -> Iterator[BatchedVerifier]:
     """The real target as it is served, with a budget that cuts trees."""
     model = CausalLM.load(target_directory, torch.bfloat16)
     target = Target(model, SESSIONS, 512, StepBudget(prefill_tokens=100, tree_nodes=50))
-    verifier = BatchedVerifier(target, guesser=Lookups(), grammars=lambda: grammars_of(target_directory))
+    verifier = BatchedVerifier(target, guesser=Lookups(), grammars=grammars)
     yield verifier
     verifier.close()
 

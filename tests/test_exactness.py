@@ -51,6 +51,9 @@ TOKENS_PER_NEAR_TIE = 50_000
 Text = tuple[int, ...]
 
 
+EVERY = ["single", "confidence", "entropy", "merged", "adaptive", "restless"]
+
+
 class Question(NamedTuple):
     """One answer to decode."""
 
@@ -201,6 +204,21 @@ def answer_all(
         for start in range(0, len(asked), at_once)
         for text in asyncio.run(run(asked[start : start + at_once]))
     ]
+
+
+def answered_by(
+    strategy: str, asked: Sequence[Question], verifier: BatchedVerifier, drafters: Sequence[BatchedDrafter],
+    new_tokens: int,
+) -> list[Text]:  # fmt: skip
+    """Answers with one of `EVERY`: of two heads, and of the n-gram drafter at hand where it may look up."""
+    fleets: dict[str, Strategy] = {"adaptive": Fleet(), "restless": Fleet(Restless())}
+    panel: list[ServedDrafter] = [*drafters[:2], AtHand() if strategy in fleets else drafters[2]]
+    return answer_all(asked, verifier, panel, fleets.get(strategy) or STRATEGIES[strategy], new_tokens)
+
+
+def mixed() -> list[Strategy]:
+    """What answers of one batch may follow."""
+    return [off, *STRATEGIES.values(), Fleet(Restless())]
 
 
 def plain_alone(

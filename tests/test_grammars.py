@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 from deployments.structured import grammar_of
-from taps.adaptive.policy import Fleet
-from taps.composing import STRATEGIES, off
+from taps.composing import off
 from taps.decoding import loop
 from taps.decoding.delivery import end_tokens
-from taps.decoding.sessions import ServedDrafter
 from taps.drafting.batched import BatchedDrafter
 from taps.engine.grammars import Grammars, TextState
 from taps.engine.target import Target
@@ -28,14 +26,14 @@ from taps.shaping import SamplingParams
 from taps.tree import ProposalTree
 from taps.verdict import InvalidGrammar
 from tests.test_exactness import (
+    EVERY,
     GREEDY,
-    AtHand,
     Losing,
     Question,
-    Restless,
-    Strategy,
     Text,
     answer_all,
+    answered_by,
+    mixed,
     plain_alone,
     questions,
 )
@@ -136,16 +134,13 @@ def test_texts_have_the_form_they_were_asked_for(
     assert sum(map(bool, whole)) >= 7
 
 
-@pytest.mark.parametrize("strategy", ["single", "confidence", "entropy", "merged", "adaptive", "restless"])
+@pytest.mark.parametrize("strategy", EVERY)
 def test_with_every_strategy_it_is_what_plain_decoding_gives(
     strategy: str, asked: list[Question], plain: list[Text], plain_bf16: list[Text], verifier: BatchedVerifier,
     verifier_bf16: BatchedVerifier, drafters: list[BatchedDrafter],
 ) -> None:  # fmt: skip
-    fleets: dict[str, Strategy] = {"adaptive": Fleet(), "restless": Fleet(Restless())}
-    follow = fleets.get(strategy) or STRATEGIES[strategy]
-    panel: list[ServedDrafter] = [*drafters[:2], AtHand() if strategy in fleets else drafters[2]]
-    assert answer_all(asked, verifier, panel, follow, NEW_TOKENS) == plain
-    assert answer_all(asked, verifier_bf16, panel, follow, NEW_TOKENS) == plain_bf16
+    assert answered_by(strategy, asked, verifier, drafters, NEW_TOKENS) == plain
+    assert answered_by(strategy, asked, verifier_bf16, drafters, NEW_TOKENS) == plain_bf16
 
 
 def test_sharing_steps_and_losing_the_verifier_changes_nothing(
@@ -154,9 +149,8 @@ def test_sharing_steps_and_losing_the_verifier_changes_nothing(
 ) -> None:  # fmt: skip
     """Whoever takes a session up begins its form where the text is."""
     monkeypatch.setattr(loop, "_FAILOVER_DELAY_S", 0.0)
-    mixture: list[Strategy] = [off, *STRATEGIES.values(), Fleet(Restless())]
     assert answer_all(asked, verifier_bf16, drafters, off, NEW_TOKENS) == plain_bf16
-    assert answer_all(asked, Losing(verifier_bf16, 3), drafters, mixture, NEW_TOKENS) == plain_bf16
+    assert answer_all(asked, Losing(verifier_bf16, 3), drafters, mixed(), NEW_TOKENS) == plain_bf16
 
 
 async def passes(verifier: BatchedVerifier, question: Question) -> tuple[Text, int]:
@@ -246,6 +240,14 @@ def test_a_verifier_without_grammars_says_so() -> None:
     with pytest.raises(InvalidGrammar, match="no grammars"):
         asyncio.run(prefill())
     verifier.close()
+
+
+def test_a_tokenizer_that_knows_no_grammars_is_said() -> None:
+    def slow_tokenizer() -> LLTokenizer:
+        raise ValueError("only fast tokenizers")
+
+    with pytest.raises(InvalidGrammar, match="only fast tokenizers"):
+        Grammars(slow_tokenizer).open(grammar_of({"guided_choice": ["yes"]}))
 
 
 def test_many_grammars_are_kept_but_not_all(grammars: Grammars) -> None:

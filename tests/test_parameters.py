@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from taps.adaptive.policy import Fleet
 from taps.composing import STRATEGIES, off
 from taps.decoding import loop
-from taps.decoding.sessions import ServedDrafter
 from taps.drafting.batched import BatchedDrafter
 from taps.engine.verifier import BatchedVerifier
 from taps.session import SessionState
@@ -21,14 +19,14 @@ from taps.shaping import SamplingParams
 from taps.tree import ProposalTree
 from tests.prompts import PROMPTS
 from tests.test_exactness import (
+    EVERY,
     GREEDY,
-    AtHand,
     Losing,
     Question,
-    Restless,
-    Strategy,
     Text,
     answer_all,
+    answered_by,
+    mixed,
     plain_alone,
     questions,
 )
@@ -155,16 +153,13 @@ def test_what_is_accepted_in_a_pass_counts_for_what_comes_after_it_there(
     assert len(accepted) > 2, "what is asked for matters early and late"
 
 
-@pytest.mark.parametrize("strategy", ["single", "confidence", "entropy", "merged", "adaptive", "restless"])
+@pytest.mark.parametrize("strategy", EVERY)
 def test_with_every_strategy_it_is_what_plain_decoding_gives(
     strategy: str, asked: list[Question], plain: list[Text], plain_bf16: list[Text], verifier: BatchedVerifier,
     verifier_bf16: BatchedVerifier, drafters: list[BatchedDrafter],
 ) -> None:  # fmt: skip
-    fleets: dict[str, Strategy] = {"adaptive": Fleet(), "restless": Fleet(Restless())}
-    follow = fleets.get(strategy) or STRATEGIES[strategy]
-    panel: list[ServedDrafter] = [*drafters[:2], AtHand() if strategy in fleets else drafters[2]]
-    assert answer_all(asked, verifier, panel, follow, NEW_TOKENS) == plain
-    assert answer_all(asked, verifier_bf16, panel, follow, NEW_TOKENS) == plain_bf16
+    assert answered_by(strategy, asked, verifier, drafters, NEW_TOKENS) == plain
+    assert answered_by(strategy, asked, verifier_bf16, drafters, NEW_TOKENS) == plain_bf16
 
 
 def test_sharing_steps_and_losing_the_verifier_changes_nothing(
@@ -173,9 +168,8 @@ def test_sharing_steps_and_losing_the_verifier_changes_nothing(
 ) -> None:  # fmt: skip
     """Whoever takes a session up counts what was generated before."""
     monkeypatch.setattr(loop, "_FAILOVER_DELAY_S", 0.0)
-    mixture: list[Strategy] = [off, *STRATEGIES.values(), Fleet(Restless())]
     assert answer_all(asked, verifier_bf16, drafters, off, NEW_TOKENS) == plain_bf16
-    assert answer_all(asked, Losing(verifier_bf16, 3), drafters, mixture, NEW_TOKENS) == plain_bf16
+    assert answer_all(asked, Losing(verifier_bf16, 3), drafters, mixed(), NEW_TOKENS) == plain_bf16
 
 
 def test_an_end_token_may_come_once_there_are_tokens_enough(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -119,11 +119,11 @@ def test_a_cluster_is_stopped_with_its_answers_finished_and_then_at_once(
 ) -> None:  # fmt: skip
     """The first signal is taken in silence by a cluster that finishes its answers."""
     begun = tmp_path / "begun"
-    path = started(f"trap '' INT; trap 'exit 143' TERM; touch {begun}; while true; do sleep 0.05; done")
+    os.mkfifo(begun)
+    path = started(f"trap '' INT; trap 'exit 143' TERM; echo > {begun}; while true; do sleep 0.05; done")
 
     def stop(*_: object) -> bool:
-        while not begun.exists():
-            time.sleep(0.01)
+        begun.read_text()  # waits for the script to write
         signals[signal.SIGINT]()
         signals[signal.SIGINT]()
         return False

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from llguidance import LLMatcher, LLTokenizer
-from llguidance.hf import from_tokenizer
 from torch import Tensor
 
 from taps.tree import ROOT, ProposalTree
@@ -25,14 +24,21 @@ _MOST_KNOWN = 64  # grammars that are kept compiled
 class Grammars:
     """Those of one target's texts; the latest ones stay compiled. Any thread may call it."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, end_tokens: Sequence[int]) -> None:
-        """Args: tokenizer: of `transformers`; vocab_size: how many logits there are; end_tokens: of which one
-        comes where the text may end.
+    def __init__(self, make: Callable[[], LLTokenizer]) -> None:
+        """Args: make: the target's tokenizer, with as many tokens as there are logits, and with the end tokens
+        of which one comes where a text may end. Called for the first text: it takes a second.
         """
-        self.tokenizer: LLTokenizer = from_tokenizer(tokenizer, vocab_size, list(end_tokens))
-        self._end_tokens = tuple(end_tokens)
+        self._make = make
         self._known: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
+
+    @cached_property
+    def tokenizer(self) -> LLTokenizer:
+        """Raises `InvalidGrammar` where `llguidance` does not know the target's kind."""
+        try:
+            return self._make()
+        except ValueError as error:
+            raise InvalidGrammar(f"this target's tokenizer knows no grammars: {error}") from error
 
     def open(self, grammar: str, generated: Sequence[int] = ()) -> TextState:
         """The state of one text that began with these tokens. Raises `InvalidGrammar`."""
@@ -45,7 +51,7 @@ class Grammars:
             self._known.move_to_end(grammar)
             if known.is_error():
                 raise InvalidGrammar(known.get_error())
-            state = TextState(known.deep_copy(), self._end_tokens)
+            state = TextState(known.deep_copy(), self.tokenizer.eos_tokens)
         state.extend(generated)
         return state
 

@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import cache
 
 from taps.engine.ahead import Guesser, Guesses, Looks, RunsAhead
 from taps.engine.batching import Batcher
@@ -28,14 +27,14 @@ class BatchedVerifier:
 
     def __init__(
         self, target: Target, num_threads: int | None = None, guesser: Guesser | None = None,
-        grammars: Callable[[], Grammars] | None = None,
+        grammars: Grammars | None = None,
     ) -> None:  # fmt: skip
         """Args: num_threads: that its steps compute with (`taps.engine.threads`), None leaves it to torch;
-        guesser: of plain decoding, where it is told to look tokens up; grammars: made when they are first used.
+        guesser: of plain decoding, where it is told to look tokens up; grammars: of texts that have one.
         """
         self.target = target
         self._guesser = guesser
-        self._grammars = None if grammars is None else cache(grammars)
+        self._grammars = grammars
         self._batcher: Batcher[Job, Verdict] = Batcher(
             target.step, "verifier", computing(num_threads, target.model.in_kernel), lambda job: job.session
         )
@@ -59,8 +58,8 @@ class BatchedVerifier:
             return None
         if self._grammars is None:
             raise InvalidGrammar("this verifier has no grammars")
-        grammars, generated = self._grammars, state.tokens[len(state.tokens) - state.num_generated :]
-        return await asyncio.to_thread(lambda: grammars().open(state.grammar, generated))
+        generated = state.tokens[len(state.tokens) - state.num_generated :]
+        return await asyncio.to_thread(self._grammars.open, state.grammar, generated)
 
     async def warm_up(self) -> None:
         """Probe the target and run a short session: what is set up on first use is not in a user's time."""
