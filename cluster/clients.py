@@ -48,11 +48,7 @@ class Weather(BaseModel):
 def openai_chat(url: str, model: str) -> None:
     """Streamed and whole, with usage, choices and log-probabilities."""
     client = _openai(url)
-    asked: dict[str, Any] = {
-        "model": model,
-        "messages": [{"role": "user", "content": QUESTION}],
-        "max_tokens": 16,
-    }
+    asked: dict[str, Any] = {"model": model, "messages": USER, "max_tokens": 16}
     whole = client.chat.completions.create(**asked, temperature=0, logprobs=True, top_logprobs=2)
     chunks = list(client.chat.completions.create(**asked, temperature=0, stream=True))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -183,9 +179,8 @@ def _expect(holds: bool, what: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m cluster.clients", description=(__doc__ or "").splitlines()[0]
-    )
+    about = "other people's clients against a running server"
+    parser = argparse.ArgumentParser(prog="python -m cluster.clients", description=about)
     parser.add_argument("--url", default=DEFAULT_URL, help="of the server (default: %(default)s)")
     url = parser.parse_args(argv).url.rstrip("/")
     try:

@@ -17,7 +17,7 @@ from deployments.errors import RequestError
 # As models write it: with free whitespace a small one goes on with it until its tokens end.
 COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_CHARACTERS = 200_000
-_ANY_OBJECT = {"type": "object"}
+ANY_OBJECT = {"type": "object"}
 
 
 def grammar_of(asked: Mapping[str, Any]) -> str:
@@ -110,7 +110,7 @@ def _grammar(value: Any) -> str:
 
 _GRAMMARS: dict[str, Callable[[Any], str]] = {
     "json": _json,
-    "json_object": lambda _: _json(_ANY_OBJECT),
+    "json_object": lambda _: _json(ANY_OBJECT),
     "regex": lambda regex: LLMatcher.grammar_from_regex(_text(regex)),
     "choice": _choice,
     "grammar": _grammar,

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from deployments.errors import RequestError
-from deployments.structured import COMPACT, checked
+from deployments.structured import ANY_OBJECT, COMPACT, checked
 
 Json = dict[str, Any]
 Mode = Literal["auto", "required", "named"]
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_ANY_ARGUMENTS = {"type": "object"}
 _TOLD = """{before}You may call these functions, one JSON Schema of a function a line:
 <tools>
 {functions}
@@ -42,7 +41,7 @@ class Tools:
         calls = " | ".join(f"call_{n}" for n in range(len(self.functions)))
         lines = [f"one: {calls}"]
         for n, function in enumerate(self.functions):
-            schema = {**(function.get("parameters") or _ANY_ARGUMENTS), "x-guidance": COMPACT}
+            schema = {**(function.get("parameters") or ANY_OBJECT), "x-guidance": COMPACT}
             begin = json.dumps(f'\n{{"name": {json.dumps(function["name"])}, "arguments": ')
             lines.append(f"call_{n}: {begin} %json {json.dumps(schema)} {json.dumps('}' + chr(10) + _CLOSE)}")
         if self.mode == "auto":
@@ -124,7 +123,6 @@ class Said(NamedTuple):
 
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\S)')
-_TAIL = re.compile(r"\}\s*$")
 
 
 class CallReader:
@@ -133,52 +131,81 @@ class CallReader:
     def __init__(self) -> None:
         self.num_calls = 0
         self._held = ""  # text that is not told yet
-        self._in_call = False
-        self._has_name = False
+        self._call: _Call | None = None  # at hand
+        self._is_behind_call = False  # with nothing but space since
 
     def push(self, text: str, is_last: bool = False) -> Said:
         """Args: is_last: nothing comes after it."""
         self._held += text
         content, calls = "", list[CallDelta]()
         while True:
-            if self._in_call:
-                calls += self._arguments(is_last)
-                if self._in_call:
-                    break
-            else:
-                if self.num_calls:  # space between and behind calls is their layout
-                    self._held = self._held.lstrip()
-                before, tag, after = self._held.partition(_OPEN)
-                kept = "" if tag or is_last else _begun(before, _OPEN)
-                content += before[: len(before) - len(kept)]
-                self._held = after if tag else kept
-                if not tag:
-                    break
-                self._in_call, self._has_name = True, False
-        return Said(content, calls)
+            if self._call is None:
+                content += self._content(is_last)
+                if self._call is None:
+                    return Said(content, calls)
+            told, self._held = self._call.push(self._held)
+            calls += told
+            self.num_calls += sum(call.name is not None for call in told)
+            if not self._call.is_over:
+                return Said(content, calls)
+            self._call, self._is_behind_call = None, True
 
-    def _arguments(self, is_last: bool) -> Iterator[CallDelta]:
-        """What the call at hand adds; the call may end."""
-        if not self._has_name:
-            head = _HEAD.match(self._held)
-            if head is None:
-                return
-            self._held = self._held[head.end() :]
-            self._has_name, self.num_calls = True, self.num_calls + 1
-            yield CallDelta(self.num_calls - 1, "", json.loads(head[1]))
-        body, tag, after = self._held.partition(_CLOSE)
+    def _content(self, is_last: bool) -> str:
+        """What is held up to the next call, which may begin. Space between and behind calls is their layout."""
+        if self._is_behind_call:
+            self._held = self._held.lstrip()
+        before, tag, after = self._held.partition(_OPEN)
         if tag:
-            told = _TAIL.sub("", body).rstrip()
-            self._held, self._in_call = after, False
-        else:
-            # A brace, space and the beginning of the tag may be the call's own end.
-            kept = _begun(body, _CLOSE)
-            bare = body[: len(body) - len(kept)].rstrip()
-            bare = bare.removesuffix("}").rstrip() if bare.endswith("}") else bare
-            told = body if is_last else bare
-            self._held = "" if is_last else body[len(bare) :]
-        if told:
-            yield CallDelta(self.num_calls - 1, told)
+            self._call = _Call(self.num_calls)
+        kept = "" if tag or is_last else _begun(before, _OPEN)
+        self._held = after if tag else kept
+        content = before[: len(before) - len(kept)]
+        self._is_behind_call = self._is_behind_call and not content
+        return content
+
+
+class _Call:
+    """One call, from behind its opening tag to its closing one. Both may stand in its strings."""
+
+    def __init__(self, number: int) -> None:
+        self.is_over = False
+        self._number = number
+        self._depth = 0  # of objects and lists; 0 before the name is known and behind the arguments
+        self._has_name = self._in_string = self._is_escaped = False
+
+    def push(self, text: str) -> tuple[list[CallDelta], str]:
+        """What the text adds, and what of it is to come again with more."""
+        told = []
+        if not self._has_name:
+            head = _HEAD.match(text)
+            if head is None:
+                return [], text
+            self._has_name, self._depth, text = True, 1, text[head.end() :]
+            told.append(CallDelta(self._number, "", json.loads(head[1])))
+        if self._depth:
+            arguments = text[: self._length(text)]
+            text = text[len(arguments) :]
+            told += [CallDelta(self._number, arguments)] if arguments else []
+        if not self._depth:
+            _, tag, after = text.partition(_CLOSE)
+            self.is_over, text = bool(tag), after if tag else text
+        return told, text
+
+    def _length(self, text: str) -> int:
+        """How much of the text is arguments: up to the brace that closes the call."""
+        for at, char in enumerate(text):
+            if self._in_string:
+                self._in_string = self._is_escaped or char != '"'
+                self._is_escaped = char == "\\" and not self._is_escaped
+            elif char == '"':
+                self._in_string = True
+            elif char in "{[":
+                self._depth += 1
+            elif char in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    return at
+        return len(text)
 
 
 def _begun(text: str, tag: str) -> str:

@@ -129,12 +129,16 @@ def read(*pieces: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 HARD = '<tool_call>\n{"name": "f", "arguments": {"a": "}\\n</tool", "b": {"c": {}}, "d": "</"}}\n</tool_call>'
+TAGGED = '{"a": "</tool_call> \\\\", "b": "}\\"]<tool_call>"}'
+TAGS = f'<tool_call>\n{{"name": "f", "arguments": {TAGGED}}}\n</tool_call>'
 TEXTS: list[tuple[str, tuple[str, list[tuple[str, str]]]]] = [
     ("It is < 5 <tool> and <tool_cal", ("It is < 5 <tool> and <tool_cal", [])),
     (CALL, ("", [("weather", '{"city": "Oslo"}')])),
     (f"Let me see.\n{CALL}\n{OTHER}", ("Let me see.\n", [("weather", '{"city": "Oslo"}'), ("clock", "{}")])),
     (HARD, ("", [("f", '{"a": "}\\n</tool", "b": {"c": {}}, "d": "</"}')])),
     (f"{OTHER}\n", ("", [("clock", "{}")])),
+    (f"{OTHER}\n  That was  it.\n", ("That was  it.\n", [("clock", "{}")])),
+    (TAGS, ("", [("f", TAGGED)])),
 ]
 
 
@@ -154,8 +158,8 @@ def test_arguments_come_as_they_are_written() -> None:
     reader.push('<tool_call>\n{"name": "weather", "arguments": ')
     begun = reader.push('{"city": "Os')
     assert begun == Said("", [CallDelta(0, "", "weather"), CallDelta(0, '{"city": "Os', None)])
-    assert reader.push('lo"}') == Said("", [CallDelta(0, 'lo"', None)])
-    assert reader.push("}\n</tool") == Said("", [CallDelta(0, "}", None)])
+    assert reader.push('lo"}') == Said("", [CallDelta(0, 'lo"}', None)])
+    assert reader.push("}\n</tool") == Said("", [])
     assert reader.push("_call>", True) == Said("", [])
 
 
