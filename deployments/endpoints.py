@@ -287,8 +287,10 @@ class Endpoints:
                 tokens = step.verdict.tokens[: delivered.num_tokens]
                 told = self._reader.token_texts.tell(tokens, step.verdict.logprobs)
                 ids = tokens if job.tells_ids else None
-                said = Piece(text + delivered.text, delivered.finish_reason, index, told, ids, prompt)
-                piece = said._replace(step=record.steps[-1] if record.steps and not step.is_prefill else None)
+                piece = Piece(
+                    text + delivered.text, delivered.finish_reason, index, told, ids, prompt,
+                    step=record.steps[-1] if record.steps and not step.is_prefill else None,
+                )  # fmt: skip
                 yield piece if calls is None else _with_calls(piece, calls)
                 if delivered.finish_reason is not None:
                     return

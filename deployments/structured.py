@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from llguidance import LLMatcher
@@ -43,6 +44,7 @@ def grammar_of(asked: Mapping[str, Any]) -> str:
     return checked(grammar, name)
 
 
+@lru_cache(64)  # applications ask for the same forms again, and for one form of many prompts
 def checked(grammar: str, where: str) -> str:
     """The same. Raises `RequestError` where it is none. Args: where: the parameter that it comes from."""
     is_bad, said = LLMatcher.validate_grammar_with_warnings(grammar)
