@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from taps.engine.threads import computing_with
-from taps.models.cpu_kernel import build
-from taps.models.cpu_kernel.build import KernelUnavailable, chosen_level, load_library, machine_levels
+from taps.models.cpu_kernel import build, kernel
+from taps.models.cpu_kernel.build import KernelUnavailable, chosen_levels, load_library, machine_levels
 from taps.models.cpu_kernel.kernel import CpuKernel, cpu_kernel
 from tests.conftest import PROJECT
 
@@ -151,30 +151,48 @@ def test_a_cache_that_cannot_be_written_is_said(cache: Cache) -> None:
 
 def test_the_instruction_set_can_be_chosen_among_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TAPS_CPU_ISA", raising=False)
-    assert chosen_level() == machine_levels()[0]
+    assert chosen_levels() == machine_levels()
     for level in machine_levels():
         monkeypatch.setenv("TAPS_CPU_ISA", level)
-        assert chosen_level() == level
-        assert CpuKernel(chosen_level()).numerics == f"cpu-kernel-2/{level}"
+        assert chosen_levels() == [level]
+        assert CpuKernel(level).numerics == f"cpu-kernel-2/{level}"
     monkeypatch.setenv("TAPS_CPU_ISA", "mmx")
     with pytest.raises(
         KernelUnavailable, match=f"TAPS_CPU_ISA is mmx, but this machine runs .*{machine_levels()[-1]}"
     ):
-        chosen_level()
+        chosen_levels()
 
 
 def test_a_lesser_processor_is_given_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for machine, capability, bfloat16, levels in (
-        ("x86_64", "AVX512", True, ["avx512bf16", "avx512", "avx2", "baseline"]),
-        ("x86_64", "AVX512", False, ["avx512", "avx2", "baseline"]),
-        ("x86_64", "AVX2", False, ["avx2", "baseline"]),
-        ("x86_64", "DEFAULT", False, ["baseline"]),
-        ("aarch64", "SVE256", False, ["neon"]),
+    for machine, capability, bfloat16, tiles, allowed, levels in (
+        ("x86_64", "AVX512", True, True, True, ["amx", "avx512bf16", "avx512", "avx2", "baseline"]),
+        ("x86_64", "AVX512", True, True, False, ["avx512bf16", "avx512", "avx2", "baseline"]),
+        ("x86_64", "AVX512", True, False, False, ["avx512bf16", "avx512", "avx2", "baseline"]),
+        ("x86_64", "AVX512", False, False, False, ["avx512", "avx2", "baseline"]),
+        ("x86_64", "AVX2", False, True, True, ["avx2", "baseline"]),
+        ("x86_64", "DEFAULT", False, False, False, ["baseline"]),
+        ("aarch64", "SVE256", False, False, False, ["neon"]),
     ):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda said=bfloat16: said)
+        for name, said in (
+            ("_is_avx512_bf16_supported", bfloat16), ("_is_amx_tile_supported", tiles), ("_init_amx", allowed)
+        ):  # fmt: skip
+            monkeypatch.setattr(torch.cpu, name, lambda said=said: said)
         monkeypatch.setattr(platform, "machine", lambda said=machine: said)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda said=capability: said)
         assert machine_levels() == levels
+
+
+def test_a_compiler_that_is_older_than_the_processor_makes_what_it_knows(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.compiler.write_text(
+        cache.compiler.read_text().replace(
+            "exec g++",
+            'case "$*" in *-mavx512f*) echo "error: unrecognized option" >&2; exit 1;; esac\nexec g++',
+        )
+    )
+    monkeypatch.setattr(kernel, "chosen_levels", lambda: ["avx512bf16", "avx512", "baseline"])
+    assert cpu_kernel().numerics == "cpu-kernel-2/baseline"
 
 
 def test_the_sources_are_part_of_the_package() -> None:
@@ -246,7 +264,7 @@ def test_a_team_whose_others_never_come_is_not_waited_for() -> None:
 
 
 def test_callers_at_once_get_what_each_gets_alone() -> None:
-    kernel = CpuKernel(chosen_level())
+    kernel = CpuKernel(machine_levels()[0])
     inputs = [torch.randn(256, 2048, generator=torch.Generator().manual_seed(i)) for i in range(4)]
 
     def gated(gate_up: torch.Tensor) -> torch.Tensor:

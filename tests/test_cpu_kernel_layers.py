@@ -8,14 +8,19 @@ from torch import Tensor
 
 from taps.engine.threads import computing_with
 from taps.models.cache import PagedCache
-from taps.models.cpu_kernel.kernel import cpu_kernel
+from taps.models.cpu_kernel.build import machine_levels
+from taps.models.cpu_kernel.kernel import CpuKernel
 from taps.models.kernel_operations import KernelLayers, KernelOperations
 from taps.models.layers import ComposedLayers
 from taps.models.operations import HeadNorms, Heads, LayerWeights, LinearWeights, Norm, Rope
 from taps.models.step import Segment, Step, StepInputs
 
-KERNEL = cpu_kernel()
 SHAPES = [(960, 576), (576, 1536), (970, 64), (1, 2), (33, 130), (64, 6)]
+
+
+@pytest.fixture(scope="module", params=machine_levels())
+def kernel(request: pytest.FixtureRequest) -> CpuKernel:
+    return CpuKernel(request.param)
 
 
 def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -23,52 +28,58 @@ def drawn(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return (noise * scale).to(torch.bfloat16)
 
 
-def product(x: Tensor, weights: LinearWeights) -> Tensor:
+def product(kernel: CpuKernel, x: Tensor, weights: LinearWeights) -> Tensor:
     out = x.new_empty(len(x), len(weights.weight))
-    KERNEL.linear(x, KERNEL.pack(*weights), out)
+    kernel.linear(x, kernel.pack(*weights), out)
     return out
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_linear_layer_is_right_to_the_rounding_of_its_type(outputs: int, inputs: int, biased: bool) -> None:
+def test_a_linear_layer_is_right_to_the_rounding_of_its_type(
+    kernel: CpuKernel, outputs: int, inputs: int, biased: bool
+) -> None:
     weights = LinearWeights(drawn(outputs, inputs, seed=1), drawn(outputs, seed=2) if biased else None)
     x = drawn(37, inputs, seed=3)
     exact = x.double() @ weights.weight.double().T
     if weights.bias is not None:
         exact += weights.bias.double()
     bound = 2**-8 * exact.abs() + 1e-5 * (x.double().abs() @ weights.weight.double().abs().T) + 1e-30
-    assert ((product(x, weights).double() - exact).abs() <= bound).all()
+    assert ((product(kernel, x, weights).double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 8])
-def test_a_row_of_a_linear_layer_has_the_same_bits_whatever_rows_there_are(threads: int) -> None:
-    weights = LinearWeights(drawn(970, 576, seed=1), drawn(970, seed=2))
-    x = drawn(300, 576, seed=3)
-    whole = product(x, weights)
-    packed = KERNEL.pack(*weights)
+@pytest.mark.parametrize("inputs", [576, 118])
+def test_a_row_of_a_linear_layer_has_the_same_bits_whatever_rows_there_are(
+    kernel: CpuKernel, threads: int, inputs: int
+) -> None:
+    weights = LinearWeights(drawn(970, inputs, seed=1), drawn(970, seed=2))
+    x = drawn(300, inputs, seed=3)
+    whole = product(kernel, x, weights)
+    packed = kernel.pack(*weights)
     with computing_with(threads):
-        for rows in (*range(1, 27), 64, 299, 300):
+        for rows in (*range(1, 35), 64, 299, 300):
             out = x.new_empty(rows, 970)
-            KERNEL.linear(x[300 - rows :], packed, out)
+            kernel.linear(x[300 - rows :], packed, out)
             assert torch.equal(out, whole[300 - rows :]), f"{rows} rows"
 
 
-def test_a_row_that_is_not_a_number_is_no_other_rows_matter() -> None:
-    weights = LinearWeights(drawn(64, 64, seed=1), None)
-    x = drawn(13, 64, seed=3)
-    clean = product(x, weights)
+@pytest.mark.parametrize("inputs", [64, 70])
+def test_a_row_that_is_not_a_number_is_no_other_rows_matter(kernel: CpuKernel, inputs: int) -> None:
+    weights = LinearWeights(drawn(64, inputs, seed=1), None)
+    x = drawn(13, inputs, seed=3)
+    clean = product(kernel, x, weights)
     x[5] = torch.nan
-    found = product(x, weights)
+    found = product(kernel, x, weights)
     assert found[5].isnan().all()
     others = [row for row in range(13) if row != 5]
     assert torch.equal(found[others], clean[others])
 
 
 @pytest.mark.parametrize("x", [drawn(2, 62), drawn(2, 64).float(), drawn(64, 2).T, drawn(64)])
-def test_rows_that_do_not_fit_are_refused(x: Tensor) -> None:
+def test_rows_that_do_not_fit_are_refused(kernel: CpuKernel, x: Tensor) -> None:
     with pytest.raises(ValueError, match=r"x is .* it must be torch.bfloat16 \[\d+, 64\], contiguous"):
-        KERNEL.linear(x, KERNEL.pack(drawn(32, 64)), x.new_empty(len(x), 32, dtype=torch.bfloat16))
+        kernel.linear(x, kernel.pack(drawn(32, 64)), x.new_empty(len(x), 32, dtype=torch.bfloat16))
 
 
 def layer_weights(seed: int, heads: Heads, hidden: int, width: int, plain: bool) -> LayerWeights:
@@ -87,10 +98,12 @@ def layer_weights(seed: int, heads: Heads, hidden: int, width: int, plain: bool)
 
 @pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_layers_in_one_call_are_the_operations_one_by_one_to_the_bit(plain: bool, threads: int) -> None:
+def test_layers_in_one_call_are_the_operations_one_by_one_to_the_bit(
+    kernel: CpuKernel, plain: bool, threads: int
+) -> None:
     """Two sequences, one with a tree, over what is cached already."""
     heads, hidden, width = Heads(4, 2, 32, 32**-0.5), 96, 160
-    operations = KernelOperations(KERNEL, torch.bfloat16)
+    operations = KernelOperations(kernel, torch.bfloat16)
     weights = [layer_weights(100 * i, heads, hidden, width, plain) for i in range(3)]
     fused = operations.layers(weights)
     assert isinstance(fused, KernelLayers)
@@ -120,9 +133,9 @@ def test_layers_in_one_call_are_the_operations_one_by_one_to_the_bit(plain: bool
         assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_layers_that_do_not_join_are_refused() -> None:
+def test_layers_that_do_not_join_are_refused(kernel: CpuKernel) -> None:
     heads = Heads(4, 2, 32, 0.2)
     weights = layer_weights(0, heads, 96, 160, True)
-    operations = KernelOperations(KERNEL, torch.bfloat16)
+    operations = KernelOperations(kernel, torch.bfloat16)
     with pytest.raises(ValueError, match="do not join"):
         operations.layers([weights._replace(down=LinearWeights(drawn(96, 158), None))])

@@ -27,11 +27,12 @@ _FLAGS = [
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-exceptions"),
 ]
-# Best first. "avx512bf16" is what servers have since Cooper Lake and Zen 4, "avx512" since Skylake;
-# "baseline" is what every other machine has.
+# Best first. "amx" is what Intel's servers have since Sapphire Rapids, "avx512bf16" what servers have since
+# Cooper Lake and Zen 4, "avx512" since Skylake; "baseline" is what every other machine has.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 _LEVELS = {
+    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "avx512bf16": [*_AVX512, "-mavx512bf16"],
     "avx512": _AVX512,
     "avx2": _AVX2,
@@ -45,6 +46,10 @@ class KernelUnavailable(RuntimeError):
     """The CPU kernel cannot be built or loaded here; the message says why."""
 
 
+class CompilerRefused(KernelUnavailable):
+    """The compiler does not make it, for instance since it is older than the instruction set."""
+
+
 def machine_levels() -> list[str]:
     """The instruction sets that this processor runs, best first, as far as torch uses them too."""
     import torch  # heavy, and building does not need it
@@ -54,19 +59,26 @@ def machine_levels() -> list[str]:
     capability = torch.backends.cpu.get_cpu_capability()
     if capability.startswith("AVX512"):
         best = ["avx512bf16"] if torch.cpu._is_avx512_bf16_supported() else []
-        return [*best, "avx512", "avx2", "baseline"]
+        # The system lets a process use tiles once it has asked.
+        tiles = ["amx"] if best and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx() else []
+        return [*tiles, *best, "avx512", "avx2", "baseline"]
     return ["avx2", "baseline"] if capability == "AVX2" else ["baseline"]
 
 
-def chosen_level() -> str:
-    """`$TAPS_CPU_ISA`, or the machine's best. Raises `KernelUnavailable` for one that it does not run."""
+def chosen_levels() -> list[str]:
+    """`$TAPS_CPU_ISA` alone, or what the machine runs, best first.
+
+    Raises `KernelUnavailable` for one that the machine does not run.
+    """
     levels = machine_levels()
-    level = os.environ.get(_LEVEL_VARIABLE) or levels[0]
+    level = os.environ.get(_LEVEL_VARIABLE)
+    if not level:
+        return levels
     if level not in levels:
         raise KernelUnavailable(
             f"{_LEVEL_VARIABLE} is {level}, but this machine runs {', '.join(levels)}; set one, or none"
         )
-    return level
+    return [level]
 
 
 def load_library(level: str) -> ctypes.CDLL:
@@ -144,5 +156,5 @@ def _run(command: list[str]) -> str:
     if done.returncode != 0:
         complaints = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
         said = complaints[0] if complaints else f"exit status {done.returncode}"
-        raise KernelUnavailable(f"{command[0]} cannot build the CPU kernel: {said}")
+        raise CompilerRefused(f"{command[0]} cannot build the CPU kernel: {said}")
     return done.stdout

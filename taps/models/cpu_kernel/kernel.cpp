@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <mutex>
+#include <type_traits>
 #include <vector>
 
 // ---- lanes -------------------------------------------------------------------------------------------------------
@@ -777,14 +778,20 @@ void each_row(int64_t rows, int64_t width, int threads, const Work& work) {
 
 // Mirrored in layers.py.
 struct Linear {
-  const BFloat16* weights;  // [blocks, inputs / 2, columns, 2]; outputs filled up with zeros
+  const BFloat16* weights;  // [blocks, padded inputs / 2, columns, 2]; filled up with zeros
   const float* bias;        // [blocks * columns]
   int64_t inputs, outputs;
 };
 
-constexpr int COLUMNS = 2 * LANES;                    // of a block
+constexpr int COLUMNS = 2 * LANES;  // of a block
+constexpr int AHEAD = 4096;         // bytes of weights that are on their way
+
+#if defined(__AMX_BF16__)
+constexpr int TILE = 16, LINEAR_ROWS = 2 * TILE, INPUTS = 32;  // a tile of the processor: 16 rows of 64 bytes
+#else
 constexpr int LINEAR_ROWS = REGISTERS > 16 ? 12 : 5;  // of a tile: two sums a row, some for what is multiplied
-constexpr int AHEAD = 4096;                           // bytes of weights that are on their way
+constexpr int INPUTS = 2;                             // that are multiplied together; weights have a multiple
+#endif
 
 // What a tile reads of its rows. Where processors have no products of pairs in bfloat16 that is float32: turned
 // once for all columns, it is not turned again beside every block of weights, in registers that sums need.
@@ -793,6 +800,95 @@ typedef BFloat16 Input;
 #else
 typedef float Input;
 #endif
+
+// One block of weights and where its results go: up to COLUMNS columns of rows that are `outputs` wide.
+struct Block {
+  const BFloat16* weights;
+  const float* bias;
+  int64_t inputs, outputs;  // inputs are padded
+  int columns;
+};
+
+// The weights of `inputs` inputs that come `ahead` bytes later.
+inline void prefetch(const BFloat16* weights, int inputs, int64_t ahead) {
+  const int bytes = inputs * COLUMNS * int(sizeof(BFloat16));
+  for (int line = 0; line < bytes; line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(weights) + ahead + line, 0, 3);
+}
+
+inline void store_columns(BFloat16* out, Floats low, Floats high, int columns) {
+  BFloat16 row[COLUMNS];
+  store(row, low);
+  store(row + LANES, high);
+  memcpy(out, row, columns * sizeof(BFloat16));
+}
+
+#if defined(__AMX_BF16__)
+
+// What the tile registers hold, as the processor reads it: of 0 to 3 sums (upper rows left and right, lower rows
+// left and right), of 4 and 5 upper and lower rows' inputs, of 6 and 7 weights left and right.
+struct alignas(64) Tiles {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {};
+
+  explicit Tiles(int count) {
+    const uint8_t upper = std::min(count, TILE), lower = count - upper;
+    rows[0] = rows[1] = rows[4] = upper;
+    rows[2] = rows[3] = rows[5] = lower;
+    rows[6] = rows[7] = INPUTS / 2;
+    if (!lower) bytes[2] = bytes[3] = bytes[5] = 0;
+  }
+};
+
+// The compiler does not know what tiles read and write.
+inline void settle_memory() { asm volatile("" ::: "memory"); }
+
+template <bool LOWER>
+inline void multiply_tiles(const Input* x, const Block& block, int64_t ahead, float (*sums)[LINEAR_ROWS][LANES]) {
+  const int64_t row = block.inputs * sizeof(Input), line = 2 * COLUMNS * sizeof(BFloat16);
+  const BFloat16* w = block.weights;
+  _tile_loadd(0, block.bias, 0);
+  _tile_loadd(1, block.bias + LANES, 0);
+  if (LOWER) {
+    _tile_loadd(2, block.bias, 0);
+    _tile_loadd(3, block.bias + LANES, 0);
+  }
+  for (int64_t i = 0; i < block.inputs; i += INPUTS, w += INPUTS * COLUMNS) {
+    prefetch(w, INPUTS, ahead);
+    _tile_loadd(6, w, line);
+    _tile_loadd(7, w + COLUMNS, line);
+    _tile_loadd(4, x + i, row);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (LOWER) {
+      _tile_loadd(5, x + TILE * block.inputs + i, row);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums[0], sizeof(float[LANES]));
+  _tile_stored(1, sums[1], sizeof(float[LANES]));
+  if (LOWER) {
+    _tile_stored(2, sums[0] + TILE, sizeof(float[LANES]));
+    _tile_stored(3, sums[1] + TILE, sizeof(float[LANES]));
+  }
+}
+
+// Rows [rows, inputs] times one block of weights. A sum takes 32 inputs at a time, in order.
+void linear_rows(int rows, const Input* x, const Block& block, BFloat16* out, int64_t ahead) {
+  const Tiles tiles(rows);
+  alignas(64) float sums[2][LINEAR_ROWS][LANES];
+  settle_memory();
+  _tile_loadconfig(&tiles);
+  rows > TILE ? multiply_tiles<true>(x, block, ahead, sums) : multiply_tiles<false>(x, block, ahead, sums);
+  _tile_release();
+  settle_memory();
+  for (int r = 0; r < rows; r++)
+    store_columns(out + r * block.outputs, load(sums[0][r]), load(sums[1][r]), block.columns);
+}
+
+#else
 
 // To R rows' sums of the block's left and right columns: the products of two inputs, one after the other.
 template <int R>
@@ -821,59 +917,58 @@ inline void add_products(const Input* x, int64_t inputs, const BFloat16* w, Floa
 #endif
 }
 
-// R rows [R, inputs] times one block of weights; columns of the output, of which there may be fewer.
+// Rows [R, inputs] times one block of weights.
 template <int R>
-void linear_tile(const Input* x, const BFloat16* w, const float* bias, int64_t inputs, BFloat16* out,
-                 int64_t outputs, int columns, int64_t ahead) {
+void linear_tile(const Input* x, const Block& block, BFloat16* out, int64_t ahead) {
   Floats low[R], high[R];
-  for (int r = 0; r < R; r++) low[r] = load(bias), high[r] = load(bias + LANES);
-  for (int64_t i = 0; i < inputs; i += 2, w += 2 * COLUMNS) {
-    for (int line = 0; line < 2 * VECTOR_BYTES; line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(w) + ahead + line, 0, 3);
-    add_products<R>(x + i, inputs, w, low, high);
+  for (int r = 0; r < R; r++) low[r] = load(block.bias), high[r] = load(block.bias + LANES);
+  const BFloat16* w = block.weights;
+  for (int64_t i = 0; i < block.inputs; i += INPUTS, w += INPUTS * COLUMNS) {
+    prefetch(w, INPUTS, ahead);
+    add_products<R>(x + i, block.inputs, w, low, high);
   }
-  for (int r = 0; r < R; r++) {
-    BFloat16 row[COLUMNS];
-    store(row, low[r]);
-    store(row + LANES, high[r]);
-    memcpy(out + r * outputs, row, columns * sizeof(BFloat16));
-  }
+  for (int r = 0; r < R; r++) store_columns(out + r * block.outputs, low[r], high[r], block.columns);
 }
 
 template <int R = LINEAR_ROWS>
-void linear_rows(int rows, const Input* x, const BFloat16* w, const float* bias, int64_t inputs, BFloat16* out,
-                 int64_t outputs, int columns, int64_t ahead) {
-  if (rows == R) return linear_tile<R>(x, w, bias, inputs, out, outputs, columns, ahead);
-  if constexpr (R > 1) linear_rows<R - 1>(rows, x, w, bias, inputs, out, outputs, columns, ahead);
+void linear_rows(int rows, const Input* x, const Block& block, BFloat16* out, int64_t ahead) {
+  if (rows == R) return linear_tile<R>(x, block, out, ahead);
+  if constexpr (R > 1) linear_rows<R - 1>(rows, x, block, out, ahead);
 }
 
-#if defined(__AVX512BF16__)
-inline const Input* inputs_of(const BFloat16* x, int64_t, int64_t, int) { return x; }
-#else
-// Valid until the thread's next call.
+#endif
+
+inline int64_t padded(int64_t inputs) { return ceil_div(inputs, INPUTS) * INPUTS; }
+
+// Rows as tiles read them, padded with zeros. Valid until the thread's next call.
 const Input* inputs_of(const BFloat16* x, int64_t rows, int64_t width, int threads) {
-  thread_local std::vector<float> scratch;
-  if (scratch.size() < size_t(rows * width)) scratch.resize(rows * width);
-  float* turned = scratch.data();
-  each_row(rows, width, threads, [&](int64_t r) {
-    for (int64_t i = 0; i < width; i += LANES)
-      store_some(turned + r * width + i, load_some(x + r * width + i, width - i), width - i);
+  const int64_t wide = padded(width);
+  if constexpr (std::is_same_v<Input, BFloat16>)
+    if (wide == width) return reinterpret_cast<const Input*>(x);
+  thread_local std::vector<Input> scratch;
+  if (scratch.size() < size_t(rows * wide)) scratch.resize(rows * wide);
+  Input* turned = scratch.data();
+  each_row(rows, wide, threads, [&](int64_t r) {
+    for (int64_t i = 0; i < wide; i += LANES) {
+      const Floats values = i < width ? load_some(x + r * width + i, width - i) : Floats{};
+      store_some(turned + r * wide + i, values, wide - i);
+    }
   });
   return turned;
 }
-#endif
 
 void linear(const Linear& layer, const BFloat16* rounded, BFloat16* out, int64_t rows, int threads) {
-  const int64_t tiles = ceil_div(rows, LINEAR_ROWS);
+  const int64_t tiles = ceil_div(rows, LINEAR_ROWS), inputs = padded(layer.inputs);
   const Input* x = inputs_of(rounded, rows, layer.inputs, threads);
-  each(threads, ceil_div(layer.outputs, COLUMNS), [&](int64_t block) {
-    const int64_t column = block * COLUMNS;
-    const int columns = std::min<int64_t>(COLUMNS, layer.outputs - column);
+  each(threads, ceil_div(layer.outputs, COLUMNS), [&](int64_t number) {
+    const int64_t column = number * COLUMNS;
+    const Block block{layer.weights + column * inputs, layer.bias + column, inputs, layer.outputs,
+                      int(std::min<int64_t>(COLUMNS, layer.outputs - column))};
+    const int64_t next_block = threads * inputs * COLUMNS * int64_t(sizeof(BFloat16));
     for (int64_t t = 0; t < tiles; t++) {
-      int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
-      linear_rows(count, x + row * layer.inputs, layer.weights + column * layer.inputs, layer.bias + column,
-                  layer.inputs, out + row * layer.outputs + column, layer.outputs, columns,
-                  t == 0 ? AHEAD : threads * layer.inputs * COLUMNS * int64_t(sizeof(BFloat16)));
+      const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
+      linear_rows(count, x + row * inputs, block, out + row * layer.outputs + column,
+                  t == 0 ? AHEAD : next_block);
     }
   });
 }
@@ -1104,6 +1199,9 @@ EXPORT void taps_swiglu(const void* gate_up, void* out, int64_t rows, int64_t wi
 
 // Columns of a block of packed weights.
 EXPORT int64_t taps_linear_columns() { return COLUMNS; }
+
+// Their inputs are filled up to a multiple of it.
+EXPORT int64_t taps_linear_inputs() { return INPUTS; }
 
 EXPORT void taps_linear(const Linear* layer, const void* x, void* out, int64_t rows, int32_t threads) {
   linear(*layer, static_cast<const BFloat16*>(x), static_cast<BFloat16*>(out), rows, threads);

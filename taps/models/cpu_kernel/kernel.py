@@ -6,13 +6,14 @@ tensors that the caller gives. Knows tensors and the shared library; nothing of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 
 import torch
 from torch import Tensor
 
-from taps.models.cpu_kernel.build import chosen_level, load_library
+from taps.models.cpu_kernel.build import CompilerRefused, chosen_levels, load_library
 from taps.models.cpu_kernel.layers import PackedLayers, PackedLinear
 from taps.models.cpu_kernel.paged import FAULTS, AttentionLayer, AttentionStep
 from taps.models.cpu_kernel.team import num_threads
@@ -56,8 +57,9 @@ class CpuKernel:
         self._find_best = library.taps_find_best
         self._find_best.argtypes = [*[_POINTER] * 3, _LONG, _LONG, _INT, *[_POINTER] * 3, _INT, _INT]
         self._find_best.restype = None
-        library.taps_linear_columns.restype = _LONG
-        self._columns: int = library.taps_linear_columns()
+        for asked in (library.taps_linear_columns, library.taps_linear_inputs):
+            asked.restype = _LONG
+        self._block: tuple[int, int] = library.taps_linear_columns(), library.taps_linear_inputs()
 
     def rms_norm(
         self, x: Tensor, weight: Tensor, out: Tensor, eps: float, residual: Tensor | None = None
@@ -97,7 +99,7 @@ class CpuKernel:
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
         """A weight [out, in] that it `packs`, and its bias [out], as `linear` reads them."""
-        return PackedLinear(weight, bias, self._columns, self._memory)
+        return PackedLinear(weight, bias, *self._block, self._memory)
 
     def linear(self, x: Tensor, layer: PackedLinear, out: Tensor) -> None:
         """out = x W^T + b, each output summed in order of the inputs. Args: x: [R, in]. out: [R, out]."""
@@ -176,8 +178,15 @@ class CpuKernel:
 
 @functools.cache
 def cpu_kernel() -> CpuKernel:
-    """The kernel at `$TAPS_CPU_ISA` or the machine's best instruction set. Raises `KernelUnavailable`."""
-    return CpuKernel(chosen_level())
+    """The kernel at `$TAPS_CPU_ISA`, or at the machine's best instruction set that the compiler knows.
+
+    Raises `KernelUnavailable`.
+    """
+    *better, last = chosen_levels()
+    for level in better:
+        with contextlib.suppress(CompilerRefused):
+            return CpuKernel(level)
+    return CpuKernel(last)
 
 
 @functools.cache

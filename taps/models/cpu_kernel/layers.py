@@ -39,12 +39,16 @@ class _DecoderLayer(ctypes.Structure):
 class PackedLinear:
     """A linear layer: blocks of outputs, in them pairs of inputs side by side."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, columns: int, memory: HugePages) -> None:
-        """Args: weight [out, in] bfloat16, in even; bias [out]; columns: outputs of a block."""
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, columns: int, together: int, memory: HugePages
+    ) -> None:
+        """Args: weight [out, in] bfloat16, in even; bias [out]; columns: outputs of a block; together: inputs
+        are filled up with zeros to a multiple of it, which is even.
+        """
         self.outputs, self.inputs = weight.shape
         missing = -self.outputs % columns
-        blocks = F.pad(weight.detach(), (0, 0, 0, missing)).view(-1, columns, self.inputs // 2, 2)
-        blocks = blocks.transpose(1, 2)
+        filled = F.pad(weight.detach(), (0, -self.inputs % together, 0, missing))
+        blocks = filled.view(-1, columns, filled.shape[1] // 2, 2).transpose(1, 2)
         packed = memory.zeros(blocks.shape, torch.bfloat16).copy_(blocks)
         added = weight.new_zeros(self.outputs) if bias is None else bias.detach()
         self._kept = packed, F.pad(added.float(), (0, missing)).contiguous()
