@@ -24,13 +24,9 @@ class _End:
 async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """What all of them give, as it comes; each one's in its order.
 
-    A source is hardly ahead of the reader. The first error ends all and is raised; closing closes all.
+    A source goes on while the reader works with what it gave, but is hardly ahead. The first error ends all and
+    is raised; closing closes all.
     """
-    if len(sources) == 1:
-        async with aclosing(sources[0]) as only:
-            async for value in only:
-                yield value
-        return
     waiting: asyncio.Queue[_Item[T] | _End] = asyncio.Queue(1)
     tasks = [asyncio.create_task(_pump(source, waiting)) for source in sources]
     left = len(sources)
