@@ -6,6 +6,7 @@ Knows positions; nothing of who reads them.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,6 +40,13 @@ class ContextDelta:
 
 
 _NO_FEATURES = torch.empty(0, 0)
+
+
+def _joined(chunks: Sequence[Tensor]) -> Tensor:
+    """Mostly one, which is not copied."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return torch.cat(tuple(chunks)) if chunks else _NO_FEATURES
 
 
 class Context:
@@ -116,5 +124,5 @@ class Context:
                 break
             newest.append(chunk[-missing:])
             missing -= len(newest[-1])
-        features = torch.cat(newest[::-1]) if newest else torch.empty(0, 0)
+        features = _joined(newest[::-1])
         return ContextDelta(known, tuple(self.tokens[known:]), wanted, features)

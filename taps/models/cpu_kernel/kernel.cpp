@@ -809,17 +809,28 @@ struct Block {
   int columns;
 };
 
-// The weights of `inputs` inputs that come `ahead` bytes later.
+// The weights of `inputs` inputs that come `ahead` bytes later: those of the block at hand, or of the next one, for
+// which there is room beside the rows in a larger cache only.
 inline void prefetch(const BFloat16* weights, int inputs, int64_t ahead) {
+  const char* from = reinterpret_cast<const char*>(weights) + ahead;
   const int bytes = inputs * COLUMNS * int(sizeof(BFloat16));
-  for (int line = 0; line < bytes; line += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(weights) + ahead + line, 0, 3);
+  if (ahead == AHEAD)
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 3);
+  else if (ahead)
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
 }
 
 inline void store_columns(BFloat16* out, Floats low, Floats high, int columns) {
   BFloat16 row[COLUMNS];
+#if defined(__AMX_BF16__)
+  // In one instruction; numbers below the least normal one become 0, as those do that tiles multiply.
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  if (columns == COLUMNS) return _mm512_storeu_si512(out, both);
+  memcpy(row, &both, sizeof row);
+#else
   store(row, low);
   store(row + LANES, high);
+#endif
   memcpy(out, row, columns * sizeof(BFloat16));
 }
 
@@ -968,7 +979,7 @@ void linear(const Linear& layer, const BFloat16* rounded, BFloat16* out, int64_t
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
       linear_rows(count, x + row * inputs, block, out + row * layer.outputs + column,
-                  t == 0 ? AHEAD : next_block);
+                  t == 0 ? AHEAD : t == 1 ? next_block : 0);
     }
   });
 }
