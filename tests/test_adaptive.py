@@ -204,6 +204,22 @@ def test_asking_aside_takes_little_of_the_time() -> None:
         assert 0 < asked * seconds <= 0.012 * (clock.now - began)
 
 
+@pytest.mark.parametrize(("with_it", "share"), [(200.0, 0.1), (400.0, 0.9)])
+def test_the_verifier_drafts_itself_where_more_comes_of_it(with_it: float, share: float) -> None:
+    """Sixteen sessions that decode plainly at 300 tokens/s, and at another rate with the verifier's drafts."""
+    clock = Clock()
+    of = Planner(StepCosts({1: 0.01, 16: 0.05}), clock)
+    for session in range(16):
+        of.open(session)
+    looked = []
+    for _ in range(1000):
+        looked.append(of.looks())
+        clock.now += 16 / (with_it if looked[-1] else 300.0)
+        of.observe_step(PassCost(16, 50.0), 0.05, None, 16)
+    assert looked[0], "before anything was measured"
+    assert (sum(looked[500:]) > share * 500) == (with_it > 300.0)
+
+
 # The policy, with verifier and drafters that are made up
 
 

@@ -19,7 +19,7 @@ def run(modes: Modes, clock: Clock, seconds: float, rates: tuple[float, float], 
     end, drafted = clock.now + seconds, 0.0
     owed = 0.0
     while clock.now < end:
-        mode = modes.drafts(thought)
+        mode = modes.is_on(thought)
         clock.now += 0.02
         drafted += 0.02 * mode
         owed += 0.02 * rates[mode]

@@ -1,9 +1,10 @@
-"""Whether all sessions of a router decode plainly, or those that gain most draft: by what both give.
+"""Whether sessions of a router do what costs all of them something, such as drafting: by what they give with it
+and without.
 
-What costs are thought to be says whether drafting is worth a trial; what came of it says whether it stays. The
-mode that is not in use is tried now and then, since workloads and machines change.
+What costs are thought to be says whether it is worth a trial; what came of it says whether it stays. The mode
+that is not in use is tried now and then, since workloads and machines change.
 
-Knows tokens, sessions and seconds; nothing of who drafts or what a pass costs.
+Knows tokens, sessions and seconds; nothing of what is done or what a pass costs.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ _SETTLES_S = 0.1  # after a change of mode, until tokens are the new one's
 _NEWEST = 0.1  # weight of the newest window
 _STICKY = 0.03  # of the tokens per second, that a change must gain
 _TRIAL_S = 1.2  # that a trial lasts at most
-_FIRST_PAUSE_S = {False: 5.0, True: 15.0}  # between trials: of plain decoding, of drafting
+_FIRST_PAUSE_S = {False: 5.0, True: 15.0}  # between trials: of doing without, of doing it
 _LONGEST_PAUSE_S = 180.0
-_WORTH_TRYING = 0.8  # of what plain decoding gives, that drafting must be thought to
+_WORTH_TRYING = 0.8  # of what doing without gives, that it must be thought to
 _ENOUGH = 2  # windows, to judge a trial by
 _THOUGHT_COUNTS, _MOST_COUNT = 4, 20  # windows, for what is thought and for what was measured
 _LEAST = 0.01
-_HOPELESS = 0.85  # of what plain decoding gives: a trial of drafting that gives less ends early
+_HOPELESS = 0.85  # of what doing without gives: a trial that gives less ends early
 
 
 @dataclass
@@ -52,7 +53,7 @@ class _Load:
 
 
 class Modes:
-    """Of one router. A mode is whether sessions draft."""
+    """Of one router. A mode is whether it is done."""
 
     def __init__(self, capacity: Callable[[float], float], clock: Callable[[], float]) -> None:
         """Args: capacity: tokens per second that sessions are thought to get without drafts, about."""
@@ -86,9 +87,9 @@ class Modes:
             load.rates[self._mode].observe(self._tokens / lasted_s / self._capacity(sessions))
         self._begin(now)
 
-    def drafts(self, thought: float) -> bool:
-        """Whether sessions should draft now. Args: thought: the tokens a second of drafting to those of plain
-        decoding, as far as costs and gains tell.
+    def is_on(self, thought: float) -> bool:
+        """Whether it should be done now. Args: thought: the tokens a second with it to those without, as far as
+        costs and gains tell.
         """
         # One alone waits for its own steps only: their times say all.
         mode = self._decide(thought) if self._sessions > 1 else thought > 1.0 + _STICKY * (not self._mode)
@@ -98,14 +99,14 @@ class Modes:
         return mode
 
     def ratio(self, thought: float) -> float:
-        """The tokens a second of drafting to those of plain decoding: as measured where both were, and as
-        thought where that was little. Windows differ by what else they saw, above all by prompts.
+        """The tokens a second with it to those without: as measured where both were, and as thought where that
+        was little. Windows differ by what else they saw, above all by prompts.
         """
-        drafted, plain = self._at(self._sessions).rates[True], self._at(self._sessions).rates[False]
-        windows = min(drafted.windows, plain.windows, _MOST_COUNT)
+        done, plain = self._at(self._sessions).rates[True], self._at(self._sessions).rates[False]
+        windows = min(done.windows, plain.windows, _MOST_COUNT)
         if not windows:
             return thought
-        measured = math.log(max(drafted.value, _LEAST) / max(plain.value, _LEAST))
+        measured = math.log(max(done.value, _LEAST) / max(plain.value, _LEAST))
         guessed = math.log(max(thought, _LEAST))
         return math.exp((_THOUGHT_COUNTS * guessed + windows * measured) / (_THOUGHT_COUNTS + windows))
 

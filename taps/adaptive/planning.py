@@ -31,6 +31,7 @@ _FIRST_DRAFT_S = 0.004
 # which a probe holds up, and drafting has less to win.
 _PROBES = 0.01
 _FIRST_NODES = 6.0
+_LOOKS_GIVE = 1.05  # of plain decoding's tokens a second, that it is thought to give with the verifier's drafts
 _MOST_TOLD = 4  # passes of plain decoding that were told together, that are learned from
 _FIRST_PROBE_S = 0.02
 
@@ -102,7 +103,10 @@ class Planner:
         self._looked_up, self._found = ByLoad(0.0), ByLoad(0.0)
         self._realised = ByLoad(1.0)  # of what whole trees would gain, since they are cut
         first = StepCosts(self.passes.table())
-        self.modes = Modes(lambda sessions: sessions / first.seconds(sessions), clock)
+        # Whether sessions draft, and whether the verifier drafts where they do not.
+        self.modes, self._looking = (
+            Modes(lambda sessions: sessions / first.seconds(sessions), clock) for _ in range(2)
+        )
         self._seen: PassCost | None = None  # the newest pass
         self._threshold = 0.0  # tokens that a session must gain to draft
         self._planned_at = -math.inf
@@ -125,6 +129,7 @@ class Planner:
 
     def _changed(self) -> None:
         self.modes.has(len(self._best))
+        self._looking.has(len(self._best))
         self._planned_at = -math.inf
 
     @property
@@ -169,6 +174,8 @@ class Planner:
         """Args: waited_s: for one pass; drafted: what it was for, where it was for a tree."""
         is_news = self.observe_pass(cost)
         self.modes.count(tokens)
+        if not self._drafting:
+            self._looking.count(tokens)
         if cost is None or not (is_news or drafted):
             return
         sessions = self.num_sessions
@@ -211,6 +218,12 @@ class Planner:
         drafts = best.gain > 0.0 and best.gain >= needed
         (self._drafting.add if drafts else self._drafting.discard)(session)
         return best if drafts else Choice((), 0, free_gain, True)
+
+    def looks(self) -> bool:
+        """Whether the verifier should draft for sessions that decode plainly. It checks what pays in its
+        passes, but does not see what else these cost on a busy machine.
+        """
+        return self._looking.is_on(_LOOKS_GIVE)
 
     def explain(self, choice: Choice) -> dict[str, float]:
         """What is thought of the load: milliseconds from verdict to verdict, plain and where all draft."""
@@ -300,7 +313,7 @@ class Planner:
                 drafted, number = tokens / cycle, place
         if 0 < number < len(ranked):
             threshold = max(threshold, (ranked[number - 1].gain + ranked[number].gain) / 2)
-        self._threshold = threshold if self.modes.drafts(drafted / plain) else math.inf
+        self._threshold = threshold if self.modes.is_on(drafted / plain) else math.inf
 
 
 def _scale(depth: int) -> float:

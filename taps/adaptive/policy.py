@@ -94,6 +94,10 @@ class Adaptive:
         self.begins_asking = bool(drafters)
         return drafters
 
+    @property
+    def looks(self) -> bool:
+        return self._planner.looks()
+
     def plan(self, context: Context, idle: Sequence[Candidate], free: Sequence[ProposalTree]) -> Plan:
         for drafter in idle:  # asked in a plan that was dropped
             if drafter.name in self._owed:

@@ -91,6 +91,11 @@ class Policy(Protocol):
         """Those that will be asked at once, as far as is known before the session began."""
         ...
 
+    @property
+    def looks(self) -> bool:
+        """Whether a verifier that decodes plainly may draft by itself."""
+        ...
+
     def plan(self, context: Context, idle: Sequence[Candidate], free: Sequence[ProposalTree]) -> Plan:
         """Args: idle: drafters that may be asked; free: trees of those at hand."""
         ...
@@ -110,6 +115,7 @@ class Fixed:
     """Everyone is asked for the same, and what they say is composed in one way."""
 
     begins_asking = True
+    looks = True
 
     def __init__(self, compose: Compose, ask: Ask, tells_all: bool = False) -> None:
         """Args: tells_all: the features of every position are wanted, as they come."""
