@@ -43,6 +43,12 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def reshapes(self) -> bool:
+        """Whether a drawn token's distribution is another one than the logits', whatever came before."""
+        cuts = self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+        return self.temperature != 1.0 or cuts or bool(self.logit_bias)
+
+    @property
     def penalised(self) -> bool:
         """Whether the tokens so far change the distribution."""
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repeats_cost

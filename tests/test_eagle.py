@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +13,12 @@ from torch import Tensor
 
 from taps.context import ContextDelta
 from taps.drafting import growth
-from taps.drafting.drafter import Ask, DraftJob, InvalidAsk
+from taps.drafting.drafter import RESERVED_ROWS, Ask, DraftJob, InvalidAsk
 from taps.drafting.eagle import EagleDrafter
 from taps.engine.threads import computing_with
 from taps.models.alignment import Alignment
 from taps.models.draft_head import DraftHead, draft_config
+from taps.models.drafting_head import DraftingHead
 from taps.sampling import gumbel_noise
 from taps.shaping import SamplingParams
 from taps.tree import ROOT, ProposalTree
@@ -104,6 +107,45 @@ def test_sessions_drafted_together_get_what_they_get_alone(dtype: torch.dtype) -
     jobs = [DraftJob(drafter.open(), delta(0, e), a) for e, a in zip(ends, asks, strict=True)]
     for one, other in zip(alone, drafter.step(jobs), strict=True):
         assert one == other
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_trees_grown_in_one_call_are_those_grown_level_by_level(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, with and without noise, in sessions that grow: in bfloat16 many candidates tie."""
+    draw = random.Random(seed)
+    config = tiny_config()
+    config.head_dim = 16
+    ends_of_head = torch.randn(2, VOCAB, HIDDEN, generator=torch.Generator().manual_seed(seed))
+    vocabulary = torch.tensor(sorted(draw.sample(range(VOCAB), 40)))
+    inputs, outputs = ends_of_head
+    head = DraftHead(draft_config(config), inputs, outputs, vocabulary).eval().to(torch.bfloat16)
+    assert EagleDrafter(deepcopy(head))._head.grows
+
+    def drawn_ask() -> Ask:
+        sampling = draw.choice([None, SamplingParams(0.0), SamplingParams(seed=draw.randrange(99), choice=1)])
+        depth, top_k = draw.randint(0, 6), draw.choice([1, 2, 3, 4, 8, 60])
+        return Ask(draw.randint(1, 60), min(depth, RESERVED_ROWS // top_k), top_k, sampling)
+
+    ends = [sorted(draw.sample(range(2, 40), 3)) for _ in range(draw.randint(1, 6))]
+    rounds = [[(0 if i == 0 else end[i - 1], end[i], drawn_ask()) for end in ends] for i in range(3)]
+
+    def grown() -> list[Any]:
+        drafter = EagleDrafter(deepcopy(head))
+        sessions = [drafter.open() for _ in ends]
+        found = []
+        for asked in rounds:
+            jobs = [
+                DraftJob(session, delta(known, end), ask)
+                for session, (known, end, ask) in zip(sessions, asked, strict=True)
+            ]
+            found += drafter.step(jobs)
+        return found
+
+    at_once = grown()
+    monkeypatch.setattr(DraftingHead, "grows", False)
+    assert grown() == at_once
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from taps.context import ContextDelta
 from taps.drafting.drafter import DRAFT_LEN, RESERVED_ROWS, Ask, DraftJob, InvalidAsk
-from taps.drafting.growth import Frontier, Growth
+from taps.drafting.growth import Frontier, Growth, as_tree
 from taps.engine.scheduling import MAX_SESSIONS
 from taps.models.cache import PAGE, CachedSequence, Kept, PagedCache
+from taps.models.cpu_kernel.drafting import TreesAsked
 from taps.models.draft_head import DraftHead
 from taps.models.drafting_head import DraftingHead
 from taps.models.memory import require_memory
@@ -109,8 +110,39 @@ class EagleDrafter:
         return None
 
     def _grow(self, jobs: Sequence[DraftJob]) -> list[ProposalTree]:
+        roots = self._take_in(jobs)
+        if self._head.grows and not any(map(_is_shaped, jobs)):
+            return self._grow_in_kernel(jobs, roots)
+        return self._grow_by_levels(jobs, roots)
+
+    def _grow_in_kernel(self, jobs: Sequence[DraftJob], roots: Tensor) -> list[ProposalTree]:
+        """The same trees in one call."""
+        sequences, asks = [job.session.sequence for job in jobs], [job.ask for job in jobs]
+        depth = max(ask.depth for ask in asks)
+        widest = max(len(sequence.pages) for sequence in sequences)
+        table = [sequence.pages + [0] * (widest - len(sequence.pages)) for sequence in sequences]
+        keys = [key for level in range(1 + depth) if (key := _keys(jobs, level)) is not None]
+        asked = TreesAsked(
+            table=_integers(table),
+            committed=_integers([sequence.length for sequence in sequences]),
+            tokens=_integers([job.delta.root for job in jobs]),
+            nodes=_integers([ask.num_nodes for ask in asks]),
+            depths=_integers([ask.depth for ask in asks]),
+            children=_integers([ask.top_k for ask in asks]),
+            keys=torch.stack(keys) if keys else None,
+        )
+        reach = max(sequence.length for sequence in sequences) + depth + 1
+        grown = self._head.grow(asked, roots.contiguous(), self._cache, reach)
+        parts = (grown.tokens, grown.parents, 0.0 - grown.surprisals, grown.entropies)
+        return [
+            as_tree(ask, *(part[tree, :count].tolist() for part in parts))
+            for tree, (ask, count) in enumerate(zip(asks, grown.counts, strict=True))
+        ]
+
+    def _grow_by_levels(self, jobs: Sequence[DraftJob], hidden: Tensor) -> list[ProposalTree]:
+        """Args: hidden [jobs, H]: predicted features at the roots."""
         growth = Growth([job.delta.root for job in jobs], [job.ask for job in jobs])
-        hidden, counts, level = self._take_in(jobs), [1] * len(jobs), 0
+        counts, level = [1] * len(jobs), 0
         while (frontier := growth.extend(*self._candidates(jobs, hidden, counts, level))) is not None:
             hidden = self._forward_level(jobs, hidden, frontier)
             counts, level = [len(paths) for paths in frontier.paths], level + 1
@@ -196,6 +228,10 @@ class EagleDrafter:
         return ids[places], _cut(best, jobs, counts), entropies
 
 
+def _integers(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
 # Coupled drafts rank the token the target will *sample*, not the likeliest one (theory: Daliri et al.
 # 2408.07978): logits are shaped like the target's and tilted by the noise it will use. Penalties are left out:
 # drafting need not be exact.
@@ -204,7 +240,7 @@ class EagleDrafter:
 def _is_shaped(job: DraftJob) -> bool:
     """Whether the job's logits are shaped before they are ranked; greedy decoding has a bias at most."""
     sampling = job.ask.sampling
-    return sampling is not None and not (sampling.greedy and not sampling.logit_bias)
+    return sampling is not None and (bool(sampling.logit_bias) or (not sampling.greedy and sampling.reshapes))
 
 
 def _keys(owners: Sequence[DraftJob], level: int) -> Tensor | None:

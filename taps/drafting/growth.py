@@ -143,10 +143,10 @@ class Growth:
         parents = places[trees, parents[trees, order]]
         found = (tokens[trees, order], parents, 0.0 - surprisals[trees, order], entropies[trees, order])
         lists = [part.tolist() for part in found]
-        return [_tree(ask, *parts) for ask, *parts in zip(self._asks, *lists, strict=True)]
+        return [as_tree(ask, *parts) for ask, *parts in zip(self._asks, *lists, strict=True)]
 
 
-def _tree(
+def as_tree(
     ask: Ask, tokens: list[int], parents: list[int], scores: list[float], entropies: list[float]
 ) -> ProposalTree:
     """Of ranked nodes, the root first; those of -inf are none."""

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from taps.models.attention import Packed
 from taps.models.cache import LayerShape, PagedCache
+from taps.models.cpu_kernel.drafting import Grown, TreesAsked
 from taps.models.decoder import head_dim_of, is_lean_config, joined, layer_weights, rope_of
 from taps.models.draft_head import DraftHead
-from taps.models.kernel_operations import cpu_best, cpu_operations
+from taps.models.kernel_operations import KernelDrafts, cpu_best, cpu_operations, kernel_drafts
 from taps.models.linear import use_row_linears
-from taps.models.operations import Linear, Operations
+from taps.models.operations import Linear, Operations, Rope
 from taps.models.step import Step
 
 
@@ -34,6 +35,7 @@ class DraftingHead:
         self.layer_shape = LayerShape(attention.k_proj.out_features // dim, dim, dim, self.device)
         lean = self.device.type == "cpu" and is_lean_config(head.config)
         self.best = cpu_best() if self.device.type == "cpu" else None
+        self._run: _Lean | _Transformers
         self._run = _Lean(head.eval(), operations) if lean else _Transformers(head.eval())
 
     @property
@@ -49,6 +51,20 @@ class DraftingHead:
         """[n, draft vocabulary]"""
         return self._run.lm_head(hidden)
 
+    @property
+    def grows(self) -> bool:
+        """Whether it has `grow`."""
+        return self._run.drafts is not None
+
+    def grow(self, asked: TreesAsked, roots: Tensor, cache: PagedCache, num_positions: int) -> Grown:
+        """Whole trees below the predicted features [T, H] at their roots, where the head `grows`.
+
+        Args: num_positions: more than any path reaches.
+        """
+        assert self._run.drafts is not None
+        self._run.rope.cover(num_positions)
+        return self._run.drafts(asked, roots, cache, self._run.rope)
+
 
 class _Lean:
     def __init__(self, head: DraftHead, operations: Operations | None) -> None:
@@ -57,18 +73,21 @@ class _Lean:
         self._embeddings = head.embeddings
         self._layers = operations.layers([layer_weights(head.layers[0])])
         self.in_kernel = self._layers.in_kernel
-        self._rope = rope_of(head.rotary)
+        self.rope = rope_of(head.rotary)
         self._fc, self.lm_head = operations.linear(joined(head.fc)), operations.linear(joined(head.lm_head))
+        self.drafts = kernel_drafts(head.embeddings, head.draft_vocab, self._fc, self._layers, self.lm_head)
 
     def __call__(self, features: Tensor, step: Step, cache: PagedCache) -> Tensor:
-        self._rope.cover(step.num_positions)
+        self.rope.cover(step.num_positions)
         tokens = step.on(features.device).tokens
         pairs = torch.cat([F.embedding(tokens, self._embeddings), features], dim=-1)
-        return self._layers(self._fc(pairs), step, cache, self._rope)
+        return self._layers(self._fc(pairs), step, cache, self.rope)
 
 
 class _Transformers:
     in_kernel = False
+    drafts: KernelDrafts | None = None
+    rope: Rope
 
     def __init__(self, head: DraftHead) -> None:
         use_row_linears(head)

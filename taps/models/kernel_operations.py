@@ -17,6 +17,7 @@ from torch import Tensor
 
 from taps.models.cache import PagedCache
 from taps.models.cpu_kernel.build import KernelUnavailable
+from taps.models.cpu_kernel.drafting import Grown, PackedDraftHead, TreesAsked
 from taps.models.cpu_kernel.kernel import CpuKernel, cpu_kernel
 from taps.models.cpu_kernel.layers import PackedLayer, PackedLayers
 from taps.models.cpu_kernel.paged import MAX_HEAD_DIM, AttentionLayer, AttentionStep
@@ -116,11 +117,11 @@ class KernelLinear:
 
     def __init__(self, kernel: CpuKernel, weights: LinearWeights) -> None:
         self._kernel = kernel
-        self._packed = kernel.pack(*weights)
+        self.packed = kernel.pack(*weights)
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = x.new_empty(len(x), self._packed.outputs)
-        self._kernel.linear(x, self._packed, out)
+        out = x.new_empty(len(x), self.packed.outputs)
+        self._kernel.linear(x, self.packed, out)
         return out
 
 
@@ -144,17 +145,50 @@ class KernelLayers:
 
     def __call__(self, x: Tensor, step: Step, cache: PagedCache, rope: Rope) -> Tensor:
         """x is overwritten."""
-        self._kernel.layers(self._over(cache, x), self._operations.described(step, rope), x)
+        self._kernel.layers(self.over(cache, x), self._operations.described(step, rope), x)
         return x
 
-    def _over(self, cache: PagedCache, like: Tensor) -> PackedLayers:
-        """Made once for each cache."""
+    def over(self, cache: PagedCache, like: Tensor) -> PackedLayers:
+        """Made once for each cache. Args: like: a tensor looked at for its type."""
         if cache not in self._with_cache:
             attentions = [
                 self._operations.layer(index, like, cache, *heads) for index, heads in enumerate(self._heads)
             ]
             self._with_cache[cache] = PackedLayers(self._packed, attentions)
         return self._with_cache[cache]
+
+
+class KernelDrafts:
+    """A draft head that is the kernel's from one end to the other: it grows whole trees in one call."""
+
+    def __init__(
+        self, embeddings: Tensor, vocabulary: Tensor,
+        fc: KernelLinear, layers: KernelLayers, lm_head: KernelLinear,
+    ) -> None:  # fmt: skip
+        """Args: as `PackedDraftHead`."""
+        self._embeddings, self._vocabulary = embeddings.contiguous(), vocabulary.int().contiguous()
+        self._fc, self._layers, self._lm_head = fc, layers, lm_head
+        self._with_cache: WeakKeyDictionary[PagedCache, PackedDraftHead] = WeakKeyDictionary()
+
+    def __call__(self, asked: TreesAsked, roots: Tensor, cache: PagedCache, rope: Rope) -> Grown:
+        """Args: roots [T, H]: predicted features; rope: of as many positions as any path reaches."""
+        if cache not in self._with_cache:
+            layer = self._layers.over(cache, roots)
+            self._with_cache[cache] = PackedDraftHead(
+                self._embeddings, self._vocabulary, self._fc.packed, layer, self._lm_head.packed
+            )
+        return cpu_kernel().grow(self._with_cache[cache], asked, roots, rope.cos, rope.sin)
+
+
+def kernel_drafts(
+    embeddings: Tensor, vocabulary: Tensor, fc: Linear, layers: Layers, lm_head: Linear
+) -> KernelDrafts | None:
+    """None where a part of the head is not the kernel's."""
+    if not (isinstance(fc, KernelLinear) and isinstance(lm_head, KernelLinear)):
+        return None
+    if not isinstance(layers, KernelLayers) or embeddings.dtype is not torch.bfloat16:
+        return None
+    return KernelDrafts(embeddings, vocabulary, fc, layers, lm_head)
 
 
 def cpu_operations(dtype: torch.dtype, head_dim: int) -> Operations:

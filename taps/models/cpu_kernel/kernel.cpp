@@ -1170,6 +1170,210 @@ void find_best(const T* x, int64_t width, int k, int32_t* ids, float* logprobs, 
   for (int i = 0; i < k; i++) logprobs[i] = logprobs[i] - best - log_total;
 }
 
+// The same of a row as its noise tilts it. keys: the row's three of `stride` rows, as taps_find_best has them; null:
+// there is none.
+template <typename T>
+void find_best_of(const T* row, int64_t width, int k, const uint32_t* keys, int64_t stride, const int32_t* tokens,
+                  int32_t* ids, float* logprobs, float* entropy) {
+  if (!keys || !keys[2 * stride]) return find_best(row, width, k, ids, logprobs, entropy);
+  thread_local std::vector<float> tilted;
+  tilted.resize(width);
+  tilt(row, width, keys[0], keys[stride], tokens, tilted.data());
+  find_best(tilted.data(), width, k, ids, logprobs, entropy);
+}
+
+// ---- growing trees -----------------------------------------------------------------------------------------------
+
+// Whole drafts of many sessions in one call, as `taps.drafting.growth` grows them level by level: between two levels
+// an interpreter takes as long as the level does.
+
+// Mirrored in drafting.py.
+struct DraftHead {
+  const BFloat16* embeddings;  // [tokens, hidden]
+  const int32_t* vocabulary;   // [lm_head.outputs] the tokens that logits are of
+  const DecoderLayer* layer;
+  const float* cos;  // [positions, rotary / 2]
+  const float* sin;
+  Linear fc, lm_head;
+  int32_t positions, rotary;
+};
+
+// Trees that are asked for, and whose: sessions in whose regions there are no rows yet. Mirrored in drafting.py.
+struct Asked {
+  const int32_t* table;      // [trees, max_blocks]
+  const int32_t* committed;  // [trees] positions
+  const int32_t* nodes;      // [trees] of a tree at most, ...
+  const int32_t* depths;     // ... levels below the root's children, ...
+  const int32_t* children;   // ... and of a node
+  const uint32_t* keys;      // [1 + most_depth, 3, trees] as find_best has them, of each level; null: no noise
+  int32_t trees, max_blocks, most_nodes, most_depth, most_children;
+};
+
+struct Node {
+  double surprisal;  // cumulative, nats: infinity is no node
+  int32_t token, parent;
+  float entropy;  // of the distribution of its children, where it has any
+};
+
+class Trees {
+ public:
+  Trees(const DraftHead& head, const Asked& asked, int threads)
+      : head(head), asked(asked), threads(threads), hidden(head.fc.outputs),
+        nodes(asked.trees), rows(asked.trees), known(asked.trees), drafted(asked.trees) {}
+
+  // roots [trees, hidden]: predicted features; tokens [trees] at the roots.
+  Fault grow(const BFloat16* roots, const int32_t* tokens) {
+    features.assign(roots, roots + asked.trees * hidden);
+    for (int t = 0; t < asked.trees; t++) {
+      nodes[t] = {{0, tokens[t], -1, 0}};
+      rows[t] = {{0, {}, t}};
+    }
+    for (int level = 0;; level++) {
+      add_children(level);
+      if (level == asked.most_depth || !choose_rows(level)) return NONE;
+      if (Fault fault = forward()) return fault;
+    }
+  }
+
+  // The best nodes of each tree, by surprisal, then as they were found: [trees, most_nodes].
+  void tell(int32_t* tokens, int32_t* parents, double* surprisals, float* entropies, int32_t* counts) const {
+    for (int t = 0; t < asked.trees; t++) {
+      const std::vector<Node>& tree = nodes[t];
+      const std::vector<int> order = best_of(tree, 0);
+      std::vector<int> places(tree.size());
+      const int64_t first = int64_t(t) * asked.most_nodes;
+      int count = 0;
+      for (; count < std::min<int>(order.size(), asked.nodes[t]); count++) {
+        const Node& node = tree[order[count]];
+        if (node.surprisal == INFINITY) break;
+        places[order[count]] = count;
+        tokens[first + count] = node.token;
+        parents[first + count] = count ? places[node.parent] : -1;
+        surprisals[first + count] = node.surprisal;
+        entropies[first + count] = node.entropy;
+      }
+      counts[t] = count;
+    }
+  }
+
+ private:
+  struct Row {
+    int number;                 // of the node
+    std::vector<int32_t> path;  // the rows of its tree's region that lead to it, itself last
+    int feature;                // its row of the features, or its parent's until they are computed
+  };
+
+  const DraftHead& head;
+  const Asked& asked;
+  const int threads;
+  const int64_t hidden;
+  std::vector<std::vector<Node>> nodes;  // of each tree, level by level
+  std::vector<std::vector<Row>> rows;    // that are extended next, best first
+  std::vector<int> known;                // nodes of each tree before its newest level
+  std::vector<int32_t> drafted;          // rows of each tree's region
+  std::vector<BFloat16> features;        // of the rows, or of those before them
+  std::vector<BFloat16> logits;
+
+  // Numbers of the nodes from `first` on, best first; of equals the first is the best.
+  static std::vector<int> best_of(const std::vector<Node>& tree, int first) {
+    std::vector<int> order;
+    for (int i = first; i < int(tree.size()); i++) order.push_back(i);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return tree[a].surprisal < tree[b].surprisal; });
+    return order;
+  }
+
+  void add_children(int level) {
+    const int count = features.size() / hidden, k = std::min<int64_t>(asked.most_children, head.lm_head.outputs);
+    const int64_t width = head.lm_head.outputs;
+    logits.resize(count * width);
+    linear(head.lm_head, features.data(), logits.data(), count, threads);
+    std::vector<int> owners;
+    for (int t = 0; t < asked.trees; t++) owners.insert(owners.end(), rows[t].size(), t);
+    std::vector<int32_t> ids(count * k);
+    std::vector<float> logprobs(count * k), entropies(count);
+    const uint32_t* keys = asked.keys ? asked.keys + int64_t(level) * 3 * asked.trees : nullptr;
+    each(threads, count, [&](int64_t r) {
+      const int t = owners[r];
+      find_best_of(logits.data() + r * width, width, k, keys ? keys + t : nullptr, asked.trees, head.vocabulary,
+                   ids.data() + r * k, logprobs.data() + r * k, entropies.data() + r);
+    });
+    int r = 0;
+    for (int t = 0; t < asked.trees; t++) {
+      known[t] = nodes[t].size();
+      for (const Row& row : rows[t]) {
+        nodes[t][row.number].entropy = entropies[r];
+        const double above = nodes[t][row.number].surprisal;
+        for (int child = 0; child < k; child++) {
+          const double logprob = logprobs[r * k + child];
+          const bool is_node = child < asked.children[t] && logprob > -INFINITY;
+          nodes[t].push_back({is_node ? above - std::min(logprob, 0.0) : INFINITY,
+                              head.vocabulary[ids[r * k + child]], row.number, 0});
+        }
+        r++;
+      }
+    }
+  }
+
+  // The best nodes of the newest level, but those below which nothing could enter a full tree. False: none.
+  bool choose_rows(int level) {
+    bool any = false;
+    for (int t = 0; t < asked.trees; t++) {
+      std::vector<Node>& tree = nodes[t];
+      const int64_t most = int64_t(asked.children[t]) * (1 + int64_t(asked.depths[t]) * asked.children[t]);
+      const size_t last = std::min<int64_t>(asked.nodes[t], 1 + most) - 1;
+      const std::vector<int> all = best_of(tree, 0);
+      const double limit = last < all.size() ? tree[all[last]].surprisal : INFINITY;
+      std::vector<Row> next;
+      for (int number : best_of(tree, known[t])) {
+        if (level >= asked.depths[t] || int(next.size()) == asked.children[t]) break;
+        if (!(tree[number].surprisal < limit)) break;
+        const Row& parent = *std::find_if(rows[t].begin(), rows[t].end(),
+                                          [&](const Row& row) { return row.number == tree[number].parent; });
+        next.push_back({number, parent.path, parent.feature});
+        next.back().path.push_back(drafted[t] + int(next.size()) - 1);
+      }
+      rows[t] = std::move(next);
+      any |= !rows[t].empty();
+    }
+    return any;
+  }
+
+  // The rows through the head: their features from their parents'.
+  Fault forward() {
+    std::vector<int32_t> starts{0}, ends{0}, offsets, chain(asked.trees, 0);
+    std::vector<BFloat16> pairs;
+    std::vector<float> cos, sin;
+    const int half = head.rotary / 2;
+    for (int t = 0; t < asked.trees; t++) {
+      for (Row& row : rows[t]) {
+        const BFloat16* token = head.embeddings + nodes[t][row.number].token * hidden;
+        const BFloat16* feature = features.data() + row.feature * hidden;
+        pairs.insert(pairs.end(), token, token + hidden);
+        pairs.insert(pairs.end(), feature, feature + hidden);
+        offsets.insert(offsets.end(), row.path.begin(), row.path.end());
+        const int64_t position = asked.committed[t] + int64_t(row.path.size()) - 1;
+        if (position >= head.positions) return ROTARY;
+        cos.insert(cos.end(), head.cos + position * half, head.cos + (position + 1) * half);
+        sin.insert(sin.end(), head.sin + position * half, head.sin + (position + 1) * half);
+        row.feature = ends.size() - 1;
+        ends.push_back(offsets.size());
+      }
+      starts.push_back(ends.size() - 1);
+    }
+    const int count = starts.back();
+    const Step step{asked.table, asked.committed, drafted.data(), starts.data(), ends.data(), offsets.data(),
+                    chain.data(), cos.data(), sin.data(), asked.trees, asked.max_blocks, count,
+                    int32_t(offsets.size()), head.rotary};
+    if (Fault fault = find_fault(step, *head.layer->attention)) return fault;
+    features.resize(count * hidden);
+    linear(head.fc, pairs.data(), features.data(), count, threads);
+    Forward(step, *head.layer, threads).run(head.layer, 1, features.data());
+    for (int t = 0; t < asked.trees; t++) drafted[t] += rows[t].size();
+    return NONE;
+  }
+};
+
 // ---- the functions that kernel.py calls ----------------------------------------------------------------------
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -1243,15 +1447,21 @@ EXPORT void taps_find_best(const void* logits, const uint32_t* keys, const int32
   with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     each(threads, rows, [&](int64_t r) {
-      const T* row = static_cast<const T*>(logits) + r * width;
-      if (!keys || !keys[2 * rows + r])
-        return find_best(row, width, k, ids + r * k, logprobs + r * k, entropies + r);
-      thread_local std::vector<float> tilted;
-      tilted.resize(width);
-      tilt(row, width, keys[r], keys[rows + r], tokens, tilted.data());
-      find_best(tilted.data(), width, k, ids + r * k, logprobs + r * k, entropies + r);
+      find_best_of(static_cast<const T*>(logits) + r * width, width, k, keys ? keys + r : nullptr, rows, tokens,
+                   ids + r * k, logprobs + r * k, entropies + r);
     });
   });
+}
+
+// Drafts of predicted features [trees, hidden] and tokens [trees] at the roots. tokens, parents, surprisals and
+// entropies [trees, most_nodes] and counts [trees] are written. Returns a Fault.
+EXPORT int32_t taps_grow(const DraftHead* head, const Asked* asked, const void* roots, const int32_t* root_tokens,
+                         int32_t* tokens, int32_t* parents, double* surprisals, float* entropies, int32_t* counts,
+                         int32_t threads) {
+  Trees trees(*head, *asked, threads);
+  if (Fault fault = trees.grow(static_cast<const BFloat16*>(roots), root_tokens)) return fault;
+  trees.tell(tokens, parents, surprisals, entropies, counts);
+  return NONE;
 }
 
 // Returns a Fault; nothing is touched if there is one.

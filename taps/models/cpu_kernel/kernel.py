@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from taps.models.cpu_kernel.build import CompilerRefused, chosen_levels, load_library
+from taps.models.cpu_kernel.drafting import Grown, PackedDraftHead, TreesAsked
 from taps.models.cpu_kernel.layers import PackedLayers, PackedLinear
 from taps.models.cpu_kernel.paged import FAULTS, AttentionLayer, AttentionStep
 from taps.models.cpu_kernel.team import num_threads
@@ -57,6 +58,9 @@ class CpuKernel:
         self._find_best = library.taps_find_best
         self._find_best.argtypes = [*[_POINTER] * 3, _LONG, _LONG, _INT, *[_POINTER] * 3, _INT, _INT]
         self._find_best.restype = None
+        self._grow = library.taps_grow
+        self._grow.argtypes = [_POINTER] * 9 + [_INT]
+        self._grow.restype = _INT
         for asked in (library.taps_linear_columns, library.taps_linear_inputs):
             asked.restype = _LONG
         self._block: tuple[int, int] = library.taps_linear_columns(), library.taps_linear_inputs()
@@ -162,6 +166,21 @@ class CpuKernel:
         out = (tensor.data_ptr() for tensor in (ids, logprobs, entropies))
         self._find_best(logits.data_ptr(), *tilts, rows, width, k, *out, number, num_threads())
         return ids, logprobs, entropies
+
+    def grow(self, head: PackedDraftHead, asked: TreesAsked, roots: Tensor, cos: Tensor, sin: Tensor) -> Grown:
+        """Trees grown level by level, as `taps.drafting.growth` says; the sessions' regions are overwritten.
+
+        Args: roots [T, H] bfloat16: predicted features at the roots; cos, sin [n, rotary / 2] float32 of more
+        positions than any path reaches.
+        """
+        require("roots", roots, torch.bfloat16, (len(asked.tokens), head.hidden))
+        one, all_of_them = head.struct(cos, sin), asked.struct()
+        grown = Grown(all_of_them.trees, all_of_them.most_nodes)
+        given = ctypes.addressof(one), ctypes.addressof(all_of_them), roots.data_ptr(), asked.tokens.data_ptr()
+        fault = self._grow(*given, *grown.addresses, num_threads())
+        if fault:
+            raise ValueError(FAULTS[fault])
+        return grown
 
     def attend(self, layer: AttentionLayer, step: AttentionStep, qkv: Tensor, out: Tensor) -> None:
         """Rope, cache write and attention of one layer: a row sees the committed prefix and its own path.

@@ -17,7 +17,7 @@ from taps.models.cpu_kernel.tensors import require
 from taps.models.memory import HugePages
 
 
-class _Linear(ctypes.Structure):
+class Linear(ctypes.Structure):
     """`Linear` of kernel.cpp."""
 
     _fields_ = (
@@ -32,7 +32,7 @@ class _DecoderLayer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention", "input_norm", "mlp_norm")),
         *((name, ctypes.c_float) for name in ("input_eps", "mlp_eps")),
-        *((name, _Linear) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, Linear) for name in ("qkv", "out", "gate_up", "down")),
     )
 
 
@@ -52,7 +52,7 @@ class PackedLinear:
         packed = memory.zeros(blocks.shape, torch.bfloat16).copy_(blocks)
         added = weight.new_zeros(self.outputs) if bias is None else bias.detach()
         self._kept = packed, F.pad(added.float(), (0, missing)).contiguous()
-        self.struct = _Linear(*(tensor.data_ptr() for tensor in self._kept), self.inputs, self.outputs)
+        self.struct = Linear(*(tensor.data_ptr() for tensor in self._kept), self.inputs, self.outputs)
         self.address = ctypes.addressof(self.struct)
 
 
