@@ -213,10 +213,10 @@ class Endpoints:
     ) -> AsyncGenerator[Piece, None]:
         """All answers piece by piece; failures as request errors, and one record whatever happens."""
         outcome = "cancelled"
-        self._observer.observe_begin()
+        self._observer.observe_begin(record)
         try:
             async with (
-                self._generator.verifier(jobs) as verifier,
+                self._generator.verifier(jobs, lambda: self._observer.leasing(record)) as verifier,
                 aclosing(merged(self._each(jobs, verifier, record))) as pieces,
             ):
                 left = len(jobs)
@@ -276,7 +276,7 @@ class Endpoints:
         if job.state.sampling.choice:
             await begun.wait()
         delivery = self._reader.delivery(job)
-        calls = None if job.tools is None else CallReader()
+        calls = None if job.tools is None else CallReader(job.tools.form)
         text, prompt = job.echo, job.state.tokens if job.tells_ids else None
         async with aclosing(self._generator.steps(job, self._directory.specialists, verifier)) as steps:
             async for step in steps:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, closing, contextmanager
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager, nullcontext
 from typing import Any
 
 from ray.exceptions import RayError
@@ -20,7 +20,7 @@ from deployments.directory import Specialist
 from deployments.linking import LinkPool
 from deployments.requests import Generation
 from deployments.sessions import RemoteVerifierSession, drafter_session
-from deployments.verifiers import RequestVerifier
+from deployments.verifiers import Leasing, RequestVerifier
 from taps.adaptive import ADAPTIVE
 from taps.adaptive.planning import Planner
 from taps.adaptive.policy import Adaptive, Fleet
@@ -50,10 +50,15 @@ class Generator:
         self._fleet = Fleet(Planner(StepCosts(pass_seconds) if pass_seconds else None))
 
     @asynccontextmanager
-    async def verifier(self, jobs: Sequence[Generation]) -> AsyncIterator[RequestVerifier]:
-        """Where one request's answers are decided; leased when the first of them asks for it."""
+    async def verifier(
+        self, jobs: Sequence[Generation], leasing: Leasing = nullcontext
+    ) -> AsyncIterator[RequestVerifier]:
+        """Where one request's answers are decided; leased when the first of them asks for it.
+
+        Args: leasing: entered while it waits for the lease.
+        """
         waits = self._args.lease_deadline_s, self._args.verify_deadline_s
-        shared = RequestVerifier(self._pool, self._verifier, jobs[0].conversation, len(jobs), *waits)
+        shared = RequestVerifier(self._pool, self._verifier, jobs[0].conversation, len(jobs), *waits, leasing)
         try:
             yield shared
         finally:

@@ -1,14 +1,19 @@
-"""What operators see: Ray metrics, and a log line for each request. Knows records; nothing of responses."""
+"""What operators see: Ray metrics, spans, and a log line for each request.
+
+Knows records; nothing of responses.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from contextlib import AbstractContextManager
 
 from ray.serve import metrics
 
 from deployments.record import RequestRecord
 from deployments.status import Recent
+from deployments.tracing import RequestTrace
 from taps.decoding.policy import Step
 
 logger = logging.getLogger("ray.serve")
@@ -24,20 +29,31 @@ class Observer:
         self._requests = metrics.Counter("taps_requests", "Requests ended.", ("outcome",))
         self._tokens = metrics.Counter("taps_tokens", "Tokens delivered.")
         self._prompt_tokens = metrics.Counter("taps_prompt_tokens", "Prompt tokens prefilled.")
+        self._cached = metrics.Counter("taps_cached_tokens", "Prompt tokens found in a verifier's cache.")
         self._passes = metrics.Counter("taps_verify_passes", "Verify passes.")
+        self._plain = metrics.Counter("taps_plain_passes", "Passes without drafts, one per session and pass.")
         self._numerics = metrics.Counter("taps_numerics_changes", "Answers resumed with other numerics.")
         self._drafted = metrics.Counter("taps_draft_tokens", "Drafted nodes checked.", ("drafter",))
         self._accepted = metrics.Counter("taps_accepted_tokens", "Drafted tokens accepted.", ("drafter",))
+        self._took_part = metrics.Counter(
+            "taps_drafter_passes", "Passes that checked drafts of it, one per session and pass.", ("drafter",)
+        )
         self._first = metrics.Histogram("taps_time_to_first_token_ms", "Until the first token.", _MS)
         self._between = metrics.Histogram("taps_inter_token_ms", "Between tokens, mean of a step.", _MS)
         self._draft = metrics.Histogram("taps_draft_ms", "Waiting for drafters, per step.", _MS)
         self._verify = metrics.Histogram("taps_verify_ms", "Waiting for the verifier, per step.", _MS)
         self._verified = metrics.Counter("taps_verify_sessions", "Trees verified, one per session and pass.")
         self._batch = metrics.Histogram("taps_verify_batch_size", "Sessions that share a verify pass.", _SIZES)
+        self._traces: dict[str, RequestTrace] = {}  # of requests that are being answered
 
-    def observe_begin(self) -> None:
-        """A request is being answered."""
+    def observe_begin(self, record: RequestRecord) -> None:
+        """A request is being answered, until its end is observed."""
         self.recent.begin()
+        self._traces[record.id] = RequestTrace(record)
+
+    def leasing(self, record: RequestRecord) -> AbstractContextManager[None]:
+        """While a request waits for a verifier."""
+        return self._traces[record.id].leasing()
 
     def observe_step(self, step: Step, record: RequestRecord) -> None:
         """Count one step of a request, the newest its record took."""
@@ -56,6 +72,7 @@ class Observer:
             self._between.observe(record.step_ms / max(record.step_tokens, 1))
         self._tokens.inc(record.step_tokens)
         self.recent.deliver(record.step_tokens)
+        self._traces[record.id].step(step, record)
 
     def observe_refusal(self, reason: str) -> None:
         """Count a request that was refused before it began."""
@@ -65,16 +82,37 @@ class Observer:
 
     def observe_end(self, record: RequestRecord, outcome: str) -> None:
         self._requests.inc(tags={"outcome": outcome})
+        self._traces.pop(record.id).end(record, outcome)
+        if record.cached_tokens:
+            self._cached.inc(record.cached_tokens)
+        if record.counts.num_plain_passes:
+            self._plain.inc(record.counts.num_plain_passes)
         if record.numerics_changed:
             self._numerics.inc(record.numerics_changed)
             logger.warning("%s went on with other numerics: its text may differ from there", record.id)
-        drafted, accepted = Counter[str](), Counter[str]()
+        drafted, accepted, took_part = Counter[str](), Counter[str](), Counter[str]()
         for index, name in enumerate(record.drafters):
             drafted[name] = record.drafted_by_drafter[index]
             accepted[name] = record.counts.accepted_by_drafter[index]
-        for name, count in (+drafted).items():
-            self._drafted.inc(count, tags={"drafter": name})
-        for name, count in (+accepted).items():
-            self._accepted.inc(count, tags={"drafter": name})
+            took_part[name] = record.passes_by_drafter[index]
+        for metric, counts in (
+            (self._drafted, drafted), (self._accepted, accepted), (self._took_part, took_part)
+        ):  # fmt: skip
+            for name, count in (+counts).items():
+                metric.inc(count, tags={"drafter": name})
         self.recent.end(outcome, drafted, accepted)
         logger.info(record.line(outcome))
+
+
+class Capacity:
+    """A verifier's metrics: what is left of its cache, as of its newest health check."""
+
+    def __init__(self) -> None:
+        self._pages = metrics.Gauge("taps_cache_pages", "Pages of a verifier's cache.")
+        self._free = metrics.Gauge("taps_cache_pages_free", "Of them, those that a new session may have.")
+        self._sessions = metrics.Gauge("taps_leases", "Requests that a verifier has room kept for.")
+
+    def observe(self, pages: int, free: int, leases: int) -> None:
+        self._pages.set(pages)
+        self._free.set(free)
+        self._sessions.set(leases)

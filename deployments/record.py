@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from deployments.requests import Generation
@@ -52,6 +53,7 @@ class RequestRecord:
         self.draft_ms = self.verify_ms = 0.0
         self.step_ms, self.step_tokens = 0.0, 0  # since the step before, and what the newest delivered
         self.drafted_by_drafter: Counter[int] = Counter()
+        self.passes_by_drafter: Counter[int] = Counter()  # those that checked something of it
         self.steps: list[dict[str, Any]] | None = [] if job.explains else None  # what each did, and why
         self.id = request_id
         self._first_ms = 0.0
@@ -73,8 +75,9 @@ class RequestRecord:
         else:
             self.counts.observe(step.verdict, delivered)
             self.batch_sizes += step.verdict.batch_size * step.verdict.num_passes
-            for owners in step.drafted:
-                self.drafted_by_drafter.update(drafters_in(owners))
+            of_node = [drafters_in(owners) for owners in step.drafted]
+            self.drafted_by_drafter.update(chain.from_iterable(of_node))
+            self.passes_by_drafter.update({*chain.from_iterable(of_node)})
             self.draft_ms += step.draft_ms
             self.verify_ms += step.verify_ms
             if self.steps is not None:

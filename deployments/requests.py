@@ -22,7 +22,7 @@ from deployments.errors import RequestError
 from deployments.logprobs import TokenTexts
 from deployments.schema import ChatRequest, CompletionRequest, TapsOptions, complaint
 from deployments.structured import grammar_of
-from deployments.tools import Tools, tools_of, without_tools
+from deployments.tools import Tools, form_of, tools_of, without_tools
 from taps.decoding.delivery import Delivery, end_tokens
 from taps.drafting.drafter import Ask
 from taps.session import SessionState
@@ -67,7 +67,8 @@ class RequestReader:
         self._target = target
         self._tokenizer: Any = AutoTokenizer.from_pretrained(target_path)
         self._token_texts = TokenTexts(self._tokenizer)
-        self._knows_tools = "tools" in str(self._tokenizer.chat_template)
+        template = str(self._tokenizer.chat_template)
+        self._knows_tools, self._calls = "tools" in template, form_of(template)
         self._end_tokens = tuple(sorted(end_tokens(target_path, self._tokenizer)))
         self._longest_token = max(map(len, self._tokenizer.get_vocab()))
 
@@ -75,7 +76,7 @@ class RequestReader:
         """What to generate, each choice's answer by itself."""
         messages = [message.plain() for message in request.messages]
         given = [tool.plain() for tool in request.tools]
-        tools = tools_of(given, request.tool_choice, request.parallel_tool_calls)
+        tools = tools_of(given, request.tool_choice, request.parallel_tool_calls, self._calls)
         if len(messages) > self._target.max_tokens:
             raise self._too_long(f"{len(messages)} messages", "messages")
         shown = (message.get(key, "") for message in messages for key in ("content", "name"))

@@ -1,7 +1,8 @@
 """Tools: how a target is told of them, which form its calls have, and calls read from its text as it comes.
 
-The form is Hermes', which Qwen, SmolLM and others are trained on: `<tool_call>`, an object with `name` and
-`arguments`, `</tool_call>`. Knows JSON, texts and grammars; nothing of targets or decoding.
+Most targets' form is Hermes', which Qwen, SmolLM and others are trained on: `<tool_call>`, an object with
+`name` and `arguments`, `</tool_call>`. From 3.1 on Llama answers with one object of `name` and `parameters` and
+nothing else. Knows JSON, texts and grammars; nothing of targets or decoding.
 """
 
 from __future__ import annotations
@@ -28,6 +29,22 @@ To call one, write an object with its name and arguments, and nothing else of it
 </tool_call>"""
 
 
+class CallForm(NamedTuple):
+    """How a target writes its calls."""
+
+    arguments: str  # the key of these
+    is_tagged: bool  # calls stand between tags, beside text and others; else one call is all of an answer
+
+
+HERMES, LLAMA = CallForm("arguments", True), CallForm("parameters", False)
+
+
+def form_of(template: str) -> CallForm:
+    """What a chat template has its target write; Hermes' where it says nothing of calls."""
+    is_llamas = "<|python_tag|>" in template and '"parameters": ' in template
+    return LLAMA if is_llamas else HERMES
+
+
 @dataclass(frozen=True)
 class Tools:
     """What an answer may call."""
@@ -35,16 +52,20 @@ class Tools:
     functions: tuple[Json, ...]  # as requests have them: name, description, parameters
     mode: Mode = "auto"
     parallel: bool = True
+    form: CallForm = HERMES
 
     def grammar(self) -> str:
         """Of the answer: text and calls as it likes, or nothing but calls. Raises `RequestError`."""
         calls = " | ".join(f"call_{n}" for n in range(len(self.functions)))
         lines = [f"one: {calls}"]
+        before, behind = ("\n", f"\n{_CLOSE}") if self.form.is_tagged else ("", "")
         for n, function in enumerate(self.functions):
             schema = {**(function.get("parameters") or ANY_OBJECT), "x-guidance": COMPACT}
-            begin = json.dumps(f'\n{{"name": {json.dumps(function["name"])}, "arguments": ')
-            lines.append(f"call_{n}: {begin} %json {json.dumps(schema)} {json.dumps('}' + chr(10) + _CLOSE)}")
-        if self.mode == "auto":
+            begin = f'{before}{{"name": {json.dumps(function["name"])}, "{self.form.arguments}": '
+            lines.append(f"call_{n}: {json.dumps(begin)} %json {json.dumps(schema)} {json.dumps('}' + behind)}")
+        if not self.form.is_tagged:
+            lines += ["TEXT: /([^{](.|\\n)*)?/", "start: one" + (" | TEXT" if self.mode == "auto" else "")]
+        elif self.mode == "auto":
             lines += [
                 "TEXT: /(.|\\n)*/",
                 f"begun[lazy]: TEXT {json.dumps(_OPEN)}",
@@ -66,7 +87,9 @@ class Tools:
         return [{"role": "system", "content": _TOLD.format(before=before, functions=functions)}, *rest]
 
 
-def tools_of(tools: Sequence[Json], choice: str | Mapping[str, Any] | None, parallel: bool) -> Tools | None:
+def tools_of(
+    tools: Sequence[Json], choice: str | Mapping[str, Any] | None, parallel: bool, form: CallForm = HERMES
+) -> Tools | None:
     """What a request asks for; None where nothing may be called. Raises `RequestError`."""
     functions = tuple(tool["function"] for tool in tools)
     names = [function["name"] for function in functions]
@@ -77,14 +100,14 @@ def tools_of(tools: Sequence[Json], choice: str | Mapping[str, Any] | None, para
     if not functions:
         raise RequestError("there are no tools to choose from", "tool_choice")
     if choice == "required":
-        return Tools(functions, "required", parallel)
+        return Tools(functions, "required", parallel, form)
     if choice in (None, "auto"):
-        return Tools(functions, "auto", parallel)
+        return Tools(functions, "auto", parallel, form)
     named = choice.get("function", {}).get("name") if isinstance(choice, Mapping) else choice
     chosen = tuple(function for function in functions if function["name"] == named)
     if not chosen:
         raise RequestError(f"tool_choice names {named!r}; there are: {', '.join(names)}", "tool_choice")
-    return Tools(chosen, "named", parallel)
+    return Tools(chosen, "named", parallel, form)
 
 
 def without_tools(messages: Sequence[Json]) -> list[Json]:
@@ -122,14 +145,17 @@ class Said(NamedTuple):
     calls: Sequence[CallDelta] = ()
 
 
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\S)')
+_BEGINS = '{"name":'  # an object that is a call, without spaces
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\S)')
 
 
 class CallReader:
     """Reads one answer's text piece by piece: content, and calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: CallForm = HERMES) -> None:
         self.num_calls = 0
+        self._form = form
+        self._is_text = False  # all of an answer whose calls have no tags
         self._held = ""  # text that is not told yet
         self._call: _Call | None = None  # at hand
         self._is_behind_call = False  # with nothing but space since
@@ -138,9 +164,10 @@ class CallReader:
         """Args: is_last: nothing comes after it."""
         self._held += text
         content, calls = "", list[CallDelta]()
+        read = self._content if self._form.is_tagged else self._whole
         while True:
             if self._call is None:
-                content += self._content(is_last)
+                content += read(is_last)
                 if self._call is None:
                     return Said(content, calls)
             told, self._held = self._call.push(self._held)
@@ -163,12 +190,27 @@ class CallReader:
         self._is_behind_call = self._is_behind_call and not content
         return content
 
+    def _whole(self, is_last: bool) -> str:
+        """What is held, unless it is the call that the answer is, or may become it."""
+        if self._is_behind_call:
+            self._held = ""
+            return ""
+        begun = "".join(self._held.split())[: len(_BEGINS)]
+        self._is_text = self._is_text or not _BEGINS.startswith(begun)
+        if begun == _BEGINS and not self._is_text:
+            self._call = _Call(self.num_calls, is_tagged=False)
+        elif self._is_text or is_last:
+            content, self._held = self._held, ""
+            return content
+        return ""
+
 
 class _Call:
     """One call, from behind its opening tag to its closing one. Both may stand in its strings."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, is_tagged: bool = True) -> None:
         self.is_over = False
+        self._is_tagged = is_tagged
         self._number = number
         self._depth = 0  # of objects and lists; 0 before the name is known and behind the arguments
         self._has_name = self._in_string = self._is_escaped = False
@@ -187,7 +229,7 @@ class _Call:
             text = text[len(arguments) :]
             told += [CallDelta(self._number, arguments)] if arguments else []
         if not self._depth:
-            _, tag, after = text.partition(_CLOSE)
+            _, tag, after = text.partition(_CLOSE) if self._is_tagged else ("", "}", "")
             self.is_over, text = bool(tag), after if tag else text
         return told, text
 

@@ -28,7 +28,9 @@ class Verifier:
         self, target: TargetArgs, args: VerifierArgs
     ) -> None:
         take_normal_priority()
-        from deployments.loading import load_verifier  # heavy: not for those who only bind the class
+        # Heavy: not for those who only bind the class.
+        from deployments.loading import load_verifier
+        from deployments.metrics import Capacity
 
         self._verifier, self._description = load_verifier(target, args)
         await self._verifier.warm_up()
@@ -38,6 +40,7 @@ class Verifier:
         logger.info("numerics: %s", served.numerics)
         if served.inexact_because is not None:
             logger.warning("text is not exact to the bit here: %s", served.inexact_because)
+        self._capacity = Capacity()
         self._server = SessionServer(self._open_session, self._verifier.check, served.numerics)
         await self._server.start(node_address())
 
@@ -47,6 +50,8 @@ class Verifier:
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises several times in a row."""
+        cache = self._verifier.target.cache
+        self._capacity.observe(cache.num_pages, cache.num_available, self._server.num_leases)
         self._verifier.check()
 
     async def lease(self) -> AsyncIterator[Message]:

@@ -6,10 +6,10 @@ Knows handles, leases and numerics; nothing of decoding.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ray.serve.handle import DeploymentHandle
 
@@ -18,6 +18,7 @@ from deployments.sessions import RemoteVerifierSession
 from taps.peers import PeerGone
 
 _LEASES = 4  # that are tried for a verifier of the same numerics
+Leasing: TypeAlias = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass
@@ -36,10 +37,13 @@ class RequestVerifier:
 
     def __init__(
         self, pool: LinkPool, handle: DeploymentHandle[Any], conversation: str, num_sessions: int,
-        lease_deadline_s: float, verify_deadline_s: float,
+        lease_deadline_s: float, verify_deadline_s: float, leasing: Leasing = nullcontext,
     ) -> None:  # fmt: skip
-        """Args: conversation: names those that begin alike, where that is known; num_sessions: its answers."""
+        """Args: conversation: names those that begin alike, where that is known; num_sessions: its answers;
+        leasing: entered while it waits for a lease.
+        """
         self._pool, self._handle = pool, handle
+        self._waiting = leasing
         self._conversation = conversation
         self._num_sessions = num_sessions
         self._lease_deadline_s, self._verify_deadline_s = lease_deadline_s, verify_deadline_s
@@ -76,7 +80,8 @@ class RequestVerifier:
         async with self._leasing:
             if not self._held or self._held[-1].is_lost:
                 ending = AsyncExitStack()
-                lease = await ending.enter_async_context(self._alike())
+                with self._waiting():
+                    lease = await ending.enter_async_context(self._alike())
                 self._numerics = self._numerics or lease.numerics
                 self._held.append(_Held(lease, ending))
             held = self._held[-1]

@@ -154,15 +154,20 @@ class Cluster:
 
     def metrics(self, name: str) -> dict[str, float]:
         """A metric by its labels, of all nodes."""
-        found: dict[str, float] = {}
+        lines = (line for line in self._exported() if re.match(rf"ray_{name}[ {{]", line))
+        return {labels: float(value) for labels, value in (line.rsplit(" ", 1) for line in lines)}
+
+    def metric_names(self) -> set[str]:
+        """Of all that Ray exports for Prometheus now."""
+        return {re.split(r"[ {]", line, maxsplit=1)[0] for line in self._exported()}
+
+    def _exported(self) -> Iterator[str]:
+        """What Prometheus reads of all nodes, line by line, without comments."""
         for node in cast(Any, ray).nodes():
             if node["Alive"]:
                 address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-                for line in httpx.get(address, timeout=30).text.splitlines():
-                    if re.match(rf"ray_{name}[ {{]", line):
-                        labels, value = line.rsplit(" ", 1)
-                        found[labels] = float(value)
-        return found
+                lines = httpx.get(address, timeout=30).text.splitlines()
+                yield from (line for line in lines if not line.startswith("#"))
 
     @property
     def client(self) -> openai.OpenAI:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ from deployments.openai import Json
 from deployments.record import RequestRecord
 from deployments.requests import Generation, RequestReader
 from deployments.status import Recent
+from deployments.verifiers import Leasing
 from taps.decoding.policy import Step
 from tests.fakes import make_verdict, until
 from tests.test_requests import MODEL, TARGET, CharacterTokenizer
@@ -42,8 +43,9 @@ class ScriptedGenerator:
         self._script = script
 
     @asynccontextmanager
-    async def verifier(self, jobs: Sequence[Generation]) -> AsyncIterator[None]:
-        self.num_leased += 1
+    async def verifier(self, jobs: Sequence[Generation], leasing: Leasing) -> AsyncIterator[None]:
+        with leasing():
+            self.num_leased += 1
         try:
             yield
         finally:
@@ -77,8 +79,11 @@ class Ledger:
         self.num_tokens = 0
         self.recent = Recent()
 
-    def observe_begin(self) -> None:
+    def observe_begin(self, record: RequestRecord) -> None:
         self.recent.begin()
+
+    def leasing(self, record: RequestRecord) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def observe_step(self, step: Step, record: RequestRecord) -> None:
         self.num_tokens += record.step_tokens

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from deployments.metrics import Observer
+from deployments.metrics import Capacity, Observer
 from deployments.record import RequestRecord
 from taps.decoding.policy import Step
 from tests.fakes import make_verdict
@@ -32,6 +32,9 @@ class Metric:
         assert set(tags or {}) == set(self._tag_keys)
         self.observe(value, tags)
 
+    def set(self, value: float) -> None:
+        self.observe(value)
+
     def observe(self, value: float, tags: Mapping[str, str] | None = None) -> None:
         self._into[self._name].append((value, dict(tags or {})))
 
@@ -48,14 +51,15 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> Observed:
         assert list(boundaries) == sorted(set(boundaries))
         return Metric(into, name)
 
-    monkeypatch.setattr("deployments.metrics.metrics", SimpleNamespace(Counter=counter, Histogram=histogram))
+    kinds = SimpleNamespace(Counter=counter, Histogram=histogram, Gauge=counter)
+    monkeypatch.setattr("deployments.metrics.metrics", kinds)
     return into
 
 
 def run(steps: Sequence[tuple[Step, int]], outcome: str = "stop") -> RequestRecord:
     """One request with these steps, each delivering so many tokens, seen from its start to its end."""
     observer, record = Observer(), RequestRecord("request-1", [JOB])
-    observer.observe_begin()
+    observer.observe_begin(record)
     for step, delivered in steps:
         record.take(step, delivered)
         observer.observe_step(step, record)
@@ -82,6 +86,26 @@ def test_drafted_and_accepted_tokens_are_counted_by_drafter(observed: Observed) 
     run([(PREFILL, 1), (VERIFY, 3)])
     assert observed["taps_draft_tokens"] == [(2, {"drafter": "math"}), (2, {"drafter": "chat"})]
     assert observed["taps_accepted_tokens"] == [(2, {"drafter": "math"}), (1, {"drafter": "chat"})]
+    assert observed["taps_drafter_passes"] == [(1, {"drafter": "math"}), (1, {"drafter": "chat"})]
+    assert not observed["taps_plain_passes"]
+
+
+def test_passes_without_drafts_are_told_apart(observed: Observed) -> None:
+    plain = Step(make_verdict([5]), False, 0.0, 1.0)
+    run([(PREFILL, 1), (VERIFY, 3), (plain, 1), (plain, 1)])
+    assert observed["taps_plain_passes"] == [(2, {})]
+    assert totals(observed)["taps_verify_sessions"] == 3
+
+
+def test_what_was_found_in_a_cache_is_counted(observed: Observed) -> None:
+    found = replace(PREFILL, verdict=replace(PREFILL.verdict, num_reused=4))
+    run([(found, 1), (VERIFY, 3)])
+    assert observed["taps_cached_tokens"] == [(4, {})]
+
+
+def test_a_verifier_tells_what_is_left_of_its_cache(observed: Observed) -> None:
+    Capacity().observe(pages=100, free=40, leases=3)
+    assert totals(observed) == {"taps_cache_pages": 100, "taps_cache_pages_free": 40, "taps_leases": 3}
 
 
 def test_a_pass_that_sessions_share_is_counted_once_over_all_of_them(observed: Observed) -> None:

@@ -20,6 +20,7 @@ from cluster import clients
 from deployments.config import RouterArgs
 from deployments.directory import RAREST
 from tests.cluster import DRAFTERS, MODEL, QUESTION, USER, Cluster, ask, eventually, streamed_text, text_of
+from tests.dashboard import expressions, metrics_of
 from tests.prompts import PROMPTS
 
 pytestmark = pytest.mark.serve
@@ -195,6 +196,15 @@ def test_metrics_count_what_was_drafted_and_accepted(cluster: Cluster) -> None:
     assert counts["num_accepted_draft_tokens"] > 0
     assert pytest.approx(counts["mean_acceptance_length"] * counts["num_spec_steps"]) == 31
     assert max(counts["accepted_by_drafter"].values()) <= counts["num_accepted_draft_tokens"]
+
+
+def test_the_dashboard_asks_for_metrics_that_are_exported(cluster: Cluster) -> None:
+    for strategy in ("merged", "off", "off"):  # with drafts and without, and with a prompt that is known
+        ask(cluster, extra_body={"taps": {"strategy": strategy}})
+    rare = {"ray_taps_numerics_changes_total"}  # there only once it happened
+    asked = metrics_of(expressions()) - rare
+    eventually(cluster.metric_names, lambda names: asked <= names)
+    assert all('replica="' in labels for labels in cluster.metrics("taps_cache_pages_free"))
 
 
 def test_a_conversation_goes_on_with_the_clients_own_message_object(cluster: Cluster) -> None:

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from deployments.errors import RequestError
-from deployments.tools import CallDelta, CallReader, Said, Tools, tools_of, without_tools
+from deployments.tools import (
+    HERMES,
+    LLAMA,
+    CallDelta,
+    CallForm,
+    CallReader,
+    Said,
+    Tools,
+    form_of,
+    tools_of,
+    without_tools,
+)
 from taps.engine.grammars import Grammars
 from taps.verdict import InvalidGrammar
 
@@ -113,9 +124,9 @@ def test_a_schema_of_arguments_that_is_none_is_refused() -> None:
         Tools(({"name": "f", "parameters": {"type": "nonsense"}},)).grammar()
 
 
-def read(*pieces: str) -> tuple[str, list[tuple[str, str]]]:
+def read(*pieces: str, form: CallForm = HERMES) -> tuple[str, list[tuple[str, str]]]:
     """Content and calls of a text that came in these pieces."""
-    reader, content, calls = CallReader(), "", list[tuple[str, str]]()
+    reader, content, calls = CallReader(form), "", list[tuple[str, str]]()
     for number, piece in enumerate(pieces, 1):
         said = reader.push(piece, number == len(pieces))
         content += said.content
@@ -142,15 +153,58 @@ TEXTS: list[tuple[str, tuple[str, list[tuple[str, str]]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "expected"), TEXTS)
-def test_calls_are_read_however_the_text_comes(text: str, expected: tuple[str, list[tuple[str, str]]]) -> None:
-    assert read(text) == expected
-    assert read(*text) == expected
-    assert read(*text, "") == expected
+LLAMAS_CALL = '{"name": "weather", "parameters": {"city": "Oslo {"}}'
+LLAMAS_TEXTS: list[tuple[str, tuple[str, list[tuple[str, str]]]]] = [
+    (LLAMAS_CALL, ("", [("weather", '{"city": "Oslo {"}')])),
+    (f"\n{LLAMAS_CALL}\n", ("", [("weather", '{"city": "Oslo {"}')])),
+    ("It is sunny.", ("It is sunny.", [])),
+    (f"So: {LLAMAS_CALL}", (f"So: {LLAMAS_CALL}", [])),
+    ('{"na', ('{"na', [])),
+    ('{"sky": "sunny"}', ('{"sky": "sunny"}', [])),
+    (" ", (" ", [])),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "form"),
+    [*((*one, HERMES) for one in TEXTS), *((*one, LLAMA) for one in LLAMAS_TEXTS)],
+)
+def test_calls_are_read_however_the_text_comes(
+    text: str, expected: tuple[str, list[tuple[str, str]]], form: CallForm
+) -> None:
+    assert read(text, form=form) == expected
+    assert read(*text, form=form) == expected
+    assert read(*text, "", form=form) == expected
     draw = random.Random(1)
     for _ in range(50):
         cuts = sorted(draw.choices(range(len(text)), k=5))
-        assert read(*(text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True))) == expected
+        pieces = (text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True))
+        assert read(*pieces, form=form) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "text", "is_kept"),
+    [
+        ("auto", "It is sunny.", True),
+        ("auto", '{"name": "weather", "parameters": {"city": "Oslo"}}', True),
+        ("auto", '{"name": "weather", "parameters": {"city": 5}}', False),
+        ("required", '{"name": "clock", "parameters": {}}', True),
+        ("required", "It is sunny.", False),
+    ],
+)
+def test_llamas_calls_are_all_of_an_answer(
+    mode: Any, text: str, is_kept: bool, grammars: Grammars, tokenizer: Any
+) -> None:
+    assert keeps_to(grammars, tokenizer, Tools((WEATHER, CLOCK), mode, form=LLAMA).grammar(), text) == is_kept
+
+
+def test_a_template_says_which_form_calls_have() -> None:
+    llamas = (
+        """{{ '<|python_tag|>' }} ... respond with {"name": ..., "parameters": ...} {{- '"parameters": ' }}"""
+    )
+    assert form_of(llamas) is LLAMA
+    assert form_of("<tool_call> {{ tools }}") is HERMES
+    assert form_of("None") is HERMES
 
 
 def test_arguments_come_as_they_are_written() -> None:
