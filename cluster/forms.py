@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import httpx
 import jsonschema
@@ -33,13 +33,14 @@ from transformers import AutoTokenizer
 
 from cluster.status import DEFAULT_URL
 from deployments.structured import COMPACT
-from taps.models.embedded import target_path
+from taps.models.embedded import EMBEDDED, target_path
 from taps.provenance import made_with
 
 PLAIN = "off"
 _MOST_BYTES = 8_000  # of a schema, as compact JSON
 _SHOWN = 1_200  # characters of it in the question
 _TIMEOUT_S = 600
+_TOGETHER = 32  # schemas between two lines of progress
 
 
 class Schema(NamedTuple):
@@ -56,6 +57,15 @@ class Answer(NamedTuple):
     tokens: tuple[int, ...]
     finish_reason: str
     seconds: float
+
+
+class Plan(NamedTuple):
+    """What is asked."""
+
+    count: int  # schemas
+    temperatures: Sequence[float] = (0.0, 1.0)
+    strategies: Sequence[str] = ("adaptive",)  # beside plain decoding
+    streams: int = 1  # schemas at once
 
 
 class Refused(Exception):
@@ -103,26 +113,31 @@ def _references(content: Any) -> Iterator[str]:
             yield from _references(value)
 
 
-class Checker:
-    """Asks one server, and judges what it answers."""
+class Asker(Protocol):
+    """Whoever gives answers of a form."""
+
+    def ask(self, schema: Schema, temperature: float, strategy: str) -> Answer:
+        """Raises `Refused` where the schema cannot be used."""
+        ...
+
+
+class Server:
+    """Implements `Asker`."""
 
     def __init__(self, url: str, max_tokens: int) -> None:
         self._client = httpx.Client(base_url=f"{url}/v1", timeout=_TIMEOUT_S)
         self.model: str = self._client.get("/models").raise_for_status().json()["data"][0]["id"]
         self._max_tokens = max_tokens
-        tokenizer: Any = AutoTokenizer.from_pretrained(target_path("embedded"))
-        self._tokenizer: LLTokenizer = from_tokenizer(tokenizer)
 
-    def ask(self, schema: Schema, temperature: float, strategy: str, salt: str) -> Answer:
-        """Raises `Refused` where the server says that the schema cannot be used."""
+    def ask(self, schema: Schema, temperature: float, strategy: str) -> Answer:
         described = json.dumps(schema.content)[:_SHOWN]
         question = f"Write one short example of a JSON document of this schema:\n{described}"
         form = {"name": "document", "schema": schema.content}
         body = {
             "model": self.model, "messages": [{"role": "user", "content": question}],
-            "temperature": temperature, "seed": 1, "max_tokens": self._max_tokens, "cache_salt": salt,
-            "response_format": {"type": "json_schema", "json_schema": form}, "return_token_ids": True,
-            "taps": {"strategy": strategy},
+            "temperature": temperature, "seed": 1, "max_tokens": self._max_tokens,
+            "cache_salt": f"{schema.name}/{temperature}/{strategy}", "return_token_ids": True,
+            "response_format": {"type": "json_schema", "json_schema": form}, "taps": {"strategy": strategy},
         }  # fmt: skip
         began = time.perf_counter()
         response = self._client.post("/chat/completions", json=body)
@@ -130,33 +145,38 @@ class Checker:
         if response.status_code == 400:
             raise Refused(response.json()["error"]["message"])
         choice = response.raise_for_status().json()["choices"][0]
-        return Answer(
-            choice["message"]["content"], tuple(choice["token_ids"]), choice["finish_reason"], seconds
-        )
+        tokens = tuple(choice["token_ids"])
+        return Answer(choice["message"]["content"], tokens, choice["finish_reason"], seconds)
 
-    def fault(self, schema: Schema, answer: Answer) -> str:
-        """What is wrong with an answer; nothing where it is as it should be."""
-        if answer.finish_reason == "stop":
-            try:
-                jsonschema.validate(json.loads(answer.text), schema.content)
-            except ValueError as error:
-                return f"it does not parse: {error}"
-            except jsonschema.ValidationError as error:
-                return f"it does not validate: {error.message[:200]}"
-            return ""
-        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema.content), overrides=COMPACT)
-        taken = LLMatcher(self._tokenizer, grammar).try_consume_tokens(list(answer.tokens))
-        return "" if taken == len(answer.tokens) else f"the grammar ends after {taken} tokens"
+
+def fault_of(schema: Schema, answer: Answer, tokenizer: LLTokenizer) -> str:
+    """What is wrong with an answer; nothing where it is as it should be."""
+    if answer.finish_reason == "stop":
+        try:
+            jsonschema.validate(json.loads(answer.text), schema.content)
+        except ValueError as error:
+            return f"it does not parse: {error}"
+        except jsonschema.ValidationError as error:
+            return f"it does not validate: {error.message[:200]}"
+        return ""
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema.content), overrides=COMPACT)
+    taken = LLMatcher(tokenizer, grammar).try_consume_tokens(list(answer.tokens))
+    return "" if taken == len(answer.tokens) else f"the grammar ends after {taken} tokens"
 
 
 def checked(
-    checker: Checker, schema: Schema, temperature: float, strategies: Sequence[str], number: int
+    asker: Asker,
+    tokenizer: LLTokenizer,
+    schema: Schema,
+    temperature: float,
+    strategies: Sequence[str],
+    number: int,
 ) -> dict[str, Any]:
-    """One row: a schema at one temperature, in every way, in turn. Raises `Refused`."""
+    """One row: a schema at one temperature, in every way, plain first every other time. Raises `Refused`."""
     ways = [PLAIN, *strategies] if number % 2 else [*strategies, PLAIN]
-    answers = {way: checker.ask(schema, temperature, way, f"{schema.name}/{temperature}/{way}") for way in ways}
+    answers = {way: asker.ask(schema, temperature, way) for way in ways}
     plain = answers[PLAIN]
-    faults = [fault for answer in answers.values() if (fault := checker.fault(schema, answer))]
+    faults = [fault for answer in answers.values() if (fault := fault_of(schema, answer, tokenizer))]
     faults += [f"{way} gives another text" for way in strategies if answers[way].tokens != plain.tokens]
     return {
         "schema": schema.name,
@@ -193,33 +213,31 @@ def summary(rows: Sequence[dict[str, Any]], strategies: Sequence[str]) -> list[d
 
 
 def run(
-    checker: Checker, schemas: Iterator[Schema], asked: argparse.Namespace
-) -> tuple[list[Any], Counter[str]]:
+    asker: Asker, tokenizer: LLTokenizer, schemas: Iterator[Schema], plan: Plan
+) -> tuple[list[dict[str, Any]], Counter[str]]:
     """Rows of as many schemas as are wanted and taken, and why others were not."""
-    rows, refused, names = list[Any](), Counter[str](), set[str]()
-    temperatures = [float(number) for number in asked.temperatures.split(",")]
-    strategies = asked.strategies.split(",")
+    rows, refused, taken = list[dict[str, Any]](), Counter[str](), 0
 
-    def each(numbered: tuple[int, Schema]) -> list[Any] | str:
+    def each(numbered: tuple[int, Schema]) -> list[dict[str, Any]] | str:
         number, schema = numbered
         try:
-            return [checked(checker, schema, t, strategies, number) for t in temperatures]
+            return [checked(asker, tokenizer, schema, t, plan.strategies, number) for t in plan.temperatures]
         except Refused as error:
             return str(error)
 
     numbered = enumerate(schemas)
-    with ThreadPoolExecutor(asked.streams) as pool:
-        while len(names) < asked.count and (some := [*islice(numbered, min(32, asked.count - len(names)))]):
+    with ThreadPoolExecutor(plan.streams) as pool:
+        while taken < plan.count and (some := [*islice(numbered, min(_TOGETHER, plan.count - taken))]):
             for (_, schema), found in zip(some, pool.map(each, some), strict=True):
                 if isinstance(found, str):
                     refused[found.splitlines()[0][:160]] += 1
                     continue
-                names.add(schema.name)
+                taken += 1
                 rows += found
                 for row in found:
                     for fault in row["faults"]:
                         print(f"{schema.name}, T = {row['temperature']:g}: {fault}", flush=True)
-            print(f"{len(names)} of {asked.count} schemas, {sum(refused.values())} refused", flush=True)
+            print(f"{taken} of {plan.count} schemas, {sum(refused.values())} refused", flush=True)
     return rows, refused
 
 
@@ -236,16 +254,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="where the document goes, too")
     asked = parser.parse_args(argv)
     left_out, made = Counter[str](), made_with()
+    temperatures = [float(number) for number in asked.temperatures.split(",")]
+    plan = Plan(asked.count, temperatures, asked.strategies.split(","), asked.streams)
+    tokenizer: Any = AutoTokenizer.from_pretrained(target_path(EMBEDDED))
     try:
-        checker = Checker(asked.url.rstrip("/"), asked.max_tokens)
-        rows, refused = run(checker, usable(asked.schemas, left_out), asked)
+        server = Server(asked.url.rstrip("/"), asked.max_tokens)
+        rows, refused = run(server, from_tokenizer(tokenizer), usable(asked.schemas, left_out), plan)
     except httpx.HTTPError as error:
         print(f"{asked.url} does not answer: {error}", file=sys.stderr)
         return 1
     if not rows:
         print(f"{asked.schemas} has no schemas that can be asked for", file=sys.stderr)
         return 1
-    told = summary(rows, asked.strategies.split(","))
+    told = summary(rows, plan.strategies)
     options = {name: str(value) for name, value in vars(asked).items() if name not in ("out", "url", "schemas")}
     document = {
         "forms": told, "left_out": dict(left_out), "refused": dict(refused), "asked": options,

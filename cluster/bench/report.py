@@ -97,10 +97,11 @@ def section(document: Document) -> str:
 
 def _how(document: Document) -> str:
     made, plan, started = document["made_with"], document["plan"], document["started"]
+    rounds = f"{plan['rounds_done']} round" + "s" * (plan["rounds_done"] != 1)
     return (
         f"{document['server']['model']} on {made['cores']} cores ({made['machine']}), commit {made['commit']}, "
-        f"{started[:10]}: closed loops of streams on {', '.join(document['workloads'])}; {plan['rounds_done']} "
-        f"rounds of {plan['questions']} questions or more a workload, answers of at most {plan['max_tokens']} "
+        f"{started[:10]}: closed loops of streams on {', '.join(document['workloads'])}; {rounds} "
+        f"of {plan['questions']} questions or more a workload, answers of at most {plan['max_tokens']} "
         "tokens, every request with a `cache_salt` of its own. Settings took turns; ratios are taken between "
         "neighbours, medians of them per workload, then geometric means over the workloads, with 95 % "
         "bootstrap intervals.\n"
