@@ -37,7 +37,7 @@ from taps.models.embedded import EMBEDDED, target_path
 from taps.provenance import made_with
 
 PLAIN = "off"
-_MOST_BYTES = 8_000  # of a schema, as compact JSON
+_MOST_BYTES = 16_000  # of a schema, as compact JSON
 _SHOWN = 1_200  # characters of it in the question
 _TIMEOUT_S = 600
 _TOGETHER = 32  # schemas between two lines of progress

@@ -105,14 +105,19 @@ class Observer:
 
 
 class Capacity:
-    """A verifier's metrics: what is left of its cache, as of its newest health check."""
+    """A verifier's metrics: what it is asked for, and what was left of its cache at its newest health check."""
 
     def __init__(self) -> None:
         self._pages = metrics.Gauge("taps_cache_pages", "Pages of a verifier's cache.")
         self._free = metrics.Gauge("taps_cache_pages_free", "Of them, those that a new session may have.")
-        self._sessions = metrics.Gauge("taps_leases", "Requests that a verifier has room kept for.")
+        self._leases = metrics.Gauge("taps_leases", "Requests that a verifier has room kept for.")
+        self._sessions = metrics.Counter("taps_sessions", "Sessions that were opened on a verifier.")
+
+    def open(self) -> None:
+        """A session begins."""
+        self._sessions.inc()
 
     def observe(self, pages: int, free: int, leases: int) -> None:
         self._pages.set(pages)
         self._free.set(free)
-        self._sessions.set(leases)
+        self._leases.set(leases)

@@ -61,4 +61,5 @@ class Verifier:
     @asynccontextmanager
     async def _open_session(self, hello: Message) -> AsyncIterator[Handler]:
         async with self._verifier.session(hello.get("beside", False)) as session:
+            self._capacity.open()
             yield answering_verifier(session)

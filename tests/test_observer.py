@@ -104,8 +104,12 @@ def test_what_was_found_in_a_cache_is_counted(observed: Observed) -> None:
 
 
 def test_a_verifier_tells_what_is_left_of_its_cache(observed: Observed) -> None:
-    Capacity().observe(pages=100, free=40, leases=3)
-    assert totals(observed) == {"taps_cache_pages": 100, "taps_cache_pages_free": 40, "taps_leases": 3}
+    capacity = Capacity()
+    capacity.open()
+    capacity.observe(pages=100, free=40, leases=3)
+    assert totals(observed) == {
+        "taps_sessions": 1, "taps_cache_pages": 100, "taps_cache_pages_free": 40, "taps_leases": 3
+    }  # fmt: skip
 
 
 def test_a_pass_that_sessions_share_is_counted_once_over_all_of_them(observed: Observed) -> None:
