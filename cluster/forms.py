@@ -62,7 +62,7 @@ class Answer(NamedTuple):
 class Plan(NamedTuple):
     """What is asked."""
 
-    count: int  # schemas
+    num_schemas: int
     temperatures: Sequence[float] = (0.0, 1.0)
     strategies: Sequence[str] = ("adaptive",)  # beside plain decoding
     streams: int = 1  # schemas at once
@@ -227,7 +227,7 @@ def run(
 
     numbered = enumerate(schemas)
     with ThreadPoolExecutor(plan.streams) as pool:
-        while taken < plan.count and (some := [*islice(numbered, min(_TOGETHER, plan.count - taken))]):
+        while taken < plan.num_schemas and (some := [*islice(numbered, min(_TOGETHER, plan.num_schemas - taken))]):
             for (_, schema), found in zip(some, pool.map(each, some), strict=True):
                 if isinstance(found, str):
                     refused[found.splitlines()[0][:160]] += 1
@@ -237,7 +237,7 @@ def run(
                 for row in found:
                     for fault in row["faults"]:
                         print(f"{schema.name}, T = {row['temperature']:g}: {fault}", flush=True)
-            print(f"{taken} of {plan.count} schemas, {sum(refused.values())} refused", flush=True)
+            print(f"{taken} of {plan.num_schemas} schemas, {sum(refused.values())} refused", flush=True)
     return rows, refused
 
 
