@@ -227,7 +227,7 @@ def run(
 
     numbered = enumerate(schemas)
     with ThreadPoolExecutor(plan.streams) as pool:
-        while taken < plan.num_schemas and (some := [*islice(numbered, min(_TOGETHER, plan.num_schemas - taken))]):
+        while some := [*islice(numbered, min(_TOGETHER, plan.num_schemas - taken))]:
             for (_, schema), found in zip(some, pool.map(each, some), strict=True):
                 if isinstance(found, str):
                     refused[found.splitlines()[0][:160]] += 1
