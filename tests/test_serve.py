@@ -200,7 +200,8 @@ def test_metrics_count_what_was_drafted_and_accepted(cluster: Cluster) -> None:
 
 def test_the_dashboard_asks_for_metrics_that_are_exported(cluster: Cluster) -> None:
     for strategy in ("merged", "off", "off"):  # with drafts and without, and with a prompt that is known
-        ask(cluster, extra_body={"taps": {"strategy": strategy}})
+        long = [{"role": "user", "content": "Tell me more. " * 40}]  # more than a page of the cache
+        ask(cluster, messages=long, extra_body={"taps": {"strategy": strategy}})
     rare = {"ray_taps_numerics_changes_total"}  # there only once it happened
     asked = metrics_of(expressions()) - rare
     eventually(cluster.metric_names, lambda names: asked <= names)
