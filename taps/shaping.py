@@ -44,9 +44,9 @@ class SamplingParams:
 
     @property
     def reshapes(self) -> bool:
-        """Whether a drawn token's distribution is another one than the logits', whatever came before."""
+        """Whether tokens are chosen by other numbers than the logits, whatever came before."""
         cuts = self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
-        return self.temperature != 1.0 or cuts or bool(self.logit_bias)
+        return bool(self.logit_bias) or (not self.greedy and (self.temperature != 1.0 or cuts))
 
     @property
     def penalised(self) -> bool:

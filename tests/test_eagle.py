@@ -17,8 +17,11 @@ from taps.drafting.drafter import RESERVED_ROWS, Ask, DraftJob, InvalidAsk
 from taps.drafting.eagle import EagleDrafter
 from taps.engine.threads import computing_with
 from taps.models.alignment import Alignment
+from taps.models.cpu_kernel.build import machine_levels
+from taps.models.cpu_kernel.kernel import CpuKernel
 from taps.models.draft_head import DraftHead, draft_config
 from taps.models.drafting_head import DraftingHead
+from taps.models.kernel_operations import KernelOperations
 from taps.sampling import gumbel_noise
 from taps.shaping import SamplingParams
 from taps.tree import ROOT, ProposalTree
@@ -109,12 +112,16 @@ def test_sessions_drafted_together_get_what_they_get_alone(dtype: torch.dtype) -
         assert one == other
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("level", machine_levels())
+@pytest.mark.parametrize("seed", range(6))
 def test_trees_grown_in_one_call_are_those_grown_level_by_level(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+    seed: int, level: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, with and without noise, in sessions that grow: in bfloat16 many candidates tie."""
-    draw = random.Random(seed)
+    draw, kernel = random.Random(seed), CpuKernel(level)
+    operations = KernelOperations(kernel, torch.bfloat16)
+    monkeypatch.setattr("taps.models.drafting_head.cpu_operations", lambda *_: operations)
+    monkeypatch.setattr("taps.models.drafting_head.cpu_best", lambda: kernel.find_best)
     config = tiny_config()
     config.head_dim = 16
     ends_of_head = torch.randn(2, VOCAB, HIDDEN, generator=torch.Generator().manual_seed(seed))

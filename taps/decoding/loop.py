@@ -69,7 +69,7 @@ async def _decode_on(
         started = drafted = clock()
         lookup = panel.lookup
         drafts = () if lookup is None else lookup.owners
-        lookup = lookup if policy.looks else None
+        lookup = lookup if lookup is not None and policy.looks else None
         if is_ahead and rest:
             rest -= 1
             verdicts = await verifier.ahead(_WINDOW, lookup)

@@ -238,9 +238,8 @@ def _integers(values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
 
 
 def _is_shaped(job: DraftJob) -> bool:
-    """Whether the job's logits are shaped before they are ranked; greedy decoding has a bias at most."""
-    sampling = job.ask.sampling
-    return sampling is not None and (bool(sampling.logit_bias) or (not sampling.greedy and sampling.reshapes))
+    """Whether the job's logits are shaped before they are ranked."""
+    return job.ask.sampling is not None and job.ask.sampling.reshapes
 
 
 def _keys(owners: Sequence[DraftJob], level: int) -> Tensor | None:

@@ -116,12 +116,12 @@ class KernelLinear:
     """Implements `taps.models.operations.Linear`."""
 
     def __init__(self, kernel: CpuKernel, weights: LinearWeights) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
         self.packed = kernel.pack(*weights)
 
     def __call__(self, x: Tensor) -> Tensor:
         out = x.new_empty(len(x), self.packed.outputs)
-        self._kernel.linear(x, self.packed, out)
+        self.kernel.linear(x, self.packed, out)
         return out
 
 
@@ -177,7 +177,7 @@ class KernelDrafts:
             self._with_cache[cache] = PackedDraftHead(
                 self._embeddings, self._vocabulary, self._fc.packed, layer, self._lm_head.packed
             )
-        return cpu_kernel().grow(self._with_cache[cache], asked, roots, rope.cos, rope.sin)
+        return self._fc.kernel.grow(self._with_cache[cache], asked, roots, rope.cos, rope.sin)
 
 
 def kernel_drafts(

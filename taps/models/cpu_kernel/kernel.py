@@ -33,7 +33,9 @@ class CpuKernel:
     """
 
     def __init__(self, level: str) -> None:
-        """Raises `KernelUnavailable`. Args: level: one of `machine_levels()`."""
+        """Raises `KernelUnavailable`. Args: level: one of `machine_levels()`, which asks the system for what it
+        needs: instructions that were not asked for end the process.
+        """
         library = load_library(level)
         self.numerics = f"{_VERSION}/{level}"
         self._memory = HugePages()
