@@ -63,7 +63,7 @@ class Tools:
             schema = {**(function.get("parameters") or ANY_OBJECT), "x-guidance": COMPACT}
             begin = f'{before}{{"name": {json.dumps(function["name"])}, "{self.form.arguments}": '
             lines.append(f"call_{n}: {json.dumps(begin)} %json {json.dumps(schema)} {json.dumps('}' + behind)}")
-        if not self.form.is_tagged:
+        if not self.form.is_tagged:  # what begins with a brace is a call
             lines += ["TEXT: /([^{](.|\\n)*)?/", "start: one" + (" | TEXT" if self.mode == "auto" else "")]
         elif self.mode == "auto":
             lines += [

@@ -9,8 +9,9 @@ from torch import Tensor
 from taps.engine.threads import computing_with
 from taps.models.cache import PagedCache
 from taps.models.cpu_kernel.build import machine_levels
+from taps.models.cpu_kernel.drafting import TreesAsked
 from taps.models.cpu_kernel.kernel import CpuKernel
-from taps.models.kernel_operations import KernelLayers, KernelOperations
+from taps.models.kernel_operations import KernelLayers, KernelOperations, kernel_drafts
 from taps.models.layers import ComposedLayers
 from taps.models.operations import HeadNorms, Heads, LayerWeights, LinearWeights, Norm, Rope
 from taps.models.step import Segment, Step, StepInputs
@@ -139,3 +140,35 @@ def test_layers_that_do_not_join_are_refused(kernel: CpuKernel) -> None:
     operations = KernelOperations(kernel, torch.bfloat16)
     with pytest.raises(ValueError, match="do not join"):
         operations.layers([weights._replace(down=LinearWeights(drawn(96, 158), None))])
+
+
+def integers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+ASKED = TreesAsked(integers(0, 1)[None], integers(2), integers(7), integers(8), integers(2), integers(3))
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "width", "asked", "says"),
+    [
+        (range(40), 96, ASKED._replace(committed=integers(3000)), "angles of 2048 positions.* reach 3003"),
+        (range(40), 96, ASKED._replace(nodes=integers(0)), "a tree has a node"),
+        (range(40), 96, ASKED._replace(children=integers(3, 3)), "children is"),
+        (range(40), 96, ASKED._replace(table=integers(0, 99)[None], committed=integers(70)), "block"),
+        (range(11, 51), 96, ASKED, "tokens that are not below 50"),
+        (range(40), 94, ASKED, "a draft head is fc"),
+    ],
+)
+def test_drafts_that_cannot_be_grown_are_refused(
+    kernel: CpuKernel, vocabulary: range, width: int, asked: TreesAsked, says: str
+) -> None:
+    operations, heads = KernelOperations(kernel, torch.bfloat16), Heads(4, 2, 32, 32**-0.5)
+    layers = operations.layers([layer_weights(0, heads, 96, 160, True)])
+    fc, lm_head = (operations.linear(LinearWeights(drawn(*shape), None)) for shape in ((96, 192), (40, width)))
+    drafts = kernel_drafts(drawn(50, 96), torch.tensor(vocabulary), fc, layers, lm_head)
+    assert drafts is not None
+    rope = Rope(1e4 ** -(torch.arange(16).float() / 16))
+    rope.cover(1)
+    with pytest.raises(ValueError, match=says):
+        drafts(asked, drawn(1, 96), PagedCache(1, 200), rope)

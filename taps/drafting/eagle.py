@@ -131,8 +131,7 @@ class EagleDrafter:
             children=_integers([ask.top_k for ask in asks]),
             keys=torch.stack(keys) if keys else None,
         )
-        reach = max(sequence.length for sequence in sequences) + depth + 1
-        grown = self._head.grow(asked, roots.contiguous(), self._cache, reach)
+        grown = self._head.grow(asked, roots.contiguous(), self._cache)
         parts = (grown.tokens, grown.parents, 0.0 - grown.surprisals, grown.entropies)
         return [
             as_tree(ask, *(part[tree, :count].tolist() for part in parts))

@@ -56,13 +56,10 @@ class DraftingHead:
         """Whether it has `grow`."""
         return self._run.drafts is not None
 
-    def grow(self, asked: TreesAsked, roots: Tensor, cache: PagedCache, num_positions: int) -> Grown:
-        """Whole trees below the predicted features [T, H] at their roots, where the head `grows`.
-
-        Args: num_positions: more than any path reaches.
-        """
+    def grow(self, asked: TreesAsked, roots: Tensor, cache: PagedCache) -> Grown:
+        """Whole trees below the predicted features [T, H] at their roots, where the head `grows`."""
         assert self._run.drafts is not None
-        self._run.rope.cover(num_positions)
+        self._run.rope.cover(asked.reach)
         return self._run.drafts(asked, roots, cache, self._run.rope)
 
 

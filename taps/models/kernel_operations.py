@@ -171,7 +171,7 @@ class KernelDrafts:
         self._with_cache: WeakKeyDictionary[PagedCache, PackedDraftHead] = WeakKeyDictionary()
 
     def __call__(self, asked: TreesAsked, roots: Tensor, cache: PagedCache, rope: Rope) -> Grown:
-        """Args: roots [T, H]: predicted features; rope: of as many positions as any path reaches."""
+        """Args: roots [T, H]: predicted features; rope: that covers what the trees reach."""
         if cache not in self._with_cache:
             layer = self._layers.over(cache, roots)
             self._with_cache[cache] = PackedDraftHead(

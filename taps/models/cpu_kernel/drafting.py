@@ -23,7 +23,7 @@ class _DraftHead(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("embeddings", "vocabulary", "layer", "cos", "sin")),
         *((name, Linear) for name in ("fc", "lm_head")),
-        *((name, ctypes.c_int32) for name in ("positions", "rotary")),
+        ("rotary", ctypes.c_int32),
     )
 
 
@@ -73,7 +73,7 @@ class PackedDraftHead:
         require("sin", sin, torch.float32, (positions, half))
         embeddings, vocabulary, fc, layer, lm_head = self._kept
         pointers = (embeddings.data_ptr(), vocabulary.data_ptr(), layer.address, cos.data_ptr(), sin.data_ptr())
-        return _DraftHead(*pointers, fc.struct, lm_head.struct, positions, 2 * half)
+        return _DraftHead(*pointers, fc.struct, lm_head.struct, 2 * half)
 
 
 class TreesAsked(NamedTuple):
@@ -86,6 +86,11 @@ class TreesAsked(NamedTuple):
     depths: Tensor  # [T] levels below the root's children
     children: Tensor  # [T] of a node at most
     keys: Tensor | None = None  # [levels, 3, T] of each level, as `CpuKernel.find_best` takes them
+
+    @property
+    def reach(self) -> int:
+        """Positions of the longest sequence with its longest path."""
+        return int(self.committed.max()) + int(self.depths.max()) + 1
 
     def struct(self) -> _Asked:
         """Raises ValueError for tensors of other shapes, and for trees of nothing."""
@@ -104,15 +109,15 @@ class TreesAsked(NamedTuple):
 
 
 class Grown:
-    """Where the trees are written: the nodes of tree t are the first counts[t] of its row."""
+    """Where the trees are written: tree t has the first counts[t] of its row, behind them zeros."""
 
     def __init__(self, trees: int, most_nodes: int) -> None:
         shape = trees, most_nodes
-        self.tokens: npt.NDArray[np.int32] = np.empty(shape, np.int32)
-        self.parents: npt.NDArray[np.int32] = np.empty(shape, np.int32)  # -1 for the root
-        self.surprisals: npt.NDArray[np.float64] = np.empty(shape)  # cumulative, nats
-        self.entropies: npt.NDArray[np.float32] = np.empty(shape, np.float32)  # 0 where no children were asked
-        self.counts: npt.NDArray[np.int32] = np.empty(trees, np.int32)
+        self.tokens: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
+        self.parents: npt.NDArray[np.int32] = np.zeros(shape, np.int32)  # -1 for the root
+        self.surprisals: npt.NDArray[np.float64] = np.zeros(shape)  # cumulative, nats
+        self.entropies: npt.NDArray[np.float32] = np.zeros(shape, np.float32)  # 0 where no children were asked
+        self.counts: npt.NDArray[np.int32] = np.zeros(trees, np.int32)
 
     @property
     def addresses(self) -> list[int]:

@@ -1192,10 +1192,10 @@ struct DraftHead {
   const BFloat16* embeddings;  // [tokens, hidden]
   const int32_t* vocabulary;   // [lm_head.outputs] the tokens that logits are of
   const DecoderLayer* layer;
-  const float* cos;  // [positions, rotary / 2]
+  const float* cos;  // [positions, rotary / 2] of more positions than any path reaches
   const float* sin;
   Linear fc, lm_head;
-  int32_t positions, rotary;
+  int32_t rotary;
 };
 
 // Trees that are asked for, and whose: sessions in whose regions there are no rows yet. Mirrored in drafting.py.
@@ -1353,7 +1353,6 @@ class Trees {
         pairs.insert(pairs.end(), feature, feature + hidden);
         offsets.insert(offsets.end(), row.path.begin(), row.path.end());
         const int64_t position = asked.committed[t] + int64_t(row.path.size()) - 1;
-        if (position >= head.positions) return ROTARY;
         cos.insert(cos.end(), head.cos + position * half, head.cos + (position + 1) * half);
         sin.insert(sin.end(), head.sin + position * half, head.sin + (position + 1) * half);
         row.feature = ends.size() - 1;

@@ -172,10 +172,12 @@ class CpuKernel:
     def grow(self, head: PackedDraftHead, asked: TreesAsked, roots: Tensor, cos: Tensor, sin: Tensor) -> Grown:
         """Trees grown level by level, as `taps.drafting.growth` says; the sessions' regions are overwritten.
 
-        Args: roots [T, H] bfloat16: predicted features at the roots; cos, sin [n, rotary / 2] float32 of more
-        positions than any path reaches.
+        Args: roots [T, H] bfloat16: predicted features at the roots; cos, sin [n, rotary / 2] float32 of `reach`
+        positions or more.
         """
         require("roots", roots, torch.bfloat16, (len(asked.tokens), head.hidden))
+        if len(cos) < asked.reach:
+            raise ValueError(f"there are angles of {len(cos)} positions; the trees reach {asked.reach}")
         one, all_of_them = head.struct(cos, sin), asked.struct()
         grown = Grown(all_of_them.trees, all_of_them.most_nodes)
         given = ctypes.addressof(one), ctypes.addressof(all_of_them), roots.data_ptr(), asked.tokens.data_ptr()
