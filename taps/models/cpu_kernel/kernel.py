@@ -172,8 +172,8 @@ class CpuKernel:
     def grow(self, head: PackedDraftHead, asked: TreesAsked, roots: Tensor, cos: Tensor, sin: Tensor) -> Grown:
         """Trees grown level by level, as `taps.drafting.growth` says; the sessions' regions are overwritten.
 
-        Args: roots [T, H] bfloat16: predicted features at the roots; cos, sin [n, rotary / 2] float32 of `reach`
-        positions or more.
+        Args: roots [T, H] bfloat16: predicted features at the roots; cos, sin [n, rotary / 2] float32 of as
+        many positions as the trees `reach`.
         """
         require("roots", roots, torch.bfloat16, (len(asked.tokens), head.hidden))
         if len(cos) < asked.reach:
