@@ -5,8 +5,8 @@
 
 Every schema is asked for at each temperature, once decoded plainly and once with each strategy, side by side.
 An answer that ends with `stop` must parse and validate; one that ends with `length` must be the beginning of
-one that the grammar accepts, by the grammar library's own acceptor; and speculation must not change a text. The
-last line is one JSON document; ends with 1 where something does not hold.
+one that the grammar accepts, by the grammar library's own acceptor; and speculation must not change a text.
+What is known is written as it comes. The last line is one JSON document; ends with 1 where something does not hold.
 
 Knows a server's address and schemas; nothing of how answers are made.
 """
@@ -37,7 +37,7 @@ from taps.models.embedded import EMBEDDED, target_path
 from taps.provenance import made_with
 
 PLAIN = "off"
-_MOST_BYTES = 16_000  # of a schema, as compact JSON
+_MOST_BYTES = 64_000  # of a schema, as compact JSON
 _SHOWN = 1_200  # characters of it in the question
 _TIMEOUT_S = 600
 _TOGETHER = 32  # schemas between two lines of progress
@@ -214,8 +214,8 @@ def summary(rows: Sequence[dict[str, Any]], strategies: Sequence[str]) -> list[d
 
 def run(
     asker: Asker, tokenizer: LLTokenizer, schemas: Iterator[Schema], plan: Plan
-) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """Rows of as many schemas as are wanted and taken, and why others were not."""
+) -> Iterator[tuple[list[dict[str, Any]], Counter[str]]]:
+    """Rows of as many schemas as are wanted and taken, and why others were not: all so far, now and then."""
     rows, refused, taken = list[dict[str, Any]](), Counter[str](), 0
 
     def each(numbered: tuple[int, Schema]) -> list[dict[str, Any]] | str:
@@ -238,7 +238,7 @@ def run(
                     for fault in row["faults"]:
                         print(f"{schema.name}, T = {row['temperature']:g}: {fault}", flush=True)
             print(f"{taken} of {plan.num_schemas} schemas, {sum(refused.values())} refused", flush=True)
-    return rows, refused
+            yield rows, refused
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -257,25 +257,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     temperatures = [float(number) for number in asked.temperatures.split(",")]
     plan = Plan(asked.count, temperatures, asked.strategies.split(","), asked.streams)
     tokenizer: Any = AutoTokenizer.from_pretrained(target_path(EMBEDDED))
+    options = {name: str(value) for name, value in vars(asked).items() if name not in ("out", "url", "schemas")}
+    document: dict[str, Any] = {"made_with": made, "asked": options, "forms": [], "rows": []}
     try:
         server = Server(asked.url.rstrip("/"), asked.max_tokens)
-        rows, refused = run(server, from_tokenizer(tokenizer), usable(asked.schemas, left_out), plan)
+        for rows, refused in run(server, from_tokenizer(tokenizer), usable(asked.schemas, left_out), plan):
+            told = summary(rows, plan.strategies)
+            document |= {"forms": told, "left_out": dict(left_out), "refused": dict(refused), "rows": rows}
+            if asked.out:
+                asked.out.write_text(json.dumps(document, indent=1) + "\n")
     except httpx.HTTPError as error:
         print(f"{asked.url} does not answer: {error}", file=sys.stderr)
         return 1
-    if not rows:
+    if not document["rows"]:
         print(f"{asked.schemas} has no schemas that can be asked for", file=sys.stderr)
         return 1
-    told = summary(rows, plan.strategies)
-    options = {name: str(value) for name, value in vars(asked).items() if name not in ("out", "url", "schemas")}
-    document = {
-        "forms": told, "left_out": dict(left_out), "refused": dict(refused), "asked": options,
-        "made_with": made, "rows": rows,
-    }  # fmt: skip
-    if asked.out:
-        asked.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps({**document, "rows": len(rows)}))
-    return 1 if any(one["faults"] for one in told) else 0
+    print(json.dumps({**document, "rows": len(document["rows"])}))
+    return 1 if any(one["faults"] for one in document["forms"]) else 0
 
 
 if __name__ == "__main__":

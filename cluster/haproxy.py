@@ -3,8 +3,10 @@
     python -m cluster.haproxy serve run serve_config.yaml
 
 HAProxy passes requests straight to the router's replica, where Serve's own proxy passes every chunk of every
-stream through Python. Where there is none the command runs all the same, with Serve's own proxy. docs/http.md
-says more. Knows the variables that Serve reads; nothing of what is served.
+stream through Python. Where there is none the command runs all the same, with Serve's own proxy. Neither
+HAProxy nor what Ray starts beside the replicas interrupts what computes. docs/http.md says more.
+
+Knows the variables that Serve reads; nothing of what is served.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+
+from deployments.priority import yield_to_steps
 
 SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"
 _BINARY = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -114,6 +118,7 @@ def main() -> None:
     environment = with_haproxy(os.environ)
     if environment[SWITCH] != os.environ.get(SWITCH, "1"):
         print("no HAProxy runs here: requests pass through Serve's own proxy", file=sys.stderr)
+    yield_to_steps()
     try:
         os.execvpe(command[0], command, environment)
     except OSError as error:

@@ -12,7 +12,7 @@ from deployments.config import SpecialistArgs
 from deployments.descriptions import SpecialistDescription
 from deployments.leasing import Handler, SessionServer, node_address
 from deployments.messages import Message
-from deployments.priority import take_normal_priority
+from deployments.priority import take_a_place
 from deployments.sessions import answering_drafter
 from taps.engine.scheduling import MAX_SESSIONS
 
@@ -24,7 +24,7 @@ class Drafter:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: SpecialistArgs
     ) -> None:
-        take_normal_priority()
+        take_a_place()
         from deployments.loading import load_drafter  # heavy: not for those who only bind the class
 
         self._drafter, self._description = load_drafter(args)

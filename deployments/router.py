@@ -15,7 +15,7 @@ from deployments.edge import Api
 from deployments.endpoints import Endpoints
 from deployments.generation import Generator
 from deployments.metrics import Observer
-from deployments.priority import take_normal_priority
+from deployments.priority import take_a_place
 from deployments.requests import RequestReader
 from taps.models.embedded import target_path
 
@@ -28,7 +28,7 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, verifier: DeploymentHandle[Any], target: TargetArgs, args: RouterArgs
     ) -> None:
-        take_normal_priority()
+        take_a_place()
         async with asyncio.timeout(args.start_deadline_s):
             self._target: TargetDescription = await verifier.describe.remote()
         core = serve.get_replica_context().app_name

@@ -13,7 +13,7 @@ from deployments.config import TargetArgs, VerifierArgs
 from deployments.descriptions import TargetDescription
 from deployments.leasing import Handler, SessionServer, node_address
 from deployments.messages import Message
-from deployments.priority import take_normal_priority
+from deployments.priority import take_a_place
 from deployments.sessions import answering_verifier
 from taps.engine.scheduling import MAX_SESSIONS
 
@@ -27,7 +27,7 @@ class Verifier:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, target: TargetArgs, args: VerifierArgs
     ) -> None:
-        take_normal_priority()
+        take_a_place()
         # Heavy: not for those who only bind the class.
         from deployments.loading import load_verifier
         from deployments.metrics import Capacity

@@ -1,4 +1,4 @@
-"""What a replica's process is set up with before it works: OpenMP's spinning, and its priority."""
+"""What a replica's process is set up with before it works: OpenMP's spinning, its priority, who comes first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ print("no torch")
 
 _THREADS_AFTER = """
 import os, sys, threading
-from deployments.priority import take_normal_priority
+from deployments.priority import take_a_place
 
 def niceness():
     return [os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")]
@@ -39,8 +39,37 @@ os.setpriority(os.PRIO_PROCESS, 0, 15)
 end = threading.Event()
 for _ in range(3):
     threading.Thread(target=end.wait).start()
-take_normal_priority()
+take_a_place()
 print(*niceness())
+end.set()
+"""
+
+_SCHEDULES_AFTER = """
+import os, threading
+from deployments.priority import take_a_place
+from taps.engine.threads import computing
+
+def schedules():
+    return {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+
+end = threading.Event()
+threading.Thread(target=end.wait).start()
+take_a_place()
+print(schedules() == {os.SCHED_BATCH})
+found = []
+def compute():
+    computing(2)()
+    started = threading.Thread(target=lambda: found.append(os.sched_getscheduler(0)))
+    started.start()
+    started.join()
+    found.append(os.sched_getscheduler(0))
+step = threading.Thread(target=compute)
+step.start()
+step.join()
+print(found == [os.SCHED_OTHER] * 2)
+later = threading.Thread(target=lambda: print(os.sched_getscheduler(0) == os.SCHED_BATCH))
+later.start()
+later.join()
 end.set()
 """
 
@@ -83,3 +112,15 @@ def test_every_thread_of_a_replica_gets_normal_priority() -> None:
 
 def test_a_niceness_that_was_asked_for_is_left() -> None:
     assert "15" in run(_THREADS_AFTER, RAY_worker_niceness="15").split()
+
+
+def test_what_computes_is_not_interrupted_by_the_other_threads_of_a_replica() -> None:
+    """Nor is what it starts; others are scheduled in batches, and so are those that these start."""
+    assert run(_SCHEDULES_AFTER).split() == ["True"] * 3
+
+
+def test_what_ray_starts_interrupts_nothing_that_computes() -> None:
+    code = "import os; print(os.sched_getscheduler(0) == os.SCHED_BATCH)"
+    command = [sys.executable, "-m", "cluster.haproxy", sys.executable, "-c", code]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.strip() == "True"

@@ -50,7 +50,7 @@ def without_serve(monkeypatch: pytest.MonkeyPatch) -> None:
         "deployments.router.serve.get_replica_context", lambda: SimpleNamespace(app_name="core")
     )
     monkeypatch.setattr("deployments.router.Directory", FakeDirectory)
-    monkeypatch.setattr("deployments.router.take_normal_priority", lambda: None)
+    monkeypatch.setattr("deployments.router.take_a_place", lambda: None)
     monkeypatch.setattr("deployments.router.Generator", lambda *_: ScriptedGenerator(("Hi", chr(2))))
     monkeypatch.setattr("deployments.requests.AutoTokenizer", CharacterTokenizer)
 

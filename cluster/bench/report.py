@@ -97,9 +97,12 @@ def section(document: Document) -> str:
 
 def _how(document: Document) -> str:
     made, plan, started = document["made_with"], document["plan"], document["started"]
-    rounds = f"{plan['rounds_done']} round" + "s" * (plan["rounds_done"] != 1)
+    number = plan["rounds_done"]
+    rounds = f"{number} round" + "s" * (number != 1) if number else "a round cut short"
+    kernel, *_ = str(document["server"].get("numerics", "")).split() or [""]
+    machine = made["machine"] + (f", {kernel}" if kernel else "")
     return (
-        f"{document['server']['model']} on {made['cores']} cores ({made['machine']}), commit {made['commit']}, "
+        f"{document['server']['model']} on {made['cores']} cores ({machine}), commit {made['commit']}, "
         f"{started[:10]}: closed loops of streams on {', '.join(document['workloads'])}; {rounds} "
         f"of {plan['questions']} questions or more a workload, answers of at most {plan['max_tokens']} "
         "tokens, every request with a `cache_salt` of its own. Settings took turns; ratios are taken between "

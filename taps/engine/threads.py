@@ -8,6 +8,8 @@ computes in parallel, the one that runs the steps; the others, such as the one t
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -49,6 +51,7 @@ def computing(num_threads: int | None, in_kernel: bool = False) -> Callable[[], 
     """
 
     def prepare() -> None:
+        _come_first()
         if num_threads is None:
             return
         compute_with(1 if in_kernel else num_threads)
@@ -56,3 +59,12 @@ def computing(num_threads: int | None, in_kernel: bool = False) -> Callable[[], 
             use_threads(num_threads)
 
     return prepare
+
+
+def _come_first() -> None:
+    """The calling thread, and those that it starts, are scheduled as usual, also in a process whose others are
+    scheduled in batches: these do not interrupt it.
+    """
+    if hasattr(os, "SCHED_BATCH"):  # Linux alone has it
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
