@@ -6,7 +6,8 @@
 Every schema is asked for at each temperature, once decoded plainly and once with each strategy, side by side.
 An answer that ends with `stop` must parse and validate; one that ends with `length` must be the beginning of
 one that the grammar accepts, by the grammar library's own acceptor; and speculation must not change a text.
-What is known is written as it comes. The last line is one JSON document; ends with 1 where something does not hold.
+What is known is written as it comes. The last line is one JSON document; ends with 1 where something does
+not hold.
 
 Knows a server's address and schemas; nothing of how answers are made.
 """
