@@ -33,12 +33,12 @@ from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer
 
 from cluster.status import DEFAULT_URL
-from deployments.structured import COMPACT
+from deployments.structured import json_grammar
 from taps.models.embedded import EMBEDDED, target_path
 from taps.provenance import made_with
 
 PLAIN = "off"
-_MOST_BYTES = 64_000  # of a schema, as compact JSON
+_MOST_BYTES = 200_000  # of a schema, as compact JSON
 _SHOWN = 1_200  # characters of it in the question
 _TIMEOUT_S = 600
 _TOGETHER = 32  # schemas between two lines of progress
@@ -160,8 +160,7 @@ def fault_of(schema: Schema, answer: Answer, tokenizer: LLTokenizer) -> str:
         except jsonschema.ValidationError as error:
             return f"it does not validate: {error.message[:200]}"
         return ""
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema.content), overrides=COMPACT)
-    taken = LLMatcher(tokenizer, grammar).try_consume_tokens(list(answer.tokens))
+    taken = LLMatcher(tokenizer, json_grammar(schema.content)).try_consume_tokens(list(answer.tokens))
     return "" if taken == len(answer.tokens) else f"the grammar ends after {taken} tokens"
 
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,6 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         print(f"taps serve: {path} is no configuration of a cluster: {error!r}", file=sys.stderr)
         return 1
+    if is_taken(expected.url):
+        print(f"taps serve: something answers at {expected.url} already: stop it, or change http_options.port",
+              file=sys.stderr)  # fmt: skip
+        return 1
     log = Path(private_directory(Path(f"/tmp/taps-{os.getuid()}"))) / "serve.log"
     say = _Telling()
     if expected.target == EMBEDDED:
@@ -94,6 +99,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(["taps serve: the cluster ended; the last of its log:", *lines]), file=sys.stderr)
         return 1
     return 0
+
+
+def is_taken(url: str) -> bool:
+    """Whether somebody listens there."""
+    place = httpx.URL(url)
+    try:
+        socket.create_connection((place.host, place.port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 class _Stopping:

@@ -19,6 +19,9 @@ from deployments.errors import RequestError
 COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _MOST_CHARACTERS = 200_000
 ANY_OBJECT = {"type": "object"}
+# The grammar library keeps to these, and refuses others, which JSON Schema takes for notes to readers.
+_FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
+_DATA = {"const", "default", "enum", "example", "examples"}  # what is in them is no schema
 
 
 def grammar_of(asked: Mapping[str, Any]) -> str:
@@ -84,8 +87,26 @@ def _response_format(value: Mapping[str, Any]) -> tuple[str, Any] | None:
 def _json(schema: Any) -> str:
     if not isinstance(schema, str | dict | bool):
         raise TypeError("a schema is an object, or one in a string")
-    parsed = json.loads(schema) if isinstance(schema, str) else schema
-    return LLMatcher.grammar_from_json_schema(json.dumps(parsed), overrides=COMPACT)
+    return json_grammar(json.loads(schema) if isinstance(schema, str) else schema)
+
+
+def json_grammar(schema: Any) -> str:
+    """Of documents of a JSON schema. Raises ValueError where it cannot be used."""
+    return LLMatcher.grammar_from_json_schema(json.dumps(without_notes(schema)), overrides=COMPACT)
+
+
+def without_notes(schema: Any) -> Any:
+    """A schema without the formats that are none to the grammar library, such as pydantic's `password`."""
+    if isinstance(schema, list):
+        return [without_notes(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if key != "format" or not _is_note(value)}
+    return {key: value if key in _DATA else without_notes(value) for key, value in kept.items()}
+
+
+def _is_note(form: Any) -> bool:
+    return isinstance(form, str) and form not in _FORMATS
 
 
 def _choice(texts: Any) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from deployments.errors import RequestError
-from deployments.structured import ANY_OBJECT, COMPACT, checked
+from deployments.structured import ANY_OBJECT, COMPACT, checked, without_notes
 
 Json = dict[str, Any]
 Mode = Literal["auto", "required", "named"]
@@ -60,7 +60,8 @@ class Tools:
         lines = [f"one: {calls}"]
         before, behind = ("\n", f"\n{_CLOSE}") if self.form.is_tagged else ("", "")
         for n, function in enumerate(self.functions):
-            schema = {**(function.get("parameters") or ANY_OBJECT), "x-guidance": COMPACT}
+            asked = without_notes(function.get("parameters") or ANY_OBJECT)
+            schema = {**asked, "x-guidance": COMPACT}
             begin = f'{before}{{"name": {json.dumps(function["name"])}, "{self.form.arguments}": '
             lines.append(f"call_{n}: {json.dumps(begin)} %json {json.dumps(schema)} {json.dumps('}' + behind)}")
         if not self.form.is_tagged:  # what begins with a brace is a call

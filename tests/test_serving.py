@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -143,3 +144,16 @@ def test_a_cluster_that_fails_shows_the_end_of_its_log(
     shown = capsys.readouterr()
     assert "starting Ray" in shown.out
     assert "no such thing" in shown.err
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_started(
+    started: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        path = started("exit 3")
+        path.write_text(yaml.safe_dump(CONFIG | {"http_options": {"port": port}}))
+        assert main(["serve", str(path)]) == 1
+    assert f"127.0.0.1:{port} already: stop it" in capsys.readouterr().err

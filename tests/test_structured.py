@@ -8,7 +8,7 @@ import pytest
 from llguidance import LLMatcher
 
 from deployments.errors import RequestError
-from deployments.structured import grammar_of
+from deployments.structured import grammar_of, without_notes
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 STRICT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA, "strict": True}}
@@ -70,3 +70,22 @@ def test_a_form_that_cannot_be_kept_is_refused(asked: dict[str, Any], where: str
     with pytest.raises(RequestError, match=reason) as caught:
         grammar_of(asked)
     assert caught.value.param == where
+
+
+def test_formats_that_are_notes_to_readers_are_no_reason_to_refuse() -> None:
+    """Pydantic and OpenAPI write them; those that say how a string looks are kept to."""
+    noted = {
+        "type": "object",
+        "properties": {
+            "key": {"type": "string", "format": "password"},
+            "parts": {"anyOf": [{"type": "integer", "format": "int32"}, {"type": "string", "format": "uri"}]},
+            "format": {"enum": [{"format": "binary"}], "default": {"format": "int64"}},
+        },
+    }
+    plain = without_notes(noted)
+    assert plain["properties"] == {
+        "key": {"type": "string"},
+        "parts": {"anyOf": [{"type": "integer"}, {"type": "string", "format": "uri"}]},
+        "format": {"enum": [{"format": "binary"}], "default": {"format": "int64"}},
+    }
+    assert grammar_of({"guided_json": noted}) == grammar_of({"guided_json": plain})
