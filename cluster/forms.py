@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -125,7 +125,9 @@ class Asker(Protocol):
 class Server:
     """Implements `Asker`."""
 
-    def __init__(self, url: str, max_tokens: int) -> None:
+    def __init__(self, url: str, max_tokens: int, more: Mapping[str, Any] | None = None) -> None:
+        """Args: more: fields of every request."""
+        self._more = more or {}
         self._client = httpx.Client(base_url=f"{url}/v1", timeout=_TIMEOUT_S)
         self.model: str = self._client.get("/models").raise_for_status().json()["data"][0]["id"]
         self._max_tokens = max_tokens
@@ -139,6 +141,7 @@ class Server:
             "temperature": temperature, "seed": 1, "max_tokens": self._max_tokens,
             "cache_salt": f"{schema.name}/{temperature}/{strategy}", "return_token_ids": True,
             "response_format": {"type": "json_schema", "json_schema": form}, "taps": {"strategy": strategy},
+            **self._more,
         }  # fmt: skip
         began = time.perf_counter()
         response = self._client.post("/chat/completions", json=body)
@@ -250,6 +253,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--temperatures", default="0,1", help="default: %(default)s")
     parser.add_argument("--strategies", default="adaptive", help="beside plain decoding (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=1024, help="of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--body", type=json.loads, default={},
+        help='more of every request: \'{"repetition_penalty": 1.3}\' keeps a small model from going round',
+    )  # fmt: skip
     parser.add_argument("--streams", type=int, default=1, help="schemas at once (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where the document goes, too")
     asked = parser.parse_args(argv)
@@ -260,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {name: str(value) for name, value in vars(asked).items() if name not in ("out", "url", "schemas")}
     document: dict[str, Any] = {"made_with": made, "asked": options, "forms": [], "rows": []}
     try:
-        server = Server(asked.url.rstrip("/"), asked.max_tokens)
+        server = Server(asked.url.rstrip("/"), asked.max_tokens, asked.body)
         for rows, refused in run(server, from_tokenizer(tokenizer), usable(asked.schemas, left_out), plan):
             told = summary(rows, plan.strategies)
             document |= {"forms": told, "left_out": dict(left_out), "refused": dict(refused), "rows": rows}
