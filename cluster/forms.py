@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -39,9 +39,8 @@ from taps.provenance import made_with
 
 PLAIN = "off"
 _MOST_BYTES = 200_000  # of a schema, as compact JSON
-_SHOWN = 1_200  # characters of it in the question
+_SHOWN = 400  # characters of it in the question
 _TIMEOUT_S = 600
-_TOGETHER = 32  # schemas between two lines of progress
 
 
 class Schema(NamedTuple):
@@ -221,17 +220,21 @@ def run(
     """Rows of as many schemas as are wanted and taken, and why others were not: all so far, now and then."""
     rows, refused, taken = list[dict[str, Any]](), Counter[str](), 0
 
-    def each(numbered: tuple[int, Schema]) -> list[dict[str, Any]] | str:
-        number, schema = numbered
+    def each(number: int, schema: Schema) -> list[dict[str, Any]] | str:
         try:
             return [checked(asker, tokenizer, schema, t, plan.strategies, number) for t in plan.temperatures]
         except Refused as error:
             return str(error)
 
-    numbered = enumerate(schemas)
+    numbered, asked = enumerate(schemas), set[Future[list[dict[str, Any]] | str]]()
     with ThreadPoolExecutor(plan.streams) as pool:
-        while some := [*islice(numbered, min(_TOGETHER, plan.num_schemas - taken))]:
-            for (_, schema), found in zip(some, pool.map(each, some), strict=True):
+        while True:
+            room = min(plan.streams, plan.num_schemas - taken) - len(asked)
+            asked |= {pool.submit(each, *one) for one in islice(numbered, max(room, 0))}
+            if not asked:
+                return
+            done, asked = wait(asked, return_when=FIRST_COMPLETED)
+            for found in (future.result() for future in done):
                 if isinstance(found, str):
                     refused[found.splitlines()[0][:160]] += 1
                     continue
@@ -239,7 +242,7 @@ def run(
                 rows += found
                 for row in found:
                     for fault in row["faults"]:
-                        print(f"{schema.name}, T = {row['temperature']:g}: {fault}", flush=True)
+                        print(f"{row['schema']}, T = {row['temperature']:g}: {fault}", flush=True)
             print(f"{taken} of {plan.num_schemas} schemas, {sum(refused.values())} refused", flush=True)
             yield rows, refused
 
