@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         embedded_target()
         say(f"CPU kernel: {describe_kernel().removeprefix('CPU kernel: ')}")
     say(f"starting Ray; what it logs goes to {log}")
+    # A shell's job in the background ignores it, and so would the cluster, which is stopped by it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     with log.open("wb") as out:
         environment = {**SETTINGS, **os.environ}
         # In a session of its own, so that Ctrl-C comes to it once, from here.

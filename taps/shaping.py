@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
+# Ids and log-probabilities [n, k] of the k likeliest in rows [n, V], the likeliest first, and something else.
+FindBest: TypeAlias = Callable[[Tensor, int], tuple[Tensor, Tensor, Any]]
 _FIRST_LOOK = 256  # best tokens, where most nuclei end
 _T = TypeVar("_T")
 # Below it logits divided by the temperature overflow; such a request means greedy decoding.
@@ -104,18 +106,26 @@ def take(rows: Tensor, chosen: Sequence[int]) -> Tensor:
 
 
 def logprobs_of(
-    shaped: Tensor, tokens: Sequence[int], num_likeliest: Sequence[int]
+    shaped: Tensor, tokens: Sequence[int], num_likeliest: Sequence[int], find_best: FindBest | None = None
 ) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
     """Of each row: the log-probability of a token, and those of so many likeliest; none of excluded tokens.
 
-    Args: shaped [n, V] of `shape_rows`; tokens [n]; num_likeliest [n].
+    Args: shaped [n, V] of `shape_rows`; tokens [n]; num_likeliest [n]; find_best: None is torch's way.
     """
-    logprobs = shaped.log_softmax(-1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=shaped.device)[:, None])[:, 0].tolist()
-    best = logprobs.topk(min(max(num_likeliest), shaped.shape[1]))
-    told = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    most = min(max(*num_likeliest, 1), shaped.shape[1])
+    ids, logprobs, _ = (find_best or _find_best)(shaped.contiguous(), most)
+    best = shaped.gather(1, ids[:, :1].long())[:, 0]
+    chosen = shaped.gather(1, torch.tensor(tokens, device=shaped.device)[:, None])[:, 0]
+    own = (chosen - best + logprobs[:, 0]).tolist()
+    told = zip(ids.tolist(), logprobs.tolist(), strict=True)
     likeliest = [[pair for pair in zip(*row, strict=True) if pair[1] > -math.inf] for row in told]
     return [(one, tuple(row[:most])) for one, row, most in zip(own, likeliest, num_likeliest, strict=True)]
+
+
+def _find_best(rows: Tensor, number: int) -> tuple[Tensor, Tensor, None]:
+    """Implements `FindBest`."""
+    values, ids = rows.log_softmax(-1).topk(number)
+    return ids, values, None
 
 
 class _Places:

@@ -14,7 +14,7 @@ from torch import Tensor
 from taps.engine.jobs import TargetSession
 from taps.engine.verification import Acceptance, Asked, Ending, accept_all
 from taps.sampling import InvalidLogits, Race, sample_rows
-from taps.shaping import SamplingParams, logprobs_of, shape_rows
+from taps.shaping import FindBest, SamplingParams, logprobs_of, shape_rows
 from taps.tree import ProposalTree
 from taps.verdict import TokenLogprob
 
@@ -44,7 +44,10 @@ def decide(undecided: Sequence[Undecided], logits: Tensor, race: Race | None) ->
 
 
 def tell(
-    undecided: Sequence[Undecided], decisions: Sequence[Acceptance | Exception], logits: Tensor
+    undecided: Sequence[Undecided],
+    decisions: Sequence[Acceptance | Exception],
+    logits: Tensor,
+    find_best: FindBest | None = None,
 ) -> list[tuple[TokenLogprob, ...]]:
     """Log-probabilities of the decided tokens in each tree; none where the session does not ask for them."""
     made = {
@@ -61,7 +64,7 @@ def tell(
     ]
     tokens = [token for decision in made.values() for token in decision.tokens]
     numbers = [undecided[one.tree].session.asked.num_logprobs or 0 for one in asked]
-    found = iter(logprobs_of(shape_rows(*_places(undecided, asked, logits)), tokens, numbers))
+    found = iter(logprobs_of(shape_rows(*_places(undecided, asked, logits)), tokens, numbers, find_best))
     told = {index: tuple(TokenLogprob(*next(found)) for _ in one.tokens) for index, one in made.items()}
     return [told.get(index, ()) for index in range(len(undecided))]
 

@@ -282,7 +282,7 @@ class Target:
             if piece.logits_start >= 0
         ]
         decisions = decide(ends, logits, self.model.race)
-        made = iter(zip(decisions, tell(ends, decisions, logits), strict=True))
+        made = iter(zip(decisions, tell(ends, decisions, logits, self.model.find_best), strict=True))
         both = [next(made) if piece.logits_start >= 0 else (None, ()) for piece in pieces]
         return [decision for decision, _ in both], [logprobs for _, logprobs in both]
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from taps.models.attention import ATTENTION_NAME, Packed
 from taps.models.cache import Kept, LayerShape, PagedCache
 from taps.models.decoder import Decoder, head_dim_of, is_lean
-from taps.models.kernel_operations import cpu_operations, cpu_race
+from taps.models.kernel_operations import cpu_best, cpu_operations, cpu_race
 from taps.models.linear import use_row_linears
 from taps.models.operations import Operations
 from taps.models.pretrained import UnservableTarget, load_model
@@ -49,6 +49,7 @@ class CausalLM:
         untyped.eval()
         self.embeddings: Tensor = untyped.get_input_embeddings().weight.detach()  # [V, H]
         self.race = cpu_race() if model.device.type == "cpu" else None
+        self.find_best = cpu_best() if model.device.type == "cpu" else None
         self.layer_shapes: list[LayerShape] = []
         name, own = type(model).__name__, self._own_logits(untyped)
         self._run: _Lean | _Transformers

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain
-from typing import TypeAlias
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -41,8 +41,12 @@ _HEAD_STEP = 16
 logger = logging.getLogger(__name__)
 
 
-# As `CpuKernel.find_best`.
-Best: TypeAlias = Callable[[Tensor, int, tuple[Tensor, Tensor] | None], tuple[Tensor, Tensor, Tensor]]
+class Best(Protocol):
+    """As `CpuKernel.find_best`."""
+
+    def __call__(
+        self, logits: Tensor, k: int, noise: tuple[Tensor, Tensor] | None = None, /
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 class KernelOperations:
@@ -206,7 +210,7 @@ def cpu_race() -> Race | None:
 
 
 def cpu_best() -> Best | None:
-    """The kernel's way to find a draft's candidates; None where there is no kernel."""
+    """The kernel's way to find a draft's candidates and the likeliest tokens; None where there is no kernel."""
     kernel = _kernel()
     return None if kernel is None else kernel.find_best
 
