@@ -33,12 +33,11 @@ from llguidance.hf import from_tokenizer
 from transformers import AutoTokenizer
 
 from cluster.status import DEFAULT_URL
-from deployments.structured import json_grammar
+from deployments.structured import MOST_CHARACTERS, json_grammar
 from taps.models.embedded import EMBEDDED, target_path
-from taps.provenance import made_with
+from taps.provenance import made_with, write_result
 
 PLAIN = "off"
-_MOST_BYTES = 200_000  # of a schema, as compact JSON
 _SHOWN = 400  # characters of it in the question
 _TIMEOUT_S = 600
 
@@ -91,8 +90,8 @@ def _unusable(content: Any) -> str:
     if not isinstance(content, dict) or not {"properties", "$ref", "items", "oneOf", "anyOf"} & set(content):
         return "it says nothing of what is in an answer"
     compact = json.dumps(content)
-    if len(compact) > _MOST_BYTES:
-        return f"it has more than {_MOST_BYTES} bytes"
+    if len(compact) > MOST_CHARACTERS:
+        return f"it has more than {MOST_CHARACTERS} characters"
     if any(not ref.startswith("#") for ref in _references(content)):
         return "it refers to other schemas"
     try:
@@ -275,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             told = summary(rows, plan.strategies)
             document |= {"forms": told, "left_out": dict(left_out), "refused": dict(refused), "rows": rows}
             if asked.out:
-                asked.out.write_text(json.dumps(document, indent=1) + "\n")
+                write_result(document, asked.out)
     except httpx.HTTPError as error:
         print(f"{asked.url} does not answer: {error}", file=sys.stderr)
         return 1

@@ -17,11 +17,12 @@ from deployments.errors import RequestError
 
 # As models write it: with free whitespace a small one goes on with it until its tokens end.
 COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_MOST_CHARACTERS = 200_000
+MOST_CHARACTERS = 200_000
 ANY_OBJECT = {"type": "object"}
 # The grammar library keeps to these, and refuses others, which JSON Schema takes for notes to readers.
 _FORMATS = {"date", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "time", "uri", "uuid"}
 _DATA = {"const", "default", "enum", "example", "examples"}  # what is in them is no schema
+_NAMED = {"$defs", "definitions", "patternProperties", "properties"}  # schemas by names, whatever these are
 
 
 def grammar_of(asked: Mapping[str, Any]) -> str:
@@ -38,8 +39,8 @@ def grammar_of(asked: Mapping[str, Any]) -> str:
         names = " and ".join(name for name, *_ in found)
         raise RequestError(f"{names}: an answer has one form; leave out all but one", found[1][0])
     name, kind, value = found[0]
-    if len(value if isinstance(value, str) else json.dumps(value)) > _MOST_CHARACTERS:
-        raise RequestError(f"{name} has more than {_MOST_CHARACTERS} characters", name)
+    if len(value if isinstance(value, str) else json.dumps(value)) > MOST_CHARACTERS:
+        raise RequestError(f"{name} has more than {MOST_CHARACTERS} characters", name)
     try:
         grammar = _GRAMMARS[kind](value)
     except (ValueError, TypeError) as error:
@@ -101,12 +102,15 @@ def without_notes(schema: Any) -> Any:
         return [without_notes(one) for one in schema]
     if not isinstance(schema, dict):
         return schema
-    kept = {key: value for key, value in schema.items() if key != "format" or not _is_note(value)}
-    return {key: value if key in _DATA else without_notes(value) for key, value in kept.items()}
-
-
-def _is_note(form: Any) -> bool:
-    return isinstance(form, str) and form not in _FORMATS
+    kept = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):
+            kept[key] = {name: without_notes(one) for name, one in value.items()}
+        elif key in _DATA:
+            kept[key] = value
+        elif key != "format" or not isinstance(value, str) or value in _FORMATS:
+            kept[key] = without_notes(value)
+    return kept
 
 
 def _choice(texts: Any) -> str:

@@ -57,7 +57,7 @@ def test_schemas_that_cannot_be_asked_for_are_counted_by_why(tmp_path: Path) -> 
     left_out = Counter[str]()
     assert [schema.name for schema in usable(tmp_path, left_out)] == ["a/good.json", "near.json"]
     assert sorted(left_out) == [
-        "it has more than 200000 bytes", "it is no valid schema", "it is not JSON",
+        "it has more than 200000 characters", "it is no valid schema", "it is not JSON",
         "it refers to other schemas", "it says nothing of what is in an answer",
     ]  # fmt: skip
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from taps.models.kernel_operations import cpu_best
 from taps.session import SessionState
-from taps.shaping import FindBest, SamplingParams, logprobs_of, shape_logits, shape_rows
+from taps.shaping import SamplingParams, logprobs_of, shape_logits, shape_rows
 
 VOCAB, END = 64, 3
 PROMPT, ANSWER = (5, 9, 5, 40, 21), (7, 9, 33, 7)
@@ -130,12 +130,12 @@ def test_where_everything_is_excluded_there_is_no_token() -> None:
     assert shaped.max() == -math.inf
 
 
-@pytest.mark.parametrize("find_best", [None, pytest.param(cpu_best(), id="kernel")])
-def test_log_probabilities_are_those_of_the_shaped_distribution(find_best: FindBest | None) -> None:
+@pytest.mark.parametrize("in_kernel", [False, True])
+def test_log_probabilities_are_those_of_the_shaped_distribution(in_kernel: bool) -> None:
     raw = torch.stack([logits(n) for n in range(3)])
     params = [SamplingParams(), SamplingParams(temperature=0.5, top_k=3), SamplingParams(temperature=0.0)]
     shaped = shape_rows(raw, params, [{}] * 3, [(), (), (9,)])
-    told = logprobs_of(shaped, [4, 9, 11], [0, 5, 2], find_best)
+    told = logprobs_of(shaped, [4, 9, 11], [0, 5, 2], cpu_best() if in_kernel else None)
     for (own, likeliest), row, token in zip(told, shaped.double(), (4, 9, 11), strict=True):
         expected = row - row.exp().sum().log()
         assert own == pytest.approx(float(expected[token]), abs=1e-5)

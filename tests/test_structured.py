@@ -80,6 +80,7 @@ def test_formats_that_are_notes_to_readers_are_no_reason_to_refuse() -> None:
             "key": {"type": "string", "format": "password"},
             "parts": {"anyOf": [{"type": "integer", "format": "int32"}, {"type": "string", "format": "uri"}]},
             "format": {"enum": [{"format": "binary"}], "default": {"format": "int64"}},
+            "default": {"type": "string", "format": "path"},
         },
     }
     plain = without_notes(noted)
@@ -87,5 +88,6 @@ def test_formats_that_are_notes_to_readers_are_no_reason_to_refuse() -> None:
         "key": {"type": "string"},
         "parts": {"anyOf": [{"type": "integer"}, {"type": "string", "format": "uri"}]},
         "format": {"enum": [{"format": "binary"}], "default": {"format": "int64"}},
+        "default": {"type": "string"},
     }
     assert grammar_of({"guided_json": noted}) == grammar_of({"guided_json": plain})

@@ -99,8 +99,8 @@ def _how(document: Document) -> str:
     made, plan, started = document["made_with"], document["plan"], document["started"]
     number = plan["rounds_done"]
     rounds = f"{number} round" + "s" * (number != 1) if number else "a round cut short"
-    kernel, *_ = str(document["server"].get("numerics", "")).split() or [""]
-    machine = made["machine"] + (f", {kernel}" if kernel else "")
+    kernel = document["server"].get("numerics", "").partition(" ")[0]
+    machine = ", ".join(filter(None, [made["machine"], kernel]))
     return (
         f"{document['server']['model']} on {made['cores']} cores ({machine}), commit {made['commit']}, "
         f"{started[:10]}: closed loops of streams on {', '.join(document['workloads'])}; {rounds} "
