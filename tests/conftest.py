@@ -26,7 +26,7 @@ from taps.models.checkpoints import load_head
 from taps.models.embedded import embedded_target
 
 if TYPE_CHECKING:
-    from tests.cluster import Cluster
+    pass
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -94,12 +94,3 @@ def drafters(target_directory: Path) -> Iterator[list[BatchedDrafter]]:
     yield panel
     for drafter in panel:
         drafter.close()
-
-
-@pytest.fixture(scope="module")
-def cluster(target_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The shipped serve_config.yaml on a real Ray cluster, with a float32 target."""
-    from tests.cluster import Cluster  # imports Ray, which other tests need not wait for
-
-    with Cluster.start(tmp_path_factory.mktemp("cluster")) as running:
-        yield running

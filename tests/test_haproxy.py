@@ -20,8 +20,8 @@ import pytest
 
 from cluster import haproxy
 from cluster.haproxy import SWITCH, with_haproxy
-from tests import test_serve
 from tests.cluster import DRAFTERS, MODEL, Cluster
+from tests.serve import test_asking
 
 LISTENING, LOCALHOST = "0A", "0100007F"  # as the kernel writes them
 REPLICA_PORTS = range(30000, 31000)
@@ -83,11 +83,11 @@ def sockets(pid: int) -> set[str]:
 @pytest.mark.parametrize(
     "holds",
     [
-        test_serve.test_chat_streamed_equals_chat_whole,
-        test_serve.test_an_unknown_path_is_an_error_in_openais_form,
-        test_serve.test_broken_json_is_a_400,
-        test_serve.test_the_openai_client_raises_its_own_error,
-        test_serve.test_the_edge_is_what_clients_and_browsers_expect,
+        test_asking.test_chat_streamed_equals_chat_whole,
+        test_asking.test_an_unknown_path_is_an_error_in_openais_form,
+        test_asking.test_broken_json_is_a_400,
+        test_asking.test_the_openai_client_raises_its_own_error,
+        test_asking.test_the_edge_is_what_clients_and_browsers_expect,
     ],
     ids=lambda test: test.__name__.removeprefix("test_"),
 )

@@ -157,3 +157,17 @@ def test_a_port_that_is_taken_is_said_before_anything_is_started(
         path.write_text(yaml.safe_dump(CONFIG | {"http_options": {"port": port}}))
         assert main(["serve", str(path)]) == 1
     assert f"127.0.0.1:{port} already: stop it" in capsys.readouterr().err
+
+
+def test_a_cluster_started_in_the_background_of_a_shell_can_be_interrupted(
+    started: Callable[[str], Path],
+) -> None:
+    """Such jobs ignore SIGINT, and so would what they start, which `taps serve` stops by it."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        # Where it is ignored the script goes on to its end, which is a success.
+        assert main(["serve", str(started("kill -INT $$; exit 0"))]) == 1
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
