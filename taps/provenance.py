@@ -39,6 +39,7 @@ def made_with() -> dict[str, Any]:
     return {
         "taps": __version__, "torch": torch.__version__, "commit": commit(), "cores": os.cpu_count(),
         "machine": platform.machine(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }  # fmt: skip
 
 

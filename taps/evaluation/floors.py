@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from taps.models.decoder import head_dim_of
@@ -22,7 +24,8 @@ from taps.models.linear import RowLinear
 
 SUM_BYTES = 1_000_000_000  # more than any cache holds
 _REPEATS = 20
-_ROWS, _WIDTH = 512, 2048  # a product that runs at the processor's peak
+# Rows and width of a product that runs at the peak: on a GPU it must outlast its launch and the wait for it.
+_CPU_PRODUCT, _GPU_PRODUCT = (512, 2048), (8192, 8192)
 
 
 class Rates(NamedTuple):
@@ -90,11 +93,14 @@ def num_weights(model: nn.Module) -> int:
 def measured_rates(dtype: torch.dtype, device: str) -> Rates:
     """With the threads that the caller computes with: the best of sums over a gigabyte, and of products."""
     numbers = torch.ones(SUM_BYTES // 4, device=device)
-    layer = RowLinear(torch.randn(_WIDTH, _WIDTH, device=device).to(dtype))
-    rows = torch.randn(_ROWS, _WIDTH, device=device).to(dtype)
+    on_cpu = device == "cpu"
+    num_rows, width = _CPU_PRODUCT if on_cpu else _GPU_PRODUCT
+    weight = torch.randn(width, width, device=device).to(dtype)
+    layer = RowLinear(weight) if on_cpu else partial(F.linear, weight=weight)
+    rows = torch.randn(num_rows, width, device=device).to(dtype)
     sums = _best_seconds(lambda: float(numbers.sum()))
     products = _best_seconds(lambda: float(layer(rows)[0, 0]))  # a number asked for is waited for on a GPU too
-    return Rates(4 * numbers.numel() / sums, 2 * _ROWS * _WIDTH * _WIDTH / products)
+    return Rates(4 * numbers.numel() / sums, 2 * num_rows * width * width / products)
 
 
 def _best_seconds(run: Callable[[], object]) -> float:
