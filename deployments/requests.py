@@ -22,7 +22,7 @@ from deployments.errors import RequestError
 from deployments.logprobs import TokenTexts
 from deployments.schema import ChatRequest, CompletionRequest, TapsOptions, complaint
 from deployments.structured import grammar_of
-from deployments.tools import Tools, form_of, tools_of, without_tools
+from deployments.tools import Tools, form_of, tools_of, with_ids_for, without_tools
 from taps.decoding.delivery import Delivery, end_tokens
 from taps.drafting.drafter import Ask
 from taps.session import SessionState
@@ -68,7 +68,7 @@ class RequestReader:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(target_path)
         self._token_texts = TokenTexts(self._tokenizer)
         template = str(self._tokenizer.chat_template)
-        self._knows_tools, self._calls = "tools" in template, form_of(template)
+        self._knows_tools, self._calls = "tools" in template, form_of(template, self._tokenizer.get_vocab().get)
         self._end_tokens = tuple(sorted(end_tokens(target_path, self._tokenizer)))
         self._longest_token = max(map(len, self._tokenizer.get_vocab()))
 
@@ -121,11 +121,13 @@ class RequestReader:
             reason = f"chat_template_kwargs are the template's own; {taken[0]!r} is not"
             raise RequestError(reason, "chat_template_kwargs")
         self._refuse_far_too_long(len(json.dumps(given)), "chat_template_kwargs")
-        if not self._knows_tools:
+        if self._knows_tools:
+            messages = with_ids_for(self._calls, messages)
+            if tools is not None:
+                given["tools"] = [{"type": "function", "function": function} for function in tools.functions]
+        else:
             messages = without_tools(messages)
             messages = messages if tools is None else tools.told(messages)
-        elif tools is not None:
-            given["tools"] = [{"type": "function", "function": function} for function in tools.functions]
         try:
             templated = self._tokenizer.apply_chat_template(
                 messages,

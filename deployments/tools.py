@@ -2,14 +2,15 @@
 
 Most targets' form is Hermes', which Qwen, SmolLM and others are trained on: `<tool_call>`, an object with
 `name` and `arguments`, `</tool_call>`. From 3.1 on Llama answers with one object of `name` and `parameters` and
-nothing else. Knows JSON, texts and grammars; nothing of targets or decoding.
+nothing else, Mistral (up to version 7 of its tokenizers) with a list of objects like Hermes', behind a token
+that is no text. Knows JSON, texts and grammars; nothing of targets or decoding.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from deployments.structured import ANY_OBJECT, COMPACT, checked, without_notes
 Json = dict[str, Any]
 Mode = Literal["auto", "required", "named"]
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_MISTRALS, _ID_LENGTH = "[TOOL_CALLS]", 9  # its templates refuse other ids of calls
 _TOLD = """{before}You may call these functions, one JSON Schema of a function a line:
 <tools>
 {functions}
@@ -33,16 +35,31 @@ class CallForm(NamedTuple):
     """How a target writes its calls."""
 
     arguments: str  # the key of these
-    is_tagged: bool  # calls stand between tags, beside text and others; else one call is all of an answer
+    is_tagged: bool  # calls stand between tags, beside text and others; else they are all of an answer
+    list_token: int | None = None  # behind which all of an answer is a list of calls, not one
+
+    @property
+    def is_list(self) -> bool:
+        return self.list_token is not None
+
+    @property
+    def begins(self) -> str:
+        """An answer without tags that is a call, or a list of them, without spaces."""
+        return '[{"name":' if self.is_list else '{"name":'
 
 
 HERMES, LLAMA = CallForm("arguments", True), CallForm("parameters", False)
 
 
-def form_of(template: str) -> CallForm:
-    """What a chat template has its target write; Hermes' where it says nothing of calls."""
-    is_llamas = "<|python_tag|>" in template and '"parameters": ' in template
-    return LLAMA if is_llamas else HERMES
+def form_of(template: str, id_of: Callable[[str], int | None] = lambda _: None) -> CallForm:
+    """What a chat template has its target write; Hermes' where it says nothing of calls.
+
+    Args: id_of: a token's id, where there is one.
+    """
+    if "<|python_tag|>" in template and '"parameters": ' in template:
+        return LLAMA
+    mistrals = id_of(_MISTRALS) if _MISTRALS in template and "[ARGS]" not in template else None
+    return HERMES if mistrals is None else CallForm("arguments", False, mistrals)
 
 
 @dataclass(frozen=True)
@@ -64,8 +81,14 @@ class Tools:
             schema = {**asked, "x-guidance": COMPACT}
             begin = f'{before}{{"name": {json.dumps(function["name"])}, "{self.form.arguments}": '
             lines.append(f"call_{n}: {json.dumps(begin)} %json {json.dumps(schema)} {json.dumps('}' + behind)}")
-        if not self.form.is_tagged:  # what begins with a brace is a call
-            lines += ["TEXT: /([^{](.|\\n)*)?/", "start: one" + (" | TEXT" if self.mode == "auto" else "")]
+        several = self.parallel and self.mode != "named"
+        if not self.form.is_tagged:  # what begins with a brace, or a bracket, is a call
+            answer, first = "one", "{"
+            if self.form.is_list:
+                more = '(", " one)*' if several else ""
+                answer, first = f'<[{self.form.list_token}]> " "? "[" one {more} "]"', "\\["
+            begins = f"start: {answer}" + (" | TEXT" if self.mode == "auto" else "")
+            lines += [f"TEXT: /([^{first}](.|\\n)*)?/", begins]
         elif self.mode == "auto":
             lines += [
                 "TEXT: /(.|\\n)*/",
@@ -75,9 +98,8 @@ class Tools:
                 "start: called* end" if self.parallel else "start: called | end",
             ]
         else:
-            more = f"({json.dumps(chr(10) + _OPEN)} one)*"
-            several = self.parallel and self.mode == "required"
-            lines.append(f"start: {json.dumps(_OPEN)} one {more if several else ''}")
+            more = f"({json.dumps(chr(10) + _OPEN)} one)*" if several else ""
+            lines.append(f"start: {json.dumps(_OPEN)} one {more}")
         return checked("%llguidance {}\n" + "\n".join(lines), "tools")
 
     def told(self, messages: Sequence[Json]) -> list[Json]:
@@ -109,6 +131,26 @@ def tools_of(
     if not chosen:
         raise RequestError(f"tool_choice names {named!r}; there are: {', '.join(names)}", "tool_choice")
     return Tools(chosen, "named", parallel, form)
+
+
+def with_ids_for(form: CallForm, messages: Sequence[Json]) -> Sequence[Json]:
+    """The messages with ids of calls that the template takes: of any others the last letters and digits."""
+    if not form.is_list:
+        return messages
+
+    def short(id_: str) -> str:
+        kept = "".join(char for char in id_ if char.isascii() and char.isalnum())
+        return kept[-_ID_LENGTH:].rjust(_ID_LENGTH, "0")
+
+    found = []
+    for message in messages:
+        changed = dict(message)
+        if calls := message.get("tool_calls"):
+            changed["tool_calls"] = [{**call, "id": short(call["id"])} for call in calls]
+        if message["role"] == "tool":
+            changed["tool_call_id"] = short(message.get("tool_call_id", ""))
+        found.append(changed)
+    return found
 
 
 def without_tools(messages: Sequence[Json]) -> list[Json]:
@@ -146,7 +188,6 @@ class Said(NamedTuple):
     calls: Sequence[CallDelta] = ()
 
 
-_BEGINS = '{"name":'  # an object that is a call, without spaces
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\S)')
 
 
@@ -192,14 +233,18 @@ class CallReader:
         return content
 
     def _whole(self, is_last: bool) -> str:
-        """What is held, unless it is the call that the answer is, or may become it."""
+        """What is held, unless it is the calls that the answer is, or may become them."""
+        begins = self._form.begins
         if self._is_behind_call:
-            self._held = ""
+            self._held = self._held.lstrip(" \n\t,]") if self._form.is_list else ""
+            if self._held:
+                self._call = _Call(self.num_calls, is_tagged=False)
             return ""
-        begun = "".join(self._held.split())[: len(_BEGINS)]
-        self._is_text = self._is_text or not _BEGINS.startswith(begun)
-        if begun == _BEGINS and not self._is_text:
+        begun = "".join(self._held.split())[: len(begins)]
+        self._is_text = self._is_text or not begins.startswith(begun)
+        if begun == begins and not self._is_text:
             self._call = _Call(self.num_calls, is_tagged=False)
+            self._held = self._held.lstrip().removeprefix("[")
         elif self._is_text or is_last:
             content, self._held = self._held, ""
             return content
@@ -230,7 +275,7 @@ class _Call:
             text = text[len(arguments) :]
             told += [CallDelta(self._number, arguments)] if arguments else []
         if not self._depth:
-            _, tag, after = text.partition(_CLOSE) if self._is_tagged else ("", "}", "")
+            _, tag, after = text.partition(_CLOSE if self._is_tagged else "}")
             self.is_over, text = bool(tag), after if tag else text
         return told, text
 

@@ -266,11 +266,13 @@ def test_the_report_replaces_what_stands_between_the_marks_and_nothing_else(
     arguments = ["report", str(result), "--readme", str(readme), "--out", str(out)]
     assert cli.main(arguments) == 0
     text = readme.read_text()
-    assert text.startswith(f"# A\n\n{BEGIN}\nsmall on ")
+    assert text.startswith(f"# A\n\n{BEGIN}\nClosed loops")
+    assert ": small on " in text
     assert text.endswith(f"{END}\n\nafter\n")
     assert "ancient" not in text
     assert "| adaptive " in text
-    assert "Ours ÷ vllm, time to first token, 95th percentile" in text
+    assert "| adaptive ÷ peer " in text
+    assert "| vllm: time to first token, 95th percentile " in text
     plots = sorted(path.name for path in out.glob("*.svg"))
     assert plots == ["result-between-chunks-t0.svg", "result-first-token-t0.svg", "result-speed-t0.svg"]
     assert [name for name in plots if f"(docs/performance/{name})" in text] == ["result-speed-t0.svg"]

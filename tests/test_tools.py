@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from deployments.tools import (
     Tools,
     form_of,
     tools_of,
+    with_ids_for,
     without_tools,
 )
 from taps.engine.grammars import Grammars
@@ -41,9 +43,9 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_
 OTHER = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
 
 
-def keeps_to(grammars: Grammars, tokenizer: Any, grammar: str, text: str) -> bool:
-    """Whether the text may be, whole."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+def keeps_to(grammars: Grammars, tokenizer: Any, grammar: str, text: str, first: Sequence[int] = ()) -> bool:
+    """Whether the text may be, whole. Args: first: tokens before it."""
+    ids = [*first, *tokenizer(text, add_special_tokens=False)["input_ids"]]
     try:
         grammars.open(grammar, [*ids, tokenizer.eos_token_id])
     except InvalidGrammar:
@@ -165,9 +167,33 @@ LLAMAS_TEXTS: list[tuple[str, tuple[str, list[tuple[str, str]]]]] = [
 ]
 
 
+MISTRAL = CallForm("arguments", False, 1)  # the token that the embedded target begins a message with
+MISTRALS_CALL, MISTRALS_OTHER = (
+    json.dumps({"name": "weather", "arguments": {"city": "Oslo ]}"}}),
+    '{"name": "clock", "arguments": {}}',
+)
+CALL_OF_CITY = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+MISTRALS_TEXTS: list[tuple[str, tuple[str, list[tuple[str, str]]]]] = [
+    (f"[{MISTRALS_CALL}]", ("", [("weather", '{"city": "Oslo ]}"}')])),
+    (
+        f" [{MISTRALS_OTHER}, {MISTRALS_CALL}, {MISTRALS_OTHER}]\n",
+        ("", [("clock", "{}"), ("weather", '{"city": "Oslo ]}"}'), ("clock", "{}")]),
+    ),
+    (f"[{MISTRALS_OTHER},{MISTRALS_OTHER}", ("", [("clock", "{}"), ("clock", "{}")])),
+    ("It is sunny.", ("It is sunny.", [])),
+    (f"So: [{MISTRALS_CALL}]", (f"So: [{MISTRALS_CALL}]", [])),
+    (MISTRALS_CALL, (MISTRALS_CALL, [])),
+    ('[{"na', ('[{"na', [])),
+]
+
+
 @pytest.mark.parametrize(
     ("text", "expected", "form"),
-    [*((*one, HERMES) for one in TEXTS), *((*one, LLAMA) for one in LLAMAS_TEXTS)],
+    [
+        *((*one, HERMES) for one in TEXTS),
+        *((*one, LLAMA) for one in LLAMAS_TEXTS),
+        *((*one, MISTRAL) for one in MISTRALS_TEXTS),
+    ],
 )
 def test_calls_are_read_however_the_text_comes(
     text: str, expected: tuple[str, list[tuple[str, str]]], form: CallForm
@@ -198,6 +224,44 @@ def test_llamas_calls_are_all_of_an_answer(
     assert keeps_to(grammars, tokenizer, Tools((WEATHER, CLOCK), mode, form=LLAMA).grammar(), text) == is_kept
 
 
+@pytest.mark.parametrize(
+    ("mode", "parallel", "first", "text", "is_kept"),
+    [
+        ("auto", True, [], "It is sunny.", True),
+        ("auto", True, [1], f"[{CALL_OF_CITY}]", True),
+        ("auto", True, [1], f" [{CALL_OF_CITY}, {MISTRALS_OTHER}]", True),
+        ("auto", True, [1], f"[{CALL_OF_CITY.replace('weather', 'wether')}]", False),
+        ("auto", True, [], f"[{CALL_OF_CITY}]", False),
+        ("auto", False, [1], f"[{CALL_OF_CITY}, {MISTRALS_OTHER}]", False),
+        ("required", True, [1], f"[{CALL_OF_CITY}]", True),
+        ("required", True, [], "It is sunny.", False),
+        ("named", True, [1], f"[{CALL_OF_CITY}, {CALL_OF_CITY}]", False),
+    ],
+)
+def test_mistrals_calls_are_a_list_behind_a_token(
+    mode: Any, parallel: bool, first: list[int], text: str, is_kept: bool, grammars: Grammars, tokenizer: Any
+) -> None:
+    grammar = Tools((WEATHER, CLOCK), mode, parallel, MISTRAL).grammar()
+    assert keeps_to(grammars, tokenizer, grammar, text, first) == is_kept
+
+
+def test_mistrals_ids_of_calls_are_as_long_as_its_template_wants_them() -> None:
+    call = {"id": "call-0123456789abcdef", "type": "function", "function": {"name": "clock", "arguments": {}}}
+    messages: list[Json] = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "noon", "tool_call_id": "call-0123456789abcdef"},
+        {"role": "tool", "content": "noon", "tool_call_id": "a_1"},
+        {"role": "tool", "content": "noon"},
+    ]
+    found = with_ids_for(MISTRAL, messages)
+    assert found[0] == messages[0]
+    assert found[1]["tool_calls"][0] == {**call, "id": "789abcdef"}
+    assert [message["tool_call_id"] for message in found[2:]] == ["789abcdef", "0000000a1", "000000000"]
+    assert messages[1]["tool_calls"][0] is call, "they are as they were"
+    assert with_ids_for(HERMES, messages) is messages
+
+
 def test_a_template_says_which_form_calls_have() -> None:
     llamas = (
         """{{ '<|python_tag|>' }} ... respond with {"name": ..., "parameters": ...} {{- '"parameters": ' }}"""
@@ -205,6 +269,9 @@ def test_a_template_says_which_form_calls_have() -> None:
     assert form_of(llamas) is LLAMA
     assert form_of("<tool_call> {{ tools }}") is HERMES
     assert form_of("None") is HERMES
+    assert form_of("[TOOL_CALLS] [{{ tools }}]", {"[TOOL_CALLS]": 5}.get) == CallForm("arguments", False, 5)
+    assert form_of("[TOOL_CALLS] [{{ tools }}]", {"other": 5}.get) is HERMES
+    assert form_of("[TOOL_CALLS]{{ name }}[ARGS]", {"[TOOL_CALLS]": 5}.get) is HERMES
 
 
 def test_arguments_come_as_they_are_written() -> None:

@@ -22,6 +22,11 @@ _COMPARED = {
     "ttft_ms_p95": "time to first token, 95th percentile",
     "inter_token_ms_p99": "time between chunks, 99th percentile",
 }
+_METHOD = (
+    "Closed loops of streams ask over HTTP, every request with a `cache_salt` of its own. Settings take turns; "
+    "ratios are taken between neighbours, medians of them per workload, then geometric means over workloads, with "
+    "95 % bootstrap intervals where there is more than one unit.\n"
+)
 Documents = Mapping[str, Document]  # by the stem of the file
 Plots = dict[str, dict[str, str]]  # stem of the file -> caption -> file of the plot
 
@@ -55,7 +60,8 @@ def write_page(documents: Documents, out: Path) -> Plots:
 
     out.mkdir(parents=True, exist_ok=True)
     plots = {name: draw_all(name, document, out) for name, document in documents.items()}
-    parts = ["# Performance\n\nMade by `python -m cluster.bench report`; nothing here is written by hand.\n"]
+    title = "# Performance\n\nMade by `python -m cluster.bench report`; nothing here is written by hand.\n"
+    parts = [title, _METHOD]
     for name, document in documents.items():
         parts += [f"## {name}\n\n{section(document)}", _shown(plots[name], ""), *_every_cell(document)]
     meanings = "".join(f"- `{name}`: {what}\n" for name, what in MEASURES.items() if what)
@@ -72,7 +78,7 @@ def write_section(documents: Documents, readme: Path, out: Path | None, plots: P
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{readme} has no lines {BEGIN} and {END}; put them where the section should be")
-    parts = []
+    parts = [_METHOD]
     where = "" if out is None else f"{Path(os.path.relpath(out, readme.parent)).as_posix()}/"
     for name, document in documents.items():
         speeds = {
@@ -96,19 +102,27 @@ def section(document: Document) -> str:
 
 
 def _how(document: Document) -> str:
-    made, plan, started = document["made_with"], document["plan"], document["started"]
+    made, plan, day = document["made_with"], document["plan"], document["started"][:10]
     number = plan["rounds_done"]
     rounds = f"{number} round" + "s" * (number != 1) if number else "a round cut short"
     kernel = document["server"].get("numerics", "").partition(" ")[0]
     machine = ", ".join(filter(None, [made["machine"], kernel]))
     return (
-        f"{document['server']['model']} on {made['cores']} cores ({machine}), commit {made['commit']}, "
-        f"{started[:10]}: closed loops of streams on {', '.join(document['workloads'])}; {rounds} "
-        f"of {plan['questions']} questions or more a workload, answers of at most {plan['max_tokens']} "
-        "tokens, every request with a `cache_salt` of its own. Settings took turns; ratios are taken between "
-        "neighbours, medians of them per workload, then geometric means over the workloads, with 95 % "
-        "bootstrap intervals.\n"
+        f"**{machine}**: {document['server']['model']} on {made['cores']} cores, commit {made['commit']}, "
+        f"{day}; {', '.join(document['workloads'])}; {rounds} of {plan['questions']} questions or more "
+        f"a workload, answers of at most {plan['max_tokens']} tokens.{_named(document)}\n"
     )
+
+
+def _named(document: Document) -> str:
+    """What settings ask for whose names do not say it."""
+    found = []
+    for name, setting in document["settings"].items():
+        asked = (setting.get("body") or {}).get("taps") or {}
+        drafters = asked.get("drafters")
+        if drafters and setting["kind"] != "peer":
+            found.append(f"`{name}` is {asked.get('strategy', '')} with {', '.join(drafters)}")
+    return f" {'; '.join(found)}." if found else ""
 
 
 def _speeds(document: Document, temperature: float) -> Iterator[str]:
@@ -125,17 +139,20 @@ def _speeds(document: Document, temperature: float) -> Iterator[str]:
         )
     if found := tables.regrets(document, temperature):
         yield f"Lost to the fixed strategy that was best for each question, one stream: {found}.\n"
-    for peer in (name for name, setting in document["settings"].items() if setting["kind"] == "peer"):
-        for measure, what in _COMPARED.items():
-            if found := tables.means_table(document, measure, peer, temperature, _headline(document)):
-                yield f"Ours ÷ {peer}, {what}, temperature {temperature:g}:\n\n{found}"
+    peers = [name for name, setting in document["settings"].items() if setting["kind"] == "peer"]
+    if found := tables.peers_table(document, _COMPARED, _headline(document), peers, temperature):
+        yield f"Beside other servers, temperature {temperature:g}:\n\n{found}"
 
 
-def _headline(document: Document) -> list[str]:
-    """Which settings are shown beside peers."""
-    kinds = {name: setting["kind"] for name, setting in document["settings"].items()}
-    shown = ("plain", "adaptive") if "adaptive" in kinds.values() else ("plain", "fixed")
-    return [name for name, kind in kinds.items() if kind in shown]
+def _headline(document: Document) -> str:
+    """The setting that is shown beside peers."""
+    names = [
+        name
+        for kind in ("adaptive", "fixed", "plain")
+        for name, setting in document["settings"].items()
+        if setting["kind"] == kind
+    ]
+    return names[0] if names else ""
 
 
 def _every_cell(document: Document) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cluster.bench.summary import BEST
@@ -81,17 +81,13 @@ def ratio_row(
     return None
 
 
-def means_table(document: Document, measure: str, to: str, temperature: float, only: Sequence[str] = ()) -> str:
-    """Geometric means over the workloads of the ratios to `to`; empty where nothing was compared to it.
-
-    Args: only: the settings to show, where not all.
-    """
+def means_table(document: Document, measure: str, to: str, temperature: float) -> str:
+    """Geometric means over the workloads of the ratios to `to`; empty where nothing was compared to it."""
     at = [place for place in places(document) if place[0] == temperature]
     names = dict.fromkeys(
         row["setting"]
         for row in document["ratios"]
         if (row["measure"], row["to"], row["temperature"]) == (measure, to, temperature)
-        and (not only or row["setting"] in only)
     )
     lines = []
     for name in names:
@@ -99,6 +95,25 @@ def means_table(document: Document, measure: str, to: str, temperature: float, o
         lines.append([name, *("" if row is None else _mean(row["geometric_mean"]) for row in rows)])
     header = [streams_name(streams) for _, streams in at]
     return table(["setting", *header], lines) if lines else ""
+
+
+def peers_table(
+    document: Document, measures: Mapping[str, str], setting: str, peers: Sequence[str], temperature: float
+) -> str:
+    """One setting's ratios to each peer, means over the workloads; empty where it was compared with none.
+
+    Args: measures: what each is called, by name.
+    """
+    at = [place for place in places(document) if place[0] == temperature]
+    lines = []
+    for peer in peers:
+        for measure, what in measures.items():
+            rows = [ratio_row(document, measure, setting, peer, *place) for place in at]
+            if any(rows):
+                cells = ("" if row is None else _mean(row["geometric_mean"]) for row in rows)
+                lines.append([f"{peer}: {what}", *cells])
+    header = [streams_name(streams) for _, streams in at]
+    return table([f"{setting} ÷ peer", *header], lines) if lines else ""
 
 
 def workloads_table(document: Document, measure: str, to: str, temperature: float, streams: int) -> str:
@@ -163,8 +178,9 @@ def _ratio(found: Document | None, names_other: bool = False) -> str:
 
 
 def _mean(found: Document) -> str:
+    """With its interval, where one round has questions to tell apart."""
     low, high = found["interval_95"]
-    return f"{found['value']:.2f} ({low:.2f} to {high:.2f})"
+    return f"{found['value']:.2f}" + ("" if low == high else f" ({low:.2f} to {high:.2f})")
 
 
 def _failed(row: Document) -> str:
