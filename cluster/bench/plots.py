@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ def draw_all(stem: str, document: Document, out: Path) -> dict[str, str]:
     with plt.rc_context(style):
         for temperature in dict.fromkeys(temperature for temperature, _ in tables.places(document)):
             for measure, (short, label) in _DRAWN.items():
-                figure = _lines(document, temperature, measure, label)
+                told = [r for r in document["rows"] if r["temperature"] == temperature and measure in r]
+                if not told:
+                    continue
+                figure = _lines(told, measure, _colours(document), label)
                 path = out / f"{stem}-{short}-t{temperature:g}.svg"
                 figure.savefig(path, metadata={"Date": None})
                 plt.close(figure)
@@ -40,18 +44,13 @@ def draw_all(stem: str, document: Document, out: Path) -> dict[str, str]:
     return drawn
 
 
-def _lines(document: Document, temperature: float, measure: str, label: str) -> Any:
+def _lines(told: Sequence[Document], measure: str, colours: Mapping[str, str], label: str) -> Any:
     """A panel for each workload, a line for each setting, over the number of streams."""
-    workloads = list(document["workloads"])
+    workloads = list(dict.fromkeys(row["workload"] for row in told))
     figure, axes = plt.subplots(1, len(workloads), figsize=(3.2 * len(workloads), 3), squeeze=False)
     for axis, workload in zip(axes[0], workloads, strict=True):
-        wanted = (workload, temperature)
-        rows = [
-            row
-            for row in document["rows"]
-            if (row["workload"], row["temperature"]) == wanted and measure in row
-        ]
-        for name, colour in _colours(document).items():
+        rows = [row for row in told if row["workload"] == workload]
+        for name, colour in colours.items():
             points = sorted(
                 ((row["streams"], row[measure]) for row in rows if row["setting"] == name), key=lambda p: p[0]
             )

@@ -24,8 +24,8 @@ _COMPARED = {
 }
 _METHOD = (
     "Closed loops of streams ask over HTTP, every request with a `cache_salt` of its own. Settings take turns; "
-    "ratios are taken between neighbours, medians of them per workload, then geometric means over workloads, with "
-    "95 % bootstrap intervals where there is more than one unit.\n"
+    "ratios are taken between neighbours, medians of them per workload, then geometric means over workloads, "
+    "with 95 % bootstrap intervals where there is more than one unit.\n"
 )
 Documents = Mapping[str, Document]  # by the stem of the file
 Plots = dict[str, dict[str, str]]  # stem of the file -> caption -> file of the plot
