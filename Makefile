@@ -20,7 +20,7 @@ bench: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/taps prepare
-	$(BIN)/python -m pytest -m "not serve and not slow and not browser" -n 2
+	$(BIN)/python -m pytest -m "not serve and not slow and not browser" -n 2 --dist loadscope
 	$(BIN)/python -m pytest -m serve
 
 # The page in a real browser: needs Chromium and its driver.

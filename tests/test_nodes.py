@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 from cluster.nodes import LocalNodes
 from tests.cluster import Cluster, ask, eventually, streamed_text, text_of
 from tests.prompts import PROMPTS
+from tests.serve import test_asking
 
 pytestmark = pytest.mark.serve
 ANSWERS = 8
@@ -43,6 +44,23 @@ def test_every_node_has_one_of_each_and_sessions_spread(nodes: Nodes) -> None:
         return sum(number > 1 for number in cluster.metrics("taps_sessions_total").values())
 
     assert eventually(answering, lambda found: found == 2, 120) == 2
+
+
+@pytest.mark.parametrize(
+    "holds",
+    [
+        test_asking.test_chat_streamed_equals_chat_whole,
+        test_asking.test_an_unknown_path_is_an_error_in_openais_form,
+        test_asking.test_broken_json_is_a_400,
+        test_asking.test_the_openai_client_raises_its_own_error,
+        test_asking.test_the_edge_is_what_clients_and_browsers_expect,
+    ],
+    ids=lambda test: test.__name__.removeprefix("test_"),
+)
+def test_what_holds_with_haproxy_holds_with_serves_own_proxy(
+    nodes: Nodes, holds: Callable[[Cluster], None]
+) -> None:
+    holds(nodes[0])
 
 
 def test_a_conversation_goes_to_the_verifier_that_holds_it(nodes: Nodes) -> None:
