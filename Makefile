@@ -18,12 +18,14 @@ serve: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m cluster.bench --quick $(BENCH)
 
+# The page is tried in a real browser where Chromium's driver is installed.
+test: SERVED := serve$(if $(shell command -v chromedriver), or browser)
 test: $(STAMP)
 	$(BIN)/taps prepare
 	$(BIN)/python -m pytest -m "not serve and not slow and not browser" -n 2 --dist loadscope
-	$(BIN)/python -m pytest -m serve
+	$(BIN)/python -m pytest -m "$(SERVED)"
 
-# The page in a real browser: needs Chromium and its driver.
+# The page alone, in a real browser: needs Chromium and its driver.
 browser: $(STAMP)
 	$(BIN)/taps prepare
 	$(BIN)/python -m pytest -m browser

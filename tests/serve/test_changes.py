@@ -102,7 +102,7 @@ def test_what_is_scaled_to_zero_is_up_and_starts_with_the_first_request(cluster:
     config = cluster.changed()
     idle = {
         "min_replicas": 0, "max_replicas": 1, "target_ongoing_requests": 12, "downscale_delay_s": 1,
-        "look_back_period_s": 2,
+        "look_back_period_s": 11,  # Serve wants it longer than it takes from one report to the next
     }  # fmt: skip
     core, last = config["applications"][0], config["applications"][-1]
     verifier = next(d for d in core["deployments"] if d["name"] == "Verifier")
