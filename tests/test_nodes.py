@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from cluster.nodes import LocalNodes
@@ -60,7 +61,9 @@ def test_every_node_has_one_of_each_and_sessions_spread(nodes: Nodes) -> None:
 def test_what_holds_with_haproxy_holds_with_serves_own_proxy(
     nodes: Nodes, holds: Callable[[Cluster], None]
 ) -> None:
-    holds(nodes[0])
+    cluster, _ = nodes
+    assert "server" in httpx.get(f"{cluster.url}/-/healthz", timeout=60).headers, "HAProxy names none"
+    holds(cluster)
 
 
 def test_a_conversation_goes_to_the_verifier_that_holds_it(nodes: Nodes) -> None:

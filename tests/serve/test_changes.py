@@ -29,23 +29,24 @@ def test_an_abandoned_stream_frees_its_sessions(cluster: Cluster) -> None:
 
 
 def test_killing_a_specialist_leaves_the_stream_alive_and_its_text_unchanged(cluster: Cluster) -> None:
-    plain = text_of(cluster, max_tokens=64)
-    victim = cluster.processes()["math.Drafter"]
-    stream = iter(ask(cluster, stream=True, max_tokens=64))
-    text = streamed_text([next(stream) for _ in range(3)])
-    os.kill(victim, signal.SIGKILL)
-    assert text + streamed_text(stream) == plain
+    kill_in_mid_answer(cluster, "math.Drafter")
     cluster.wait_for_drafters(DRAFTERS)
 
 
 def test_a_lost_verifier_is_replaced_and_the_stream_goes_on_with_the_same_text(cluster: Cluster) -> None:
+    victim = kill_in_mid_answer(cluster, "core.Verifier")
+    assert cluster.processes()["core.Verifier"] != victim
+
+
+def kill_in_mid_answer(cluster: Cluster, name: str) -> int:
+    """Kill a replica while an answer streams, which must come as if nothing had been; returns its process."""
     plain = text_of(cluster, max_tokens=64)
-    victim = cluster.processes()["core.Verifier"]
+    victim = cluster.processes()[name]
     stream = iter(ask(cluster, stream=True, max_tokens=64))
     text = streamed_text([next(stream) for _ in range(3)])
     os.kill(victim, signal.SIGKILL)
     assert text + streamed_text(stream) == plain
-    assert cluster.processes()["core.Verifier"] != victim
+    return victim
 
 
 def test_a_specialist_joins_the_running_cluster(cluster: Cluster) -> None:
@@ -114,10 +115,13 @@ def test_what_is_scaled_to_zero_is_up_and_starts_with_the_first_request(cluster:
         return cluster.num_replicas("core", "Verifier"), cluster.num_replicas(last["name"], "Drafter")
 
     assert eventually(counts, lambda found: not any(found), 120) == (0, 0)
-    looked_again = time.monotonic() + (1 + RAREST) * RouterArgs().discovery_interval_s
-    while time.monotonic() < looked_again:
+
+    def healthy() -> float:
         health = httpx.get(f"{cluster.url}/health", timeout=10)
         assert health.status_code == 200, "it stays so when the directory looks again"
         assert last["name"] in health.json()["drafters"]
-        time.sleep(0.5)  # polling another process, bounded by the time above
+        return time.monotonic()
+
+    looked_again = time.monotonic() + (1 + RAREST) * RouterArgs().discovery_interval_s
+    eventually(healthy, lambda now: now > looked_again)
     assert text_of(cluster) == plain
