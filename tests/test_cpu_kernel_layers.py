@@ -65,6 +65,17 @@ def test_a_row_of_a_linear_layer_has_the_same_bits_whatever_rows_there_are(
             assert torch.equal(out, whole[300 - rows :]), f"{rows} rows"
 
 
+def test_more_threads_than_stretches_of_weights_miss_no_output(kernel: CpuKernel) -> None:
+    weights = LinearWeights(drawn(4099, 32, seed=1), None)
+    x, packed = drawn(3, 32, seed=2), kernel.pack(*weights)
+    whole = product(kernel, x, weights)
+    with computing_with(70):
+        for _ in range(20):
+            out = torch.full_like(whole, torch.nan)
+            kernel.linear(x, packed, out)
+            assert torch.equal(out, whole)
+
+
 @pytest.mark.parametrize("inputs", [64, 70])
 def test_a_row_that_is_not_a_number_is_no_other_rows_matter(kernel: CpuKernel, inputs: int) -> None:
     weights = LinearWeights(drawn(64, inputs, seed=1), None)

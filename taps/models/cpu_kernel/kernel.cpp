@@ -327,6 +327,27 @@ void each(int threads, int64_t count, const Work& work) {
   team().run(std::min<int64_t>(threads, count), count, piece, &work);
 }
 
+// As `each`, but a thread goes through neighbours, as far as others leave it them, so that what it reads is one
+// stretch of memory: processors fetch ahead in such, and no thread what another one reads next.
+template <typename Work>
+void each_in_runs(int threads, int64_t count, const Work& work) {
+  constexpr int64_t MOST_RUNS = 64;
+  struct alignas(64) Run {
+    std::atomic<int64_t> next;
+  };
+  const int64_t runs = std::min({int64_t(threads), count, MOST_RUNS});
+  if (runs < 2) return each(1, count, work);
+  Run found[MOST_RUNS];
+  auto begin = [&](int64_t run) { return count * run / runs; };
+  for (int64_t run = 0; run < runs; run++) found[run].next.store(begin(run));
+  each(threads, threads, [&](int64_t thread) {
+    for (int64_t turn = 0; turn < runs; turn++) {
+      const int64_t run = (thread + turn) % runs, end = begin(run + 1);
+      for (int64_t i; (i = found[run].next.fetch_add(1)) < end;) work(i);
+    }
+  });
+}
+
 // ---- sequences ---------------------------------------------------------------------------------------------------
 
 // Whose rows a forward has and where their keys and values lie: sessions, paths, blocks.
@@ -971,11 +992,11 @@ const Input* inputs_of(const BFloat16* x, int64_t rows, int64_t width, int threa
 void linear(const Linear& layer, const BFloat16* rounded, BFloat16* out, int64_t rows, int threads) {
   const int64_t tiles = ceil_div(rows, LINEAR_ROWS), inputs = padded(layer.inputs);
   const Input* x = inputs_of(rounded, rows, layer.inputs, threads);
-  each(threads, ceil_div(layer.outputs, COLUMNS), [&](int64_t number) {
+  each_in_runs(threads, ceil_div(layer.outputs, COLUMNS), [&](int64_t number) {
     const int64_t column = number * COLUMNS;
     const Block block{layer.weights + column * inputs, layer.bias + column, inputs, layer.outputs,
                       int(std::min<int64_t>(COLUMNS, layer.outputs - column))};
-    const int64_t next_block = threads * inputs * COLUMNS * int64_t(sizeof(BFloat16));
+    const int64_t next_block = inputs * COLUMNS * int64_t(sizeof(BFloat16));
     for (int64_t t = 0; t < tiles; t++) {
       const int64_t row = rows * t / tiles, count = rows * (t + 1) / tiles - row;
       linear_rows(count, x + row * inputs, block, out + row * layer.outputs + column,
