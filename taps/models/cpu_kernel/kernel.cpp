@@ -810,7 +810,7 @@ constexpr int AHEAD = 4096;         // bytes of weights that are on their way
 #if defined(__AMX_BF16__)
 constexpr int TILE = 16, LINEAR_ROWS = 2 * TILE, INPUTS = 32;  // a tile of the processor: 16 rows of 64 bytes
 #else
-constexpr int LINEAR_ROWS = REGISTERS > 16 ? 12 : 5;  // of a tile: two sums a row, some for what is multiplied
+constexpr int LINEAR_ROWS = REGISTERS > 16 ? 12 : 6;  // of a tile: two sums a row, three for what is multiplied
 constexpr int INPUTS = 2;                             // that are multiplied together; weights have a multiple
 #endif
 
