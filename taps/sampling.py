@@ -55,8 +55,8 @@ def _fold_(x: Tensor) -> Tensor:
     return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
-def noise_keys(params: Sequence[SamplingParams], positions: Sequence[int], device: torch.device) -> Tensor:
-    """[2, n, 1] int32: what each row's hash starts from, and what it takes in halfway; both folded.
+def _halves(params: Sequence[SamplingParams], positions: Sequence[int]) -> list[list[int]]:
+    """[2][n] signed 32 bits: what each row's hash starts from, and what it takes in halfway; both folded.
 
     Args: params [n]; positions [n], absolute.
     """
@@ -64,8 +64,12 @@ def noise_keys(params: Sequence[SamplingParams], positions: Sequence[int], devic
         _splitmix64(_splitmix64(_splitmix64(p.seed & _MASK64) ^ p.choice) ^ position)
         for p, position in zip(params, positions, strict=True)
     ]
-    halves = [[_fold(key) for key in keys], [_fold(key >> 32) for key in keys]]
-    return torch.tensor(halves, dtype=torch.int32, device=device)[..., None]
+    return [[_fold(key) for key in keys], [_fold(key >> 32) for key in keys]]
+
+
+def noise_keys(params: Sequence[SamplingParams], positions: Sequence[int], device: torch.device) -> Tensor:
+    """`_halves` as [2, n, 1] int32."""
+    return torch.tensor(_halves(params, positions), dtype=torch.int32, device=device)[..., None]
 
 
 def _half_mix_(x: Tensor, scratch: Tensor) -> Tensor:
@@ -123,12 +127,14 @@ def gumbel_noise(seed: int, choice: int, position: int, token_ids: Tensor) -> Te
 
 
 class Race(Protocol):
-    """Leaves out the tokens that cannot win; see `_find_drawn`."""
+    """Decides rows, each by its best logit or by the best sum of logit and noise (`_find_drawn`)."""
 
-    def __call__(self, shaped: Tensor, best: Tensor, keys: Tensor, /) -> tuple[Tensor, Tensor] | None:
-        """Rows [c] and ids [c], in order; None to have it done in torch.
+    def __call__(
+        self, logits: Tensor, temperatures: Sequence[float], keys: Sequence[Sequence[int]], /
+    ) -> Sequence[tuple[int, float]]:
+        """[n] the token and the best logit over the temperature, which is no finite number where none can be.
 
-        Args: shaped [n, V] float32; best [n]; keys [2, n] int32, the halves of each row's hash.
+        Args: logits [n, V], contiguous; temperatures [n], 0 for no noise; keys [2][n], `_halves`.
         """
         ...
 
@@ -164,9 +170,7 @@ def _find_at_least(values: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     return row[at], block[at] * blocks.shape[2] + lane
 
 
-def _find_drawn(
-    shaped: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], race: Race | None
-) -> _Found:
+def _find_drawn(shaped: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> _Found:
     """The tokens that come near the best sum of log-weight and noise.
 
     That sum is highest where E / p is lowest, E = -log u the exponential variate of the noise. From the
@@ -176,14 +180,13 @@ def _find_drawn(
     """
     best = shaped.amax(-1, keepdim=True)
     keys = noise_keys(params, positions, shaped.device)
-    found = None if race is None else race(shaped, best[:, 0], keys[..., 0])
-    rows, ids = _near_the_lead(shaped, best, keys) if found is None else found
+    rows, ids = _near_the_lead(shaped, best, keys)
     scores = shaped[rows, ids].double() + _gumbel(_fold_(_hash_but_folded(keys[:, rows, 0], ids)))
     return _Found(best[:, 0], rows, ids, scores)
 
 
 def _near_the_lead(shaped: Tensor, best: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [c] and ids [c] that may win: implements `Race` in torch."""
+    """Rows [c] and ids [c], in order, that may win."""
     token_ids = torch.arange(shaped.shape[1], dtype=torch.int32, device=shaped.device)
     times, limits = torch.empty_like(shaped), torch.empty_like(best)
     few = max(1, _CACHED // shaped.shape[1]) if shaped.device.type == "cpu" else len(shaped)
@@ -209,21 +212,55 @@ def sample_rows(
     """The token the target decides in each row, or why none can be; no row's answer depends on the others.
 
     Args: logits [n, V], any float type; params [n]; positions [n], absolute, of the tokens decided;
-    counts [n] and excluded [n]: as for `shape_rows`, at the place; race: a faster way to leave tokens out.
+    counts [n] and excluded [n]: as for `shape_rows`, at the place; race: None is torch's way.
     Ties go to the lowest token id.
     """
+    banned = excluded or [()] * len(params)
+    if race is None:
+        decided = _decided(logits, params, positions, counts, banned)
+    else:
+        decided = _raced(race, logits, params, positions, counts, banned)
+    return [_token(*decided[row], position) for row, position in enumerate(positions)]
+
+
+def _decided(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    counts: Sequence[Mapping[int, int]],
+    excluded: Sequence[Collection[int]],
+) -> dict[int, tuple[int, float]]:
+    """Of each row the token and the best shaped logit."""
     greedy = [row for row, p in enumerate(params) if p.greedy]
     drawn = [row for row, p in enumerate(params) if not p.greedy]
     found = []
-    banned = excluded or [()] * len(params)
     if greedy:
-        shaped = adjusted(*_picked(logits, params, counts, banned, greedy))
-        found.append(_find_best(shaped))
+        found.append(_find_best(adjusted(*_picked(logits, params, counts, excluded, greedy))))
     if drawn:
-        shaped = shape_rows(*_picked(logits, params, counts, banned, drawn))
-        found.append(_find_drawn(shaped, pick(params, drawn), pick(positions, drawn), race))
-    decided = dict(zip(greedy + drawn, _winners(found), strict=True))
-    return [_token(*decided[row], position) for row, position in enumerate(positions)]
+        shaped = shape_rows(*_picked(logits, params, counts, excluded, drawn))
+        found.append(_find_drawn(shaped, pick(params, drawn), pick(positions, drawn)))
+    return dict(zip(greedy + drawn, _winners(found), strict=True))
+
+
+def _raced(
+    race: Race,
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    counts: Sequence[Mapping[int, int]],
+    excluded: Sequence[Collection[int]],
+) -> dict[int, tuple[int, float]]:
+    """As `_decided`. The temperature of rows in which nothing is cut is left to the race."""
+    whole = [row for row, p in enumerate(params) if not p.cuts]
+    cut = [row for row, p in enumerate(params) if p.cuts]
+    decided: dict[int, tuple[int, float]] = {}
+    for rows, shape in ((whole, adjusted), (cut, shape_rows)):
+        if rows:
+            shaped = shape(*_picked(logits, params, counts, excluded, rows)).contiguous()
+            temperatures = [1.0 if params[row].cuts else params[row].temperature for row in rows]
+            keys = _halves(pick(params, rows), pick(positions, rows))
+            decided |= zip(rows, race(shaped, temperatures, keys), strict=True)
+    return decided
 
 
 def _picked(

@@ -47,8 +47,12 @@ class SamplingParams:
     @property
     def reshapes(self) -> bool:
         """Whether tokens are chosen by other numbers than the logits, whatever came before."""
-        cuts = self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
-        return bool(self.logit_bias) or (not self.greedy and (self.temperature != 1.0 or cuts))
+        return bool(self.logit_bias) or self.cuts or self.temperature not in (0.0, 1.0)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether only some of the likeliest tokens may be drawn."""
+        return not self.greedy and (self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0)
 
     @property
     def penalised(self) -> bool:

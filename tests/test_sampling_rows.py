@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from taps.engine.threads import computing_with
 from taps.models.cpu_kernel.build import machine_levels
 from taps.models.cpu_kernel.kernel import CpuKernel
 from taps.sampling import InvalidLogits, draft_noise, gumbel_noise, gumbel_rows, sample, sample_rows
@@ -207,21 +208,56 @@ def test_the_noise_of_drafts_is_the_targets_but_for_its_last_digits() -> None:
 
 @pytest.mark.parametrize("level", machine_levels())
 @pytest.mark.parametrize("vocab_size", [1, 37, 4099, 49152])
-def test_the_kernels_race_leaves_out_no_token_that_wins(level: str, vocab_size: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_kernels_race_is_won_by_torchs_tokens(level: str, vocab_size: int, dtype: torch.dtype) -> None:
     kernel, rng = CpuKernel(level), Random(vocab_size)
     for spread in (0.0, 0.5, 3.0, 30.0, 300.0):
-        heats = [rng.choice([0.3, 1.0, 1.7]) for _ in range(9)]
+        heats = [rng.choice([0.0, 0.3, 1.0, 1.7]) for _ in range(9)]
         params = [SamplingParams(heat, top_k=rng.choice([0, 5]), seed=i) for i, heat in enumerate(heats)]
         noise = torch.randn(9, vocab_size, generator=torch.Generator().manual_seed(int(spread)))
-        logits = (spread * noise).bfloat16()
+        logits = (spread * noise).to(dtype)
         inside = sample_rows(logits, params, range(9), [{}] * 9)
-        assert sample_rows(logits, params, range(9), [{}] * 9, kernel.find_drawn) == inside
+        for threads, n in ((1, 9), (2, 9), (7, 9), (2, 1), (5, 3)):
+            with computing_with(threads):
+                found = sample_rows(logits[:n], params[:n], range(n), [{}] * n, kernel.decide)
+            assert found == inside[:n]
+
+
+def test_the_kernels_race_takes_the_first_of_the_best() -> None:
+    decide, greedy = CpuKernel(machine_levels()[0]).decide, SamplingParams(temperature=0.0)
+    for first in (0, 5, 7, 8, 63, 4000, 8190):
+        logits = torch.full((1, 8192), -1.0)
+        logits[0, [first, 8191]] = 2.0
+        for threads in (1, 2, 6):
+            with computing_with(threads):
+                assert sample_rows(logits, [greedy], [0], [{}], decide) == [first]
 
 
 def test_the_kernels_race_says_where_a_row_has_no_token() -> None:
     logits = torch.randn(4, 100)
     logits[1, 7], logits[2], logits[3, 5] = torch.nan, -torch.inf, torch.inf
-    params = [SamplingParams(seed=i) for i in range(4)]
-    found = sample_rows(logits, params, range(4), [{}] * 4, CpuKernel(machine_levels()[0]).find_drawn)
-    assert found[0] == sample_rows(logits[:1], params[:1], [0], [{}])[0]
-    assert all(isinstance(token, InvalidLogits) for token in found[1:])
+    decide = CpuKernel(machine_levels()[0]).decide
+    for heat in (0.0, 1.0):
+        params = [SamplingParams(heat, seed=i) for i in range(4)]
+        for threads in (1, 2, 9):
+            with computing_with(threads):
+                found = sample_rows(logits, params, range(4), [{}] * 4, decide)
+            assert found[0] == sample_rows(logits[:1], params[:1], [0], [{}])[0]
+            assert all(isinstance(token, InvalidLogits) for token in found[1:])
+
+
+@pytest.mark.parametrize(
+    ("logits", "temperatures", "keys"),
+    [
+        (torch.zeros(2, 8), [1.0], [[1, 2], [3, 4]]),
+        (torch.zeros(2, 8), [1.0, 1.0], [[1], [3]]),
+        (torch.zeros(8, 2).T, [1.0, 1.0], [[1, 2], [3, 4]]),
+        (torch.zeros(2, 8, dtype=torch.float64), [1.0, 1.0], [[1, 2], [3, 4]]),
+        (torch.zeros(2, 0), [1.0, 1.0], [[1, 2], [3, 4]]),
+    ],
+)
+def test_rows_that_cannot_be_decided_are_refused(
+    logits: Tensor, temperatures: list[float], keys: list[list[int]]
+) -> None:
+    with pytest.raises(ValueError, match=r"logits is|there are 2 rows"):
+        CpuKernel(machine_levels()[0]).decide(logits, temperatures, keys)

@@ -31,7 +31,7 @@ from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import InvalidGrammar, PassCost, PromptTooLong, TokenLogprob, Verdict
 
 _ASIDE = ThreadPoolExecutor(1, "grammars")  # what may come is found out beside the forward
-_PROFILED, _PROFILED_FROM = (1, 2, 4, 8, 16, 32), 64  # rows of the steps; positions before them
+_PROFILED, _PROFILED_FROM = (1, 2, 4, 6, 8, 12, 16, 24, 32), 64  # rows of the steps; positions before them
 
 
 class _Piece(NamedTuple):

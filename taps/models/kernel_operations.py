@@ -204,9 +204,9 @@ def cpu_operations(dtype: torch.dtype, head_dim: int) -> Operations:
 
 
 def cpu_race() -> Race | None:
-    """The kernel's way to leave out tokens that cannot win a draw; None where there is no kernel."""
+    """The kernel's way to decide rows of logits; None where there is no kernel."""
     kernel = _kernel()
-    return None if kernel is None else kernel.find_drawn
+    return None if kernel is None else kernel.decide
 
 
 def cpu_best() -> Best | None:

@@ -1073,13 +1073,12 @@ class Forward {
   }
 };
 
-// ---- drawing -----------------------------------------------------------------------------------------------------
+// ---- deciding ----------------------------------------------------------------------------------------------------
 
-// The tokens that may win a row's draw (`taps.sampling._find_drawn`, which says why no other can): those with
-// E' <= 2.2 L p, where E' is a lower bound of the exponential variate -log2 u by the upper half of the hash, p
-// the weight relative to the best, and L the least (E' + 2^-15) / p. A handful, compared exactly by the caller.
-
-constexpr int MOST_FOUND = 64;
+// Which token a row of logits decides, as `taps.sampling` says it: the first of the best, or where there is noise the
+// one whose sum of log-weight and noise is highest. That one is among those with E' <= 2.2 L p, where E' is a lower
+// bound of the exponential variate -log2 u by the upper half of the hash, p the weight relative to the best, and L the
+// least (E' + 2^-15) / p (`taps.sampling._find_drawn` says why): a handful, compared exactly.
 
 inline Words half_mixed(Words x) {
   x *= 0x7feb352du;
@@ -1087,40 +1086,112 @@ inline Words half_mixed(Words x) {
   return x * 0x846ca68bu;
 }
 
-// Row x [width] of log-weights, its best, its two keys; table [65536] of E'. Returns how many are in `found`, or
-// -1 where there are more than it holds.
-int find_drawn(const float* x, float best, uint32_t start, uint32_t halfway, const float* table, int64_t width,
-               int32_t* found) {
-  thread_local std::vector<float> bounds, weights;
-  const int64_t whole = ceil_div(width, LANES) * LANES;
-  bounds.resize(whole), weights.resize(whole);
+struct Lead {
+  float value;  // NaN where there is one
+  int32_t id;   // the first of equals
+};
+
+// The best of x[from, to).
+template <typename T>
+Lead find_lead(const T* x, int64_t from, int64_t to) {
+  Floats most = splat(-INFINITY);
+  Words at{}, ids{};
+  for (int lane = 0; lane < LANES; lane++) at[lane] = ids[lane] = from + lane;
+  for (int64_t i = from; i < to; i += LANES, ids += LANES) {
+    Floats values = load_some(x + i, to - i);
+    for (int lane = to - i; lane < LANES; lane++) values[lane] = -INFINITY;
+    if (any(values != values)) return {NAN, 0};
+    const auto better = values > most;
+    most = better ? values : most;
+    at = better ? ids : at;
+  }
+  Lead lead{most[0], int32_t(at[0])};
+  for (int lane = 1; lane < LANES; lane++)
+    if (most[lane] > lead.value || (most[lane] == lead.value && int32_t(at[lane]) < lead.id))
+      lead = {most[lane], int32_t(at[lane])};
+  return lead;
+}
+
+// A token that may win.
+struct Contender {
+  int32_t id;
+  uint32_t hashed;
+  float logit, bound, weight;
+};
+
+struct Noise {
+  float temperature, best;  // 0: there is none; the best logit over the temperature
+  uint32_t start, halfway;
+  const float* bounds;      // [65536] E'
+};
+
+// Appends those of x[from, to) that may win as far as seen; returns the least (E' + 2^-15) / p.
+template <typename T>
+float find_contenders(const T* x, int64_t from, int64_t to, const Noise& noise, std::vector<Contender>& found) {
   Words ids{};
-  for (int i = 0; i < LANES; i++) ids[i] = i;
-  Floats least = splat(INFINITY);
-  for (int64_t i = 0; i < width; i += LANES, ids += LANES) {
-    Words hashed = half_mixed(half_mixed((ids ^ (ids >> 16)) ^ start) ^ halfway) >> 16;
-    Floats bound, weight = load_some(x + i, width - i) - best;
-    for (int lane = 0; lane < LANES; lane++) bound[lane] = table[hashed[lane]];
-    weight = weight > 0 ? Floats{} : exp_negative(weight);
-    Floats limit = (bound + 0x1p-15f) / weight;
-    if (width - i < LANES)
-      for (int lane = width - i; lane < LANES; lane++) limit[lane] = INFINITY;
-    least = limit < least ? limit : least;
-    store(bounds.data() + i, bound);
-    store(weights.data() + i, weight);
-  }
-  const float limit = 2.2f * -horizontal_max(-least);
-  int count = 0;
-  for (int64_t i = 0; i < width; i += LANES) {
-    auto inside = load(bounds.data() + i) <= limit * load(weights.data() + i);
+  for (int lane = 0; lane < LANES; lane++) ids[lane] = from + lane;
+  float least = INFINITY;
+  for (int64_t i = from; i < to; i += LANES, ids += LANES) {
+    const Words hashed = half_mixed(half_mixed((ids ^ (ids >> 16)) ^ noise.start) ^ noise.halfway);
+    const Words upper = hashed >> 16;
+    const Floats values = load_some(x + i, to - i);
+    const Floats logits = noise.temperature == 1 ? values : values / noise.temperature;
+    Floats bound, weight = exp_negative(logits - noise.best);
+    for (int lane = 0; lane < LANES; lane++) bound[lane] = noise.bounds[upper[lane]];
+    for (int lane = to - i; lane < LANES; lane++) weight[lane] = 0;
+    const Floats reach = (bound + 0x1p-15f) / weight;
+    if (any(reach < least)) least = -horizontal_max(-reach);
+    const auto inside = bound <= 2.2f * least * weight;
     if (!any(inside)) continue;
-    for (int lane = 0; lane < std::min<int64_t>(LANES, width - i); lane++) {
-      if (!inside[lane] || weights[i + lane] == 0) continue;
-      if (count == MOST_FOUND) return -1;
-      found[count++] = i + lane;
-    }
+    for (int lane = 0; lane < LANES; lane++)
+      if (inside[lane] && weight[lane] > 0)
+        found.push_back({int32_t(ids[lane]), hashed[lane], logits[lane], bound[lane], weight[lane]});
   }
-  return count;
+  return least;
+}
+
+inline double gumbel(uint32_t hashed) {
+  const double uniform = (double(hashed ^ (hashed >> 16)) + 0.5) * 0x1p-32;
+  return -std::log(-std::log(uniform));
+}
+
+// logits [rows, width]; temperatures [rows], 0: no noise; keys [2, rows]. tokens [rows] are written, and best [rows]:
+// the best logit over the temperature, without which a token that is a finite number says nothing.
+template <typename T>
+void decide(const T* logits, int64_t rows, int64_t width, const float* temperatures, const uint32_t* keys,
+            const float* bounds, int32_t* tokens, float* best, int threads) {
+  const int64_t parts = ceil_div(threads, rows), most = ceil_div(ceil_div(width, parts), LANES) * LANES;
+  auto from = [&](int64_t i) { return std::min(width, i % parts * most); };
+  auto to = [&](int64_t i) { return std::min(width, (i % parts + 1) * most); };
+  std::vector<Lead> leads(rows * parts);
+  each(threads, rows * parts, [&](int64_t i) { leads[i] = find_lead(logits + i / parts * width, from(i), to(i)); });
+  std::vector<Noise> noises(rows);
+  for (int64_t r = 0; r < rows; r++) {
+    Lead lead = leads[r * parts];
+    for (int64_t i = r * parts + 1; i < (r + 1) * parts; i++)
+      if (!(leads[i].value <= lead.value) && lead.value == lead.value) lead = leads[i];
+    tokens[r] = lead.id;
+    best[r] = temperatures[r] == 0 ? lead.value : lead.value / temperatures[r];
+    noises[r] = {temperatures[r], best[r], keys[r], keys[rows + r], bounds};
+  }
+  auto is_drawn = [&](int64_t r) { return temperatures[r] != 0 && std::isfinite(best[r]); };
+  std::vector<std::vector<Contender>> found(rows * parts);
+  std::vector<float> least(rows * parts);
+  each(threads, rows * parts, [&](int64_t i) {
+    const int64_t r = i / parts;
+    if (is_drawn(r)) least[i] = find_contenders(logits + r * width, from(i), to(i), noises[r], found[i]);
+  });
+  each(threads, rows, [&](int64_t r) {
+    if (!is_drawn(r)) return;
+    const float limit = 2.2f * *std::min_element(&least[r * parts], &least[r * parts] + parts);
+    double highest = -INFINITY;
+    for (int64_t i = r * parts; i < (r + 1) * parts; i++)
+      for (const Contender& one : found[i]) {
+        if (!(one.bound <= limit * one.weight)) continue;
+        const double score = double(one.logit) + gumbel(one.hashed);
+        if (score > highest) highest = score, tokens[r] = one.id;
+      }
+  });
 }
 
 // ---- drafting ----------------------------------------------------------------------------------------------------
@@ -1450,12 +1521,13 @@ EXPORT int32_t taps_layers(const Step* step, const DecoderLayer* layers, int32_t
   return NONE;
 }
 
-// shaped [rows, width]; best [rows]; keys [2, rows]; found [rows, MOST_FOUND] and counts [rows] are written.
-EXPORT void taps_find_drawn(const float* shaped, const float* best, const uint32_t* keys, const float* table,
-                            int64_t rows, int64_t width, int32_t* found, int32_t* counts, int32_t threads) {
-  each(threads, rows, [&](int64_t r) {
-    int32_t* own = found + r * MOST_FOUND;
-    counts[r] = find_drawn(shaped + r * width, best[r], keys[r], keys[rows + r], table, width, own);
+// As `decide`.
+EXPORT void taps_decide(const void* logits, int64_t rows, int64_t width, const float* temperatures,
+                        const uint32_t* keys, const float* bounds, int32_t* tokens, float* best, int32_t dtype,
+                        int32_t threads) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    decide(static_cast<const T*>(logits), rows, width, temperatures, keys, bounds, tokens, best, threads);
   });
 }
 

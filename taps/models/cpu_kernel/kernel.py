@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +23,6 @@ from taps.models.cpu_kernel.tensors import dtype_number, require
 from taps.models.memory import HugePages
 
 _VERSION = "cpu-kernel-2"  # changes with the order or the roundings of any sum
-_MOST_FOUND = 64  # tokens of a row, as kernel.cpp has it
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 
@@ -54,9 +54,9 @@ class CpuKernel:
         self._layers = library.taps_layers
         self._layers.argtypes = [_POINTER, _POINTER, _INT, _POINTER, _INT]
         self._layers.restype = _INT
-        self._find_drawn = library.taps_find_drawn
-        self._find_drawn.argtypes = [_POINTER] * 4 + [_LONG, _LONG, _POINTER, _POINTER, _INT]
-        self._find_drawn.restype = None
+        self._decide = library.taps_decide
+        self._decide.argtypes = [_POINTER, _LONG, _LONG, *[_POINTER] * 5, _INT, _INT]
+        self._decide.restype = None
         self._find_best = library.taps_find_best
         self._find_best.argtypes = [*[_POINTER] * 3, _LONG, _LONG, _INT, *[_POINTER] * 3, _INT, _INT]
         self._find_best.restype = None
@@ -122,26 +122,19 @@ class CpuKernel:
         if fault:
             raise ValueError(FAULTS[fault])
 
-    def find_drawn(self, shaped: Tensor, best: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Rows [c] and ids [c], in order, of the tokens that may win their row's draw; None for far too many.
-
-        Args: shaped [R, V] float32; best [R] of each row; keys [2, R] int32 of `taps.sampling`.
-        """
-        rows, width = _rows("shaped", shaped)
-        for name, tensor, dtype, shape in (
-            ("shaped", shaped, torch.float32, (rows, width)),
-            ("best", best, torch.float32, (rows,)),
-            ("keys", keys, torch.int32, (2, rows)),
-        ):
-            require(name, tensor, dtype, shape)
-        found, counts = torch.empty(rows, _MOST_FOUND, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
-        pointers = (tensor.data_ptr() for tensor in (shaped, best, keys, _variates()))
-        out = found.data_ptr(), counts.data_ptr()
-        self._find_drawn(*pointers, rows, width, *out, num_threads())
-        if bool((counts < 0).any()):
-            return None
-        inside = torch.arange(_MOST_FOUND) < counts[:, None]
-        return torch.arange(rows).repeat_interleave(counts), found[inside].long()
+    def decide(
+        self, logits: Tensor, temperatures: Sequence[float], keys: Sequence[Sequence[int]]
+    ) -> list[tuple[int, float]]:
+        """Each row's token and its best logit over the temperature: implements `taps.sampling.Race`."""
+        rows, width = _rows("logits", logits)
+        number = dtype_number("logits", logits)
+        require("logits", logits, logits.dtype, (rows, width))
+        if not len(temperatures) == len(keys[0]) == len(keys[1]) == rows:
+            raise ValueError(f"there are {rows} rows; each has one temperature and two keys")
+        tokens, best = (_INT * rows)(), (_FLOAT * rows)()
+        given = (_FLOAT * rows)(*temperatures), (_INT * (2 * rows))(*keys[0], *keys[1]), _variates().data_ptr()
+        self._decide(logits.data_ptr(), rows, width, *given, tokens, best, number, num_threads())
+        return list(zip(tokens, best, strict=True))
 
     def find_best(
         self, logits: Tensor, k: int, noise: tuple[Tensor, Tensor] | None = None
