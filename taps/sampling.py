@@ -215,63 +215,61 @@ def sample_rows(
     counts [n] and excluded [n]: as for `shape_rows`, at the place; race: None is torch's way.
     Ties go to the lowest token id.
     """
-    banned = excluded or [()] * len(params)
-    if race is None:
-        decided = _decided(logits, params, positions, counts, banned)
-    else:
-        decided = _raced(race, logits, params, positions, counts, banned)
+    rows = _Rows(logits, params, positions, counts, excluded or [()] * len(params))
+    decided = _decided(rows) if race is None else _raced(rows, race)
     return [_token(*decided[row], position) for row, position in enumerate(positions)]
 
 
-def _decided(
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-    counts: Sequence[Mapping[int, int]],
-    excluded: Sequence[Collection[int]],
-) -> dict[int, tuple[int, float]]:
+class _Rows(NamedTuple):
+    """What `sample_rows` is given."""
+
+    logits: Tensor
+    params: Sequence[SamplingParams]
+    positions: Sequence[int]
+    counts: Sequence[Mapping[int, int]]
+    excluded: Sequence[Collection[int]]
+
+    def pick(self, chosen: Sequence[int]) -> _Rows:
+        return _Rows(
+            take(self.logits, chosen),
+            pick(self.params, chosen),
+            pick(self.positions, chosen),
+            pick(self.counts, chosen),
+            pick(self.excluded, chosen),
+        )
+
+    def adjusted(self) -> Tensor:
+        return adjusted(self.logits, self.params, self.counts, self.excluded)
+
+    def shaped(self) -> Tensor:
+        return shape_rows(self.logits, self.params, self.counts, self.excluded)
+
+
+def _decided(rows: _Rows) -> dict[int, tuple[int, float]]:
     """Of each row the token and the best shaped logit."""
-    greedy = [row for row, p in enumerate(params) if p.greedy]
-    drawn = [row for row, p in enumerate(params) if not p.greedy]
+    greedy = [row for row, p in enumerate(rows.params) if p.greedy]
+    drawn = [row for row, p in enumerate(rows.params) if not p.greedy]
     found = []
     if greedy:
-        found.append(_find_best(adjusted(*_picked(logits, params, counts, excluded, greedy))))
+        found.append(_find_best(rows.pick(greedy).adjusted()))
     if drawn:
-        shaped = shape_rows(*_picked(logits, params, counts, excluded, drawn))
-        found.append(_find_drawn(shaped, pick(params, drawn), pick(positions, drawn)))
+        own = rows.pick(drawn)
+        found.append(_find_drawn(own.shaped(), own.params, own.positions))
     return dict(zip(greedy + drawn, _winners(found), strict=True))
 
 
-def _raced(
-    race: Race,
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-    counts: Sequence[Mapping[int, int]],
-    excluded: Sequence[Collection[int]],
-) -> dict[int, tuple[int, float]]:
+def _raced(rows: _Rows, race: Race) -> dict[int, tuple[int, float]]:
     """As `_decided`. The temperature of rows in which nothing is cut is left to the race."""
-    whole = [row for row, p in enumerate(params) if not p.cuts]
-    cut = [row for row, p in enumerate(params) if p.cuts]
     decided: dict[int, tuple[int, float]] = {}
-    for rows, shape in ((whole, adjusted), (cut, shape_rows)):
-        if rows:
-            shaped = shape(*_picked(logits, params, counts, excluded, rows)).contiguous()
-            temperatures = [1.0 if params[row].cuts else params[row].temperature for row in rows]
-            keys = _halves(pick(params, rows), pick(positions, rows))
-            decided |= zip(rows, race(shaped, temperatures, keys), strict=True)
+    for cuts in (False, True):
+        chosen = [row for row, p in enumerate(rows.params) if p.cuts is cuts]
+        if chosen:
+            own = rows.pick(chosen)
+            shaped = own.shaped() if cuts else own.adjusted()
+            temperatures = [1.0 if cuts else p.temperature for p in own.params]
+            found = race(shaped.contiguous(), temperatures, _halves(own.params, own.positions))
+            decided |= zip(chosen, found, strict=True)
     return decided
-
-
-def _picked(
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    counts: Sequence[Mapping[int, int]],
-    excluded: Sequence[Collection[int]],
-    chosen: Sequence[int],
-) -> tuple[Tensor, list[SamplingParams], list[Mapping[int, int]], list[Collection[int]]]:
-    """What `shape_rows` takes, of the chosen rows."""
-    return take(logits, chosen), pick(params, chosen), pick(counts, chosen), pick(excluded, chosen)
 
 
 def _winners(found: Sequence[_Found]) -> list[tuple[int, float]]:

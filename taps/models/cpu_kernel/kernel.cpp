@@ -1156,7 +1156,7 @@ inline double gumbel(uint32_t hashed) {
 }
 
 // logits [rows, width]; temperatures [rows], 0: no noise; keys [2, rows]. tokens [rows] are written, and best [rows]:
-// the best logit over the temperature, without which a token that is a finite number says nothing.
+// the best logit over the temperature. Where that is no finite number the token means nothing.
 template <typename T>
 void decide(const T* logits, int64_t rows, int64_t width, const float* temperatures, const uint32_t* keys,
             const float* bounds, int32_t* tokens, float* best, int threads) {
