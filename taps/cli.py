@@ -200,6 +200,11 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "`taps bench steps` measures the engine's single steps instead."
     _add_measuring(parser, questions=10, trees="what is served")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="say of every step of `adaptive` who was asked, what was kept and why",
+    )
     parser.set_defaults(run=_bench)
 
 
@@ -209,7 +214,8 @@ def _bench(args: argparse.Namespace) -> None:
 
     refuse_unwritable(args.out)
     plan = LivePlan(**_named(LivePlan, args))
-    write_result(measure(args.target, args.heads, args.alone, args.data or args.benchmark, plan), args.out)
+    data = args.data or args.benchmark
+    write_result(measure(args.target, args.heads, args.alone, data, plan, args.explain), args.out)
 
 
 def _add_bench_steps(parser: argparse.ArgumentParser) -> None:

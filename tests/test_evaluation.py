@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def test_an_evaluation_of_the_shipped_heads(temperature: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("temperature", ["0", "1"])
 def test_speed_is_a_ratio_to_plain_decoding_of_the_same_questions(
-    temperature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    temperature: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: list[Prompt] = []
 
@@ -202,7 +203,7 @@ def test_speed_is_a_ratio_to_plain_decoding_of_the_same_questions(
     command = ["bench", "--benchmark", "small", "--data", str(questions), "--heads", head]
     command += ["--alone", str(PROJECT / "specialists" / "chat"), "--temperature", temperature]
     command += ["--new-tokens", "8", "--num-nodes", "4", "--out", str(tmp_path / "result.json")]
-    assert main(command) == 0
+    assert main([*command, "--explain"]) == 0
     assert asked == [
         Prompt("1", ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}))
     ]
@@ -210,7 +211,13 @@ def test_speed_is_a_ratio_to_plain_decoding_of_the_same_questions(
     rows = {(row["strategy"], row["coupled"]): row for row in measured}
     speculative = ["math", "chat", "confidence", "entropy", "merged", "concatenated"]
     ways = [(name, coupled) for coupled in (False, True)[: 1 + int(temperature)] for name in speculative]
-    assert list(rows) == [("off", False), *ways]
+    served = ("adaptive", temperature == "1")
+    assert list(rows) == [("off", False), *ways, served]
+    explained = re.findall(
+        r"^  asked (.*), depth .* accepted \d+: (\d+) tokens by", capsys.readouterr().out, re.M
+    )
+    assert sum(int(tokens) for _, tokens in explained) >= 7, "all but the prefill's"
+    assert {name for name, _ in explained} <= {"nobody", "math", "math aside"}
     plain, math_head = rows["off", False], rows["math", False]
     assert (plain["speed_ratio_median"], plain["acceptance_length"]) == (1.0, 1.0)
     assert math_head["acceptance_length"] >= 1.0

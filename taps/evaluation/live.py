@@ -1,7 +1,8 @@
 """Wall-clock speed in this process: every strategy against plain decoding, interleaved question by question.
 
-A machine whose speed drifts does not matter: ratios are taken within a question. Knows verifiers, drafters and
-strategies; nothing of Ray or HTTP (`cluster.bench` measures a running cluster).
+What `adaptive` learns it learns from one question to the next. A machine whose speed drifts does not matter:
+ratios are taken within a question. Knows verifiers, drafters and strategies; nothing of Ray or HTTP
+(`cluster.bench` measures a running cluster).
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Sequence
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, aclosing, closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from taps.adaptive.policy import Adaptive, Fleet
 from taps.composing import STRATEGIES, Compose, concatenated
 from taps.context import Context
 from taps.decoding.in_process import decode_in_process, in_process
-from taps.decoding.metrics import SpeculationCounts
-from taps.decoding.policy import Fixed
+from taps.decoding.metrics import SpeculationCounts, drafters_in
+from taps.decoding.policy import Fixed, Policy, Step
 from taps.drafting.batched import BatchedDrafter
 from taps.drafting.drafter import Ask
 from taps.drafting.eagle import EagleDrafter
@@ -63,7 +66,7 @@ class Setting(NamedTuple):
 
     strategy: str
     coupled: bool  # drafters use the noise the target samples with
-    compose: Compose
+    policy: Callable[[Ask], AbstractContextManager[Policy]]  # of one answer
     drafters: Sequence[BatchedDrafter]
 
 
@@ -81,14 +84,18 @@ class Timed(NamedTuple):
 
 
 async def time_answer(
-    prompt: Sequence[int], verifier: BatchedVerifier, drafters: Sequence[BatchedDrafter], compose: Compose,
-    ask: Ask, params: SamplingParams, new_tokens: int,
+    prompt: Sequence[int], verifier: BatchedVerifier, drafters: Sequence[BatchedDrafter], policy: Policy,
+    params: SamplingParams, new_tokens: int,
 ) -> Timed:  # fmt: skip
-    """Decode one answer of `new_tokens` tokens; end tokens do not end it, so that all answers are as long."""
+    """Decode one answer of `new_tokens` tokens; end tokens do not end it, so that all answers are as long.
+
+    What the policy explains is printed once the answer is there.
+    """
     state = SessionState(tuple(prompt), sampling=params, max_tokens=new_tokens)
     context, counts = Context(state, MAX_LEN), SpeculationCounts()
     draft_ms = verify_ms = started = seconds = 0.0
-    async with aclosing(decode_in_process(context, verifier, drafters, Fixed(compose, ask))) as steps:
+    explained: list[str] = []
+    async with aclosing(decode_in_process(context, verifier, drafters, policy)) as steps:
         async for step in steps:
             if step.is_prefill:
                 started = time.perf_counter()
@@ -96,17 +103,41 @@ async def time_answer(
             counts.observe(step.verdict, len(step.verdict.tokens))
             draft_ms, verify_ms = draft_ms + step.draft_ms, verify_ms + step.verify_ms
             seconds = time.perf_counter() - started
+            if step.why is not None:
+                explained.append(_explained(step, step.why, [drafter.name for drafter in drafters]))
             if context.num_generated >= new_tokens:
                 break
+    for line in explained:
+        print(line, flush=True)
     return Timed(seconds, draft_ms, verify_ms, counts)
 
 
+def _explained(step: Step, why: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Who was asked in a step, what was thought of it, what was kept and what came of it, on one line."""
+    verdict = step.verdict
+    asked = [*why["asked"], *(f"{name} aside" for name in why["asked_aside"])]
+    kept = Counter(names[i] for owners in step.drafted for i in drafters_in(owners))
+    passes = "1 pass" if verdict.num_passes == 1 else f"{verdict.num_passes} passes"
+    cost = "" if verdict.cost is None else f", the last in {verdict.cost.ms:.1f} ms"
+    return (
+        f"  asked {', '.join(asked) or 'nobody'}, depth {why['depth']}: "
+        f"{why['expected']:.2f} tokens expected, {why['must_gain']:.2f} must be gained "
+        f"({why['drafted_ms']:.1f} ms, plain {why['plain_ms']:.1f}); "
+        f"offered {' '.join(f'{score:.2f}' for score in why['offered']) or 'nothing'}; "
+        f"kept {', '.join(f'{n} of {name}' for name, n in kept.items()) or 'nothing'}, "
+        f"accepted {len(verdict.owners)}: {len(verdict.tokens)} tokens by {passes}{cost}; "
+        f"waited {step.draft_ms:.1f} ms for drafts, {step.verify_ms:.1f} for the target"
+    )
+
+
 def measure(
-    target: str, heads: Sequence[Path], alone: Sequence[Path], data: str | Path, plan: LivePlan
-) -> dict[str, Any]:
+    target: str, heads: Sequence[Path], alone: Sequence[Path], data: str | Path, plan: LivePlan,
+    explains: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Speed of each head alone and of every way to combine the first ones, as ratios to plain decoding.
 
-    Args: heads: those that are combined; alone: further ones, timed by themselves.
+    Args: heads: those that are combined; alone: further ones, timed by themselves; explains: say of every step
+    of `adaptive` who was asked, what was kept and why.
     """
     every = [*heads, *alone]
     names, device = unlike_names(every), "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,7 +149,8 @@ def measure(
         engine = Target(CausalLM.load(path, torch.bfloat16, device), 2, MAX_LEN, budget)
         named = zip(names, (EagleDrafter(head, 2) for head in loaded), strict=True)
         with in_process(engine, named, num_threads) as (verifier, drafters):
-            settings = _settings(drafters, len(heads), (False, True) if plan.temperature else (False,))
+            coupled = (False, True) if plan.temperature else (False,)
+            settings = _settings(drafters, len(heads), coupled, explains)
             timed = _time_all(load_tokenizer(path), verifier, settings, questions, plan)
     return {
         "plan": asdict(plan),
@@ -131,16 +163,26 @@ def measure(
     }
 
 
-def _settings(drafters: Sequence[BatchedDrafter], num_together: int, coupled: Sequence[bool]) -> list[Setting]:
-    """Plain decoding, each drafter alone, and every way to combine the first ones."""
+def _settings(
+    drafters: Sequence[BatchedDrafter], num_together: int, coupled: Sequence[bool], explains: bool
+) -> list[Setting]:
+    """Plain decoding, each drafter alone, every way to combine the first ones, and what is served."""
     together = drafters[:num_together]
     composed: list[tuple[str, Compose, Sequence[BatchedDrafter]]] = [
         *((drafter.name, STRATEGIES["single"], [drafter]) for drafter in drafters),
         *((name, STRATEGIES[name], together) for name in ("confidence", "entropy", "merged")),
         ("concatenated", _every_node, together),
     ]
-    speculative = [Setting(name, c, compose, panel) for c in coupled for name, compose, panel in composed]
-    return [Setting(PLAIN, False, STRATEGIES[PLAIN], []), *speculative]
+    fixed = [Setting(name, c, _fixed(compose), panel) for c in coupled for name, compose, panel in composed]
+    fleet, names = Fleet(), [drafter.name for drafter in together]
+    adaptive = Setting(
+        "adaptive", coupled[-1], lambda ask: closing(Adaptive(fleet, names, ask, explains)), together
+    )
+    return [Setting(PLAIN, False, _fixed(STRATEGIES[PLAIN]), []), *fixed, adaptive]
+
+
+def _fixed(compose: Compose) -> Callable[[Ask], AbstractContextManager[Policy]]:
+    return lambda ask: nullcontext(Fixed(compose, ask))
 
 
 def _time_all(
@@ -156,10 +198,11 @@ def _time_all(
         prompt = prompt_tokens(tokenizer, Prompt(question.id, tuple(question.first_turn)))
         params = SamplingParams(plan.temperature, seed=plan.seed, choice=number)
         for i in _turned(range(len(settings)), number):
-            _, coupled, compose, panel = settings[i]
+            _, coupled, policy_of, panel = settings[i]
             ask = Ask(plan.num_nodes, plan.depth, plan.top_k, params if coupled else None)
-            answer = time_answer(prompt, verifier, panel, compose, ask, params, plan.new_tokens)
-            timed[i].append(asyncio.run(answer))
+            with policy_of(ask) as policy:
+                answer = time_answer(prompt, verifier, panel, policy, params, plan.new_tokens)
+                timed[i].append(asyncio.run(answer))
         plain = timed[0][-1].tokens_per_second
         shown = ", ".join(
             f"{setting.strategy}{' coupled' * setting.coupled} {rows[-1].tokens_per_second / plain:.2f}"
