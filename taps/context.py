@@ -71,6 +71,11 @@ class Context:
         return not self._num_missing or not self.feature_window
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing more of the text is asked for, stop strings aside."""
+        return self._begun.is_over(self.root, self.num_generated)
+
+    @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.prompt_length
 

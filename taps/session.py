@@ -37,6 +37,10 @@ class SessionState:
         """Tokens that may still be generated."""
         return self.max_tokens - self.num_generated
 
+    def is_over(self, newest: int, num_generated: int) -> bool:
+        """Whether nothing comes after the newest token, with so many generated."""
+        return num_generated >= self.max_tokens or (num_generated > 0 and newest in self.end_tokens)
+
     def counts(self) -> Counter[int]:
         """How often each token was generated, as penalties count; with the prompt's where they matter."""
         generated = Counter(self.tokens[len(self.tokens) - self.num_generated :])

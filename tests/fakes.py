@@ -318,7 +318,8 @@ async def run_steps(
 
 async def ask_all(panel: Panel, context: Context, ask: Ask, pass_s: float = math.inf) -> list[ProposalTree]:
     """The same question to all who may be asked."""
-    return await panel.propose(context, {drafter: Question(ask) for drafter in panel.idle()}, pass_s)
+    asked = panel.ask(context, {drafter: Question(ask) for drafter in panel.idle()}, pass_s)
+    return await panel.answers(asked, context.root)
 
 
 def tokens_of(steps: Sequence[Step], num_tokens: int) -> list[int]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from contextlib import aclosing
 
 import pytest
 
 from taps.composing import STRATEGIES, Compose, concatenated, merged, off, single
 from taps.context import Context
 from taps.decoding import loop
+from taps.decoding.loop import decode
 from taps.decoding.panel import Panel
+from taps.decoding.policy import Fixed
 from taps.drafting.drafter import Ask
 from taps.peers import PeerBusy, PeerGone
 from taps.session import SessionState
@@ -184,7 +187,8 @@ async def test_every_drafter_hears_every_token_once_with_the_features_that_belon
     drafters = [KINDS[kind](index, SAMPLED) for index, kind in enumerate(["good", "late", "ignorant"])]
     pool = VerifierPool(TARGET, SAMPLED, lives=[4])
     await run_steps(pool, panel_of(*drafters), merged, NUM_TOKENS)
-    text = [*PROMPT, *TARGET.continuation(PROMPT, SAMPLED, NUM_TOKENS)]
+    # They are asked for what comes after the last step before that is delivered.
+    text = [*PROMPT, *TARGET.continuation(PROMPT, SAMPLED, NUM_TOKENS + 2)]
     for drafter in drafters:
         heard = 0
         for delta in drafter.deltas:
@@ -193,6 +197,29 @@ async def test_every_drafter_hears_every_token_once_with_the_features_that_belon
             assert positions_of(delta.features) == list(range(delta.feature_start, delta.end - 1))
             heard = delta.end
         assert len(drafter.deltas) > 1
+
+
+async def test_drafters_are_at_work_while_what_was_decided_is_delivered() -> None:
+    drafter, context = good(), Context(SessionState(tuple(PROMPT)), feature_window=8)
+    panel = Panel([drafter], deadline_s=5.0)
+    policy = Fixed(merged, Ask(num_nodes=4, depth=1))
+    async with aclosing(decode(context, VerifierPool(TARGET, GREEDY).open, panel, policy)) as steps:
+        for _ in range(3):
+            await anext(steps)
+            assert drafter.deltas[-1].end == len(context.tokens)
+    await panel.close()
+
+
+@pytest.mark.parametrize("end_tokens", [(), (TARGET.continuation(PROMPT, GREEDY, 6)[-1],)])
+async def test_nobody_is_asked_for_what_comes_after_the_end(end_tokens: tuple[int, ...]) -> None:
+    drafter, state = good(), SessionState(tuple(PROMPT), max_tokens=6, end_tokens=end_tokens)
+    context, panel = Context(state, feature_window=8), panel_of(drafter)
+    policy = Fixed(merged, Ask(num_nodes=4, depth=1))
+    async with aclosing(decode(context, VerifierPool(TARGET, GREEDY).open, panel, policy)) as steps:
+        async for _ in steps:
+            if context.is_over:
+                break
+    assert drafter.deltas[-1].end < len(context.tokens)
 
 
 async def test_trees_come_in_the_drafters_order_and_each_is_owned_by_its_drafter() -> None:

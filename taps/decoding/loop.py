@@ -1,5 +1,7 @@
 """The decoding loop: propose, compose, verify (which accepts and commits), deliver.
 
+What was decided is delivered once drafters were asked for what comes next, and while they are at work.
+
 Drafters and verifiers are two small async protocols; whether they live in this process or on another
 machine is not known here. Plain decoding is the same loop without drafters.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
 from taps.context import Context
@@ -17,6 +19,7 @@ from taps.decoding.panel import Panel
 from taps.decoding.policy import Policy, Step
 from taps.decoding.sessions import VerifierSession
 from taps.peers import PeerBusy, PeerGone
+from taps.verdict import Verdict
 
 # Wait before another verifier is tried, doubled each time: eight tries span the restart of a replica.
 _FAILOVER_DELAY_S = 0.2
@@ -62,17 +65,21 @@ async def _decode_on(
     context.restart(verdict)
     step = Step(verdict, True, 0.0, (clock() - started) * 1e3, numerics=verifier.numerics)
     policy.observe(context, step, ())
-    yield step
+    decided = [step]
     pass_s = math.inf  # unknown before the first
     is_ahead, held, rest = False, None, 0
     while True:
-        started = drafted = clock()
+        if context.is_over:  # nobody is asked for what comes after the end
+            while decided:
+                yield decided.pop(0)
+        started = clock()
         lookup = panel.lookup
         drafts = () if lookup is None else lookup.owners
         lookup = lookup if lookup is not None and policy.looks else None
+        window = _WINDOW  # of plain decoding
+        asked = None  # where a tree is checked
         if is_ahead and rest:
             rest -= 1
-            verdicts = await verifier.ahead(_WINDOW, lookup)
         else:
             free = await panel.at_hand(context, policy.ask)
             plan = policy.plan(context, panel.idle(), free) if held is None else held.among(panel.idle())
@@ -80,17 +87,26 @@ async def _decode_on(
             # Drafters begin from features, which come when plain decoding stops, or before the first tree.
             can_ask = context.is_complete or not plan.asks
             held = None if can_ask else plan
-            if is_ahead or is_plain or not context.is_complete:
-                await panel.propose(context, plan.questions if is_plain and can_ask else {})
-                is_ahead = is_plain and can_ask
-                verdicts = await verifier.ahead(_WINDOW if is_ahead else 0, lookup)
-                rest = plan.rest
+            if is_plain and can_ask:
+                panel.ask(context, plan.questions)
+                is_ahead, rest = True, plan.rest
+            elif is_ahead or not context.is_complete:
+                is_ahead, window = False, 0
             else:
-                trees = free + await panel.propose(context, plan.questions, pass_s)
-                tree = policy.compose(trees, context.root)
-                drafted, drafts = clock(), tree.owners[1:]
-                verdicts = [await verifier.verify(tree)]
-                pass_s = clock() - drafted
+                asked = panel.ask(context, plan.questions, pass_s)
+                await asked.have_gone_out()
+        # What was decided is delivered while drafters are at work.
+        while decided:
+            yield decided.pop(0)
+        if asked is not None:
+            trees = free + await panel.answers(asked, context.root)
+            tree = policy.compose(trees, context.root)
+            drafted, drafts = clock(), tree.owners[1:]
+            verdicts: Sequence[Verdict] = [await verifier.verify(tree)]
+            pass_s = clock() - drafted
+        else:
+            started = drafted = clock()
+            verdicts = await verifier.ahead(window, lookup)
         # Several verdicts that came together waited alike.
         passes = max(sum(verdict.num_passes for verdict in verdicts), 1)
         draft_ms, verify_ms = 1e3 * (drafted - started) / passes, 1e3 * (clock() - drafted) / passes
@@ -102,4 +118,4 @@ async def _decode_on(
                 owners = drafts[: verdict.num_nodes] if checked is None else checked.owners[1:]
                 step = Step(verdict, False, *waits, owners, why=policy.explain())
                 policy.observe(context, step, panel.take_arrived())
-                yield step
+                decided.append(step)

@@ -9,6 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from taps.context import Context
 from taps.decoding.policy import Arrived, Candidate, Offer, Question
@@ -18,7 +19,21 @@ from taps.lookup import Lookup
 from taps.peers import PeerGone
 from taps.tree import ProposalTree
 
+_GOES_OUT_S = 0.001  # a question, by then, where others keep the router busy too
 _ASIDE = 64  # features that a drafter is told, at most, who is asked aside: more would cost more than it tells
+
+
+class Asked(NamedTuple):
+    """Questions that are waited for."""
+
+    at: float  # when they were asked
+    waits_s: float  # for the answers, from then on
+    tasks: Mapping[DrafterSession, asyncio.Task[Arrived]]
+
+    async def have_gone_out(self) -> None:
+        """What is done from now on is done while drafters are at work."""
+        if self.tasks and self.waits_s > _GOES_OUT_S:
+            await asyncio.wait(self.tasks.values(), timeout=_GOES_OUT_S)
 
 
 class Panel:
@@ -89,16 +104,11 @@ class Panel:
         answers = [await self._question(drafter, context, ask) for drafter in here]
         return [tree for one in answers if (tree := self._take(one)) is not None and len(tree) > 1]
 
-    async def propose(
-        self, context: Context, asked: Mapping[Candidate, Question], pass_s: float = math.inf
-    ) -> list[ProposalTree]:
-        """Ask, and wait for those that are waited for. The trees that came in time, each owned by its drafter.
+    def ask(self, context: Context, asked: Mapping[Candidate, Question], pass_s: float = math.inf) -> Asked:
+        """Ask those that are idle; one that is only offered is sent for, and can be asked once it is there.
 
-        One that is only offered is sent for, and can be asked once it is there. Args: asked: of those that are
-        idle; pass_s: seconds the last verify pass took.
+        Args: pass_s: seconds the last verify pass took.
         """
-        if not asked:
-            return []
         questions: dict[DrafterSession, Question] = {}
         for drafter, question in asked.items():
             if isinstance(drafter, Offer):
@@ -110,16 +120,21 @@ class Panel:
             for drafter, question in questions.items()
         }
         self._pending |= tasks
-        awaited = [task for drafter, task in tasks.items() if questions[drafter].is_waited_for]
-        if awaited:
-            await asyncio.wait(awaited, timeout=min(self._deadline_s, self._patience * pass_s))
+        awaited = {drafter: task for drafter, task in tasks.items() if questions[drafter].is_waited_for}
+        return Asked(self._clock(), min(self._deadline_s, self._patience * pass_s), awaited)
+
+    async def answers(self, asked: Asked, root: int) -> list[ProposalTree]:
+        """Wait for those that are waited for: trees from `root` that come in time, each owned by its drafter."""
+        if asked.tasks:
+            left_s = asked.waits_s - (self._clock() - asked.at)
+            await asyncio.wait(asked.tasks.values(), timeout=max(left_s, 0.0))
         trees = []
-        for drafter, task in tasks.items():
+        for drafter, task in asked.tasks.items():
             if not task.done():
                 continue
             del self._pending[drafter]
             tree = self._take(task.result())
-            if tree is not None and questions[drafter].is_waited_for and tree.tokens[0] == context.root:
+            if tree is not None and tree.tokens[0] == root:
                 trees.append((drafter.index, tree))
         return [tree for _, tree in sorted(trees, key=lambda pair: pair[0])]
 

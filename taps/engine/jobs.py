@@ -51,8 +51,7 @@ class TargetSession:
     @property
     def is_over(self) -> bool:
         """Whether nothing more of the text is asked for."""
-        ended = self.num_generated > 0 and self.tokens[-1] in self.asked.end_tokens
-        return ended or self.num_generated >= self.asked.max_tokens
+        return self.asked.is_over(self.tokens[-1], self.num_generated)
 
     @property
     def looks_back(self) -> bool:
