@@ -39,7 +39,7 @@ _NAMES = {  # a process's title -> what it is called here
 _PARTS = (
     (
         "links",
-        ("deployments/link", "deployments/leasing", "deployments/messages", "deployments/sessions", "/grpc/"),
+        ("deployments/link", "deployments/leasing", "deployments/messages", "deployments/sessions"),
     ),
     ("policy", ("taps/adaptive", "taps/composing", "taps/drafting")),
     ("loop", ("taps/decoding", "taps/context", "deployments/generation")),

@@ -18,12 +18,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import Any, TypeVar, cast
 
-import grpc
-import grpc.aio
 import ray.util
 
-from deployments.link import METHOD, OPTIONS, Outbox
-from deployments.messages import Entry, Message, VersionMismatch, decode, error_message, is_expected
+from deployments.link import Link
+from deployments.messages import Entry, Message, error_message, is_expected
 from taps.peers import PeerGone
 
 logger = logging.getLogger("ray.serve")
@@ -98,24 +96,22 @@ class SessionServer:
         self.check = check
         self._numerics = numerics
         self._leases: dict[str, _Lease] = {}
-        self._server: grpc.aio.Server | None = None
+        self._server: asyncio.Server | None = None
+        self._links: set[_ServedLink] = set()
         self._endpoint = ""
 
     async def start(self, host: str) -> None:
         """Listen on a free port of `host`."""
-        self._server = grpc.aio.server(options=OPTIONS)
-        service, method = METHOD
-        handler = grpc.stream_stream_rpc_method_handler(self._serve_link)
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(service, {method: handler}),)
-        )
-        self._endpoint = f"{host}:{self._server.add_insecure_port(f'{host}:0')}"
-        await self._server.start()
+        self._server = await asyncio.get_running_loop().create_server(self._accept, host, 0)
+        self._endpoint = f"{host}:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
         """Stop listening; links and their sessions are ended."""
         if self._server is not None:
-            await self._server.stop(grace=None)
+            self._server.close()
+        for link in self._links:
+            link.end.close()
+        await asyncio.gather(*(link.task for link in self._links), return_exceptions=True)
 
     @property
     def num_leases(self) -> int:
@@ -142,45 +138,40 @@ class SessionServer:
         lease = self._leases.get(secret)
         return lease if lease is not None and lease.open(session, of) else None
 
-    async def _serve_link(
-        self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]
-    ) -> None:
-        link = _ServedLink(self, Outbox(context.write))
-        try:
-            await link.serve(frames)
-        except VersionMismatch as error:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        except asyncio.CancelledError:  # the far side is gone, or this server stops
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the link ended")
+    def _accept(self) -> Link:
+        link = _ServedLink(self)
+        self._links.add(link)
+        link.task.add_done_callback(lambda _: self._links.discard(link))
+        return link.end
 
 
 class _ServedLink:
     """One router's link: its sessions run as tasks, which end with it."""
 
-    def __init__(self, server: SessionServer, outbox: Outbox) -> None:
+    def __init__(self, server: SessionServer) -> None:
         self._server = server
-        self._outbox = outbox
         self._sessions: dict[int, _Served] = {}
+        self.end = Link(self._take)
+        self.task = asyncio.create_task(self._serve())
 
-    async def serve(self, frames: AsyncIterator[bytes]) -> None:
-        """Until the far side ends it, or is gone. All that its sessions held is freed then."""
-        helpers = [asyncio.create_task(self._outbox.run()), asyncio.create_task(self._show_life())]
+    async def _serve(self) -> None:
+        """Until either side ends it, or is gone. All that its sessions held is freed then."""
+        showing = asyncio.create_task(self._show_life())
         try:
-            async for frame in frames:
-                for entry in decode(frame):
-                    self._take(entry)
+            await asyncio.wait({self.end.lost})
         finally:
-            running = [session.task for session in self._sessions.values()]
-            for task in (*helpers, *running):
+            self.end.close()
+            tasks = [showing, *(session.task for session in self._sessions.values())]
+            for task in tasks:
                 task.cancel()
             # Shielded from the link's own end: what sessions hold is freed whoever waits.
-            await asyncio.shield(asyncio.gather(*helpers, *running, return_exceptions=True))
+            await asyncio.shield(asyncio.gather(*tasks, return_exceptions=True))
 
     def _take(self, entry: Entry) -> None:
         number, kind, body = entry
         session = self._sessions.get(number)
         if kind == "open" and session is None:
-            session = self._sessions[number] = _Served(self._server, self._outbox, number, body or {})
+            session = self._sessions[number] = _Served(self._server, self.end, number, body or {})
             session.task.add_done_callback(lambda _: self._sessions.pop(number, None))
         elif kind == "ask" and session is not None:
             session.asked.put_nowait(body or {})
@@ -199,17 +190,17 @@ class _ServedLink:
                     session.give_up(error)
             else:
                 if owing:
-                    self._outbox.put(0, "at work")
+                    self.end.put(0, "at work")
 
 
 class _Served:
     """One session: a task that opens it and answers its messages one after the other."""
 
-    def __init__(self, server: SessionServer, outbox: Outbox, number: int, opening: Message) -> None:
+    def __init__(self, server: SessionServer, link: Link, number: int, opening: Message) -> None:
         self.asked: asyncio.Queue[Message] = asyncio.Queue()
         self.owes = True  # an answer
         self._server = server
-        self._outbox = outbox
+        self._link = link
         self._number = number
         self.task = asyncio.create_task(self._run(opening))
 
@@ -236,7 +227,7 @@ class _Served:
         finally:
             if lease is not None:
                 lease.end(self.task)
-            self._outbox.put(self._number, "ended")
+            self._link.put(self._number, "ended")
 
     async def _handle(self, handle: Handler, message: Message) -> None:
         self.owes = True
@@ -255,7 +246,7 @@ class _Served:
 
     def _answer(self, kind: Any, body: Message | None) -> None:
         self.owes = False
-        self._outbox.put(self._number, kind, body)
+        self._link.put(self._number, kind, body)
 
     def _fail(self, error: Exception) -> None:
         """One that is no part of the protocol is logged where it happened."""

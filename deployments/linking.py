@@ -12,17 +12,15 @@ from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any
 
-import grpc
-import grpc.aio
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.link import METHOD, OPTIONS, Outbox
-from deployments.messages import Entry, Kind, Message, VersionMismatch, decode, error_of
+from deployments.link import Link
+from deployments.messages import Entry, Kind, Message, error_of
 from taps.peers import PeerBusy, PeerGone
 
-_CLOSE_DEADLINE_S = 5.0
+_CONNECT_DEADLINE_S = _CLOSE_DEADLINE_S = 5.0
 
 
 class RemoteSession:
@@ -101,29 +99,26 @@ class _Link:
     """This process's link to one replica, with the sessions on it."""
 
     def __init__(self, endpoint: str) -> None:
-        self._channel = grpc.aio.insecure_channel(endpoint, options=OPTIONS)
-        service, method = METHOD
-        self._call: Any = self._channel.stream_stream(f"/{service}/{method}")()
-        self._outbox = Outbox(self._call.write)
+        self._endpoint = endpoint
+        self._link = Link(self._take)
         self._numbers = count(1)
         self._sessions: dict[int, RemoteSession] = {}
-        self._lost: PeerGone | None = None
         self.task = asyncio.create_task(self._run())
 
     @property
     def is_up(self) -> bool:
-        return self._lost is None
+        return self._link.is_up
 
     def put(self, number: int, kind: Kind, message: Message | None = None) -> None:
-        self._outbox.put(number, kind, message)
+        self._link.put(number, kind, message)
 
     @asynccontextmanager
     async def session(
         self, granted: Message, hello: Message, timeout_s: float, of: int
     ) -> AsyncIterator[RemoteSession]:
         """The leased session, freed when the block ends."""
-        if self._lost is not None:
-            raise self._lost
+        if not self.is_up:
+            raise self._link.lost.result()
         number = next(self._numbers)
         session = self._sessions[number] = RemoteSession(self, number, granted.get("numerics", ""))
         try:
@@ -134,25 +129,18 @@ class _Link:
             self._sessions.pop(number, None)
 
     async def _run(self) -> None:
-        """Read until the end; all sessions end with it."""
-        writing = asyncio.create_task(self._outbox.run())
-        lost = PeerGone("the peer ended the link")
+        """Connect, and wait for the end; all sessions end with it."""
+        host, _, port = self._endpoint.rpartition(":")
         try:
-            while isinstance(frame := await self._call.read(), bytes):
-                for entry in decode(frame):
-                    self._take(entry)
-        except VersionMismatch as error:
-            lost = error
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError) as error:
-            lost = PeerGone(f"the peer is gone: {_reason(error)}")
+            async with asyncio.timeout(_CONNECT_DEADLINE_S):
+                await asyncio.get_running_loop().create_connection(lambda: self._link, host, int(port))
+            await asyncio.wait({self._link.lost})
+        except (OSError, TimeoutError) as error:
+            self._link.close(PeerGone(f"the peer is gone: {error or 'it does not answer'}"))
         finally:
-            self._lost = lost
+            self._link.close()
             for session in self._sessions.values():
-                session.lose(lost)
-            writing.cancel()
-            self._call.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
-            await self._channel.close()
+                session.lose(self._link.lost.result())
 
     def _take(self, entry: Entry) -> None:
         number, kind, body = entry
@@ -161,12 +149,6 @@ class _Link:
                 session.hear()
         elif (asking := self._sessions.get(number)) is not None:
             asking.take(kind, body)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.FAILED_PRECONDITION:
-        return str(error.details())
-    return type(error).__name__
 
 
 class Lease:

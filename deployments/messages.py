@@ -1,4 +1,4 @@
-"""What goes over a link: frames of entries in msgpack, with a version. Knows fields; nothing of gRPC or Ray."""
+"""What goes over a link: frames of entries in msgpack, with a version. Knows fields; nothing of connections or Ray."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from taps.shaping import SamplingParams
 from taps.tree import InvalidTree, ProposalTree
 from taps.verdict import InvalidGrammar, PassCost, PromptTooLong, TokenLogprob, Verdict
 
-VERSION = 7
+VERSION = 8
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 # Errors that travel by name: the far side raises the same type.
 _ERRORS: dict[str, type[Exception]] = {
@@ -39,6 +39,10 @@ class VersionMismatch(PeerGone):
     """The two ends of a link run different versions of this protocol."""
 
 
+class BrokenFrame(PeerGone):
+    """What came is no frame of this protocol."""
+
+
 class RemoteError(PeerGone):
     """The far side failed in a way that has no type of its own here."""
 
@@ -50,8 +54,11 @@ def encode(entries: Sequence[Entry]) -> bytes:
 
 
 def decode(frame: bytes) -> Sequence[Entry]:
-    """Raises `VersionMismatch`."""
-    version, entries = msgpack.unpackb(frame, use_list=False)
+    """Raises `VersionMismatch`, or `BrokenFrame` for what is none."""
+    try:
+        version, entries = msgpack.unpackb(frame, use_list=False)
+    except (ValueError, TypeError) as error:
+        raise BrokenFrame(f"a frame cannot be read: {error}") from error
     if version != VERSION:
         raise VersionMismatch(
             f"this process speaks version {VERSION} of the session protocol, the other one {version}: "

@@ -308,7 +308,7 @@ async def test_the_end_of_a_link_ends_all_its_sessions_and_a_new_one_is_made() -
         tasks = [asyncio.create_task(ask_in_vain(replica, pool)) for _ in range(3)]
         await until(lambda: replica.open == 3)
         (broken,) = pool._links.values()
-        broken._call.cancel()
+        broken._link.close()
         for task in tasks:
             with pytest.raises(PeerGone):
                 await asyncio.wait_for(task, PATIENCE_S)

@@ -124,7 +124,7 @@ class Panel:
         return Asked(self._clock(), min(self._deadline_s, self._patience * pass_s), awaited)
 
     async def answers(self, asked: Asked, root: int) -> list[ProposalTree]:
-        """Wait for those that are waited for: trees from `root` that come in time, each owned by its drafter."""
+        """Wait for those that are waited for: trees from `root` that come in time, owned by their drafters."""
         if asked.tasks:
             left_s = asked.waits_s - (self._clock() - asked.at)
             await asyncio.wait(asked.tasks.values(), timeout=max(left_s, 0.0))
