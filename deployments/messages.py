@@ -1,4 +1,4 @@
-"""What goes over a link: frames of entries in msgpack, with a version. Knows fields; nothing of connections or Ray."""
+"""What goes over a link: frames of entries in msgpack, with a version. Knows fields alone."""
 
 from __future__ import annotations
 
