@@ -24,7 +24,6 @@ from deployments.messages import (
     decode,
     encode,
     error_message,
-    error_of,
 )
 from taps.peers import PeerGone
 
@@ -98,8 +97,7 @@ class Link(asyncio.Protocol):
     def _take_in(self, entry: Entry) -> None:
         session, kind, body = entry
         if session == 0 and kind == "error":  # the far side can make nothing of this one
-            error = error_of(body or {})
-            self.close(error if isinstance(error, PeerGone) else PeerGone(str(error)))
+            self.close(PeerGone((body or {})["text"]))
         else:
             self._take(entry)
 

@@ -26,7 +26,7 @@ _CONNECT_DEADLINE_S = _CLOSE_DEADLINE_S = 5.0
 class RemoteSession:
     """The caller's side of an open session: one question at a time."""
 
-    def __init__(self, link: _Link, number: int, numerics: str) -> None:
+    def __init__(self, link: _ReplicaLink, number: int, numerics: str) -> None:
         self.numerics = numerics  # of the replica
         self._link = link
         self._number = number
@@ -95,22 +95,22 @@ class RemoteSession:
                     await self._ended
 
 
-class _Link:
+class _ReplicaLink:
     """This process's link to one replica, with the sessions on it."""
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
-        self._link = Link(self._take)
+        self.end = Link(self._take)
         self._numbers = count(1)
         self._sessions: dict[int, RemoteSession] = {}
         self.task = asyncio.create_task(self._run())
 
     @property
     def is_up(self) -> bool:
-        return self._link.is_up
+        return self.end.is_up
 
     def put(self, number: int, kind: Kind, message: Message | None = None) -> None:
-        self._link.put(number, kind, message)
+        self.end.put(number, kind, message)
 
     @asynccontextmanager
     async def session(
@@ -118,7 +118,7 @@ class _Link:
     ) -> AsyncIterator[RemoteSession]:
         """The leased session, freed when the block ends."""
         if not self.is_up:
-            raise self._link.lost.result()
+            raise self.end.lost.result()
         number = next(self._numbers)
         session = self._sessions[number] = RemoteSession(self, number, granted.get("numerics", ""))
         try:
@@ -133,14 +133,14 @@ class _Link:
         host, _, port = self._endpoint.rpartition(":")
         try:
             async with asyncio.timeout(_CONNECT_DEADLINE_S):
-                await asyncio.get_running_loop().create_connection(lambda: self._link, host, int(port))
-            await asyncio.wait({self._link.lost})
+                await asyncio.get_running_loop().create_connection(lambda: self.end, host, int(port))
+            await asyncio.wait({self.end.lost})
         except (OSError, TimeoutError) as error:
-            self._link.close(PeerGone(f"the peer is gone: {error or 'it does not answer'}"))
+            self.end.close(PeerGone(f"the peer is gone: {error or 'it does not answer'}"))
         finally:
-            self._link.close()
+            self.end.close()
             for session in self._sessions.values():
-                session.lose(self._link.lost.result())
+                session.lose(self.end.lost.result())
 
     def _take(self, entry: Entry) -> None:
         number, kind, body = entry
@@ -173,7 +173,7 @@ class LinkPool:
     """One link per replica, made when it is first leased and kept while both live."""
 
     def __init__(self) -> None:
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, _ReplicaLink] = {}
 
     @asynccontextmanager
     async def lease(self, handle: DeploymentHandle[Any], timeout_s: float) -> AsyncIterator[Lease]:
@@ -198,15 +198,15 @@ class LinkPool:
         async with self.lease(handle, timeout_s) as lease, lease.session(hello) as session:
             yield session
 
-    def link(self, endpoint: str) -> _Link:
+    def link(self, endpoint: str) -> _ReplicaLink:
         """The one there is, or a new one."""
         link = self._links.get(endpoint)
         if link is None or not link.is_up:
-            link = self._links[endpoint] = _Link(endpoint)
+            link = self._links[endpoint] = _ReplicaLink(endpoint)
             link.task.add_done_callback(lambda _: self._forget(endpoint, link))
         return link
 
-    def _forget(self, endpoint: str, link: _Link) -> None:
+    def _forget(self, endpoint: str, link: _ReplicaLink) -> None:
         if self._links.get(endpoint) is link:
             del self._links[endpoint]
 

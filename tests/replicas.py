@@ -46,6 +46,26 @@ class Queued:
         pass
 
 
+class GrantedHandle:
+    """A deployment handle whose leases are granted at once, of whatever replica, and never end."""
+
+    def __init__(self, granted: Message) -> None:
+        self._granted = granted
+        self.lease = self
+
+    def options(self, stream: bool) -> GrantedHandle:
+        return self
+
+    def remote(self) -> GrantedHandle:
+        return self
+
+    async def __anext__(self) -> Message:
+        return self._granted
+
+    def cancel(self) -> None:
+        pass
+
+
 class FakeHandle:
     """A deployment handle that leases its replicas in `turns`, by default the first; without one, none."""
 

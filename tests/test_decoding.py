@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
@@ -14,7 +14,7 @@ from taps.context import Context
 from taps.decoding import loop
 from taps.decoding.loop import decode
 from taps.decoding.panel import Panel
-from taps.decoding.policy import Fixed
+from taps.decoding.policy import Fixed, Step
 from taps.drafting.drafter import Ask
 from taps.peers import PeerBusy, PeerGone
 from taps.session import SessionState
@@ -187,8 +187,7 @@ async def test_every_drafter_hears_every_token_once_with_the_features_that_belon
     drafters = [KINDS[kind](index, SAMPLED) for index, kind in enumerate(["good", "late", "ignorant"])]
     pool = VerifierPool(TARGET, SAMPLED, lives=[4])
     await run_steps(pool, panel_of(*drafters), merged, NUM_TOKENS)
-    # They are asked for what comes after the last step before that is delivered.
-    text = [*PROMPT, *TARGET.continuation(PROMPT, SAMPLED, NUM_TOKENS + 2)]
+    text = [*PROMPT, *TARGET.continuation(PROMPT, SAMPLED, NUM_TOKENS)]
     for drafter in drafters:
         heard = 0
         for delta in drafter.deltas:
@@ -199,23 +198,29 @@ async def test_every_drafter_hears_every_token_once_with_the_features_that_belon
         assert len(drafter.deltas) > 1
 
 
+@asynccontextmanager
+async def decoding(drafter: ScriptedDrafter, context: Context) -> AsyncIterator[AsyncGenerator[Step, None]]:
+    """With a drafter who has the time to hear what it is asked."""
+    panel, policy = Panel([drafter], deadline_s=5.0), Fixed(merged, Ask(num_nodes=4, depth=1))
+    async with aclosing(decode(context, VerifierPool(TARGET, GREEDY).open, panel, policy)) as steps:
+        yield steps
+    await panel.close()
+
+
 async def test_drafters_are_at_work_while_what_was_decided_is_delivered() -> None:
     drafter, context = good(), Context(SessionState(tuple(PROMPT)), feature_window=8)
-    panel = Panel([drafter], deadline_s=5.0)
-    policy = Fixed(merged, Ask(num_nodes=4, depth=1))
-    async with aclosing(decode(context, VerifierPool(TARGET, GREEDY).open, panel, policy)) as steps:
+    async with decoding(drafter, context) as steps:
         for _ in range(3):
             await anext(steps)
             assert drafter.deltas[-1].end == len(context.tokens)
-    await panel.close()
 
 
 @pytest.mark.parametrize("end_tokens", [(), (TARGET.continuation(PROMPT, GREEDY, 6)[-1],)])
 async def test_nobody_is_asked_for_what_comes_after_the_end(end_tokens: tuple[int, ...]) -> None:
-    drafter, state = good(), SessionState(tuple(PROMPT), max_tokens=6, end_tokens=end_tokens)
-    context, panel = Context(state, feature_window=8), panel_of(drafter)
-    policy = Fixed(merged, Ask(num_nodes=4, depth=1))
-    async with aclosing(decode(context, VerifierPool(TARGET, GREEDY).open, panel, policy)) as steps:
+    max_tokens = 1 << 30 if end_tokens else 6
+    drafter, state = good(), SessionState(tuple(PROMPT), max_tokens=max_tokens, end_tokens=end_tokens)
+    context = Context(state, feature_window=8)
+    async with decoding(drafter, context) as steps:
         async for _ in steps:
             if context.is_over:
                 break

@@ -19,7 +19,7 @@ from deployments.messages import VERSION, BrokenFrame, Entry, Message, encode
 from taps.peers import PeerGone
 from tests import replicas
 from tests.fakes import until
-from tests.replicas import PATIENCE_S
+from tests.replicas import PATIENCE_S, GrantedHandle
 
 QUICK_S = 0.02
 
@@ -129,24 +129,7 @@ async def test_sessions_of_a_replica_that_froze_are_told(quick_ticks: None) -> N
     frozen = await asyncio.start_server(lambda reader, writer: writers.append(writer), "127.0.0.1", 0)
     host, port = frozen.sockets[0].getsockname()
 
-    class Handle:
-        def options(self, stream: bool) -> Any:
-            return self
-
-        @property
-        def lease(self) -> Any:
-            return self
-
-        def remote(self) -> Any:
-            return self
-
-        async def __anext__(self) -> Message:
-            return {"endpoint": f"{host}:{port}", "secret": ""}
-
-        def cancel(self) -> None:
-            pass
-
-    handle: Any = Handle()
+    handle: Any = GrantedHandle({"endpoint": f"{host}:{port}", "secret": ""})
     with pytest.raises(PeerGone, match="no sign of life"):
         async with asyncio.timeout(PATIENCE_S), LinkPool().session(handle, {}, 60.0):
             pytest.fail("must not open")

@@ -18,7 +18,7 @@ from taps.models.cache import CacheFull
 from taps.peers import PeerBusy, PeerGone
 from tests import replicas
 from tests.fakes import until
-from tests.replicas import PATIENCE_S, FakeHandle, Replica
+from tests.replicas import PATIENCE_S, FakeHandle, GrantedHandle, Replica
 
 
 async def echo(message: Message) -> Message:
@@ -232,25 +232,7 @@ async def test_the_end_of_a_lease_ends_all_its_sessions() -> None:
 
 async def test_a_session_without_a_lease_is_refused() -> None:
     async with running(echo) as replica:
-
-        class Stranger:
-            def options(self, stream: bool) -> Any:
-                return self
-
-            @property
-            def lease(self) -> Any:
-                return self
-
-            def remote(self) -> Any:
-                return self
-
-            async def __anext__(self) -> Message:
-                return {"endpoint": replica.server._endpoint, "secret": "guessed"}
-
-            def cancel(self) -> None:
-                pass
-
-        stranger: Any = Stranger()
+        stranger: Any = GrantedHandle({"endpoint": replica.server._endpoint, "secret": "guessed"})
         with pytest.raises(PeerGone):
             async with LinkPool().session(stranger, {}, PATIENCE_S):
                 pytest.fail("must not open")
@@ -308,7 +290,7 @@ async def test_the_end_of_a_link_ends_all_its_sessions_and_a_new_one_is_made() -
         tasks = [asyncio.create_task(ask_in_vain(replica, pool)) for _ in range(3)]
         await until(lambda: replica.open == 3)
         (broken,) = pool._links.values()
-        broken._link.close()
+        broken.end.close()
         for task in tasks:
             with pytest.raises(PeerGone):
                 await asyncio.wait_for(task, PATIENCE_S)

@@ -95,9 +95,11 @@ async def _decode_on(
             else:
                 asked = panel.ask(context, plan.questions, pass_s)
                 await asked.have_gone_out()
-        # What was decided is delivered while drafters are at work.
+        # What was decided is delivered while drafters are at work; that is no waiting for them.
+        delivering = clock()
         while decided:
             yield decided.pop(0)
+        started += clock() - delivering
         if asked is not None:
             trees = free + await panel.answers(asked, context.root)
             tree = policy.compose(trees, context.root)
@@ -105,7 +107,7 @@ async def _decode_on(
             verdicts: Sequence[Verdict] = [await verifier.verify(tree)]
             pass_s = clock() - drafted
         else:
-            started = drafted = clock()
+            drafted = started
             verdicts = await verifier.ahead(window, lookup)
         # Several verdicts that came together waited alike.
         passes = max(sum(verdict.num_passes for verdict in verdicts), 1)
