@@ -6,7 +6,9 @@ Knows records; nothing of responses.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from ray.serve import metrics
@@ -19,12 +21,20 @@ from taps.decoding.policy import Step
 logger = logging.getLogger("ray.serve")
 _MS = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0]
 _SIZES = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]
+_TELL_S = 0.5  # Ray is told of steps so often: a call for each value of each would take as long as the rest of it
 
 
 class Observer:
-    """The router's metrics. Names begin with `taps_`; times are milliseconds."""
+    """The router's metrics. Names begin with `taps_`; times are milliseconds.
 
-    def __init__(self) -> None:
+    Ray is told of a request's steps when it ends, and now and then before.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told_at = clock()
+        self._counted: Counter[metrics.Counter] = Counter()  # since then
+        self._measured: list[tuple[metrics.Histogram, float]] = []  # since then
         self.recent = Recent()
         self._requests = metrics.Counter("taps_requests", "Requests ended.", ("outcome",))
         self._tokens = metrics.Counter("taps_tokens", "Tokens delivered.")
@@ -57,22 +67,36 @@ class Observer:
 
     def observe_step(self, step: Step, record: RequestRecord) -> None:
         """Count one step of a request, the newest its record took."""
-        verdict = step.verdict
+        verdict, counted = step.verdict, self._counted
         if step.is_prefill:
             if record.num_prefills == 1:
-                self._first.observe(record.step_ms)
-                self._prompt_tokens.inc(record.prompt_tokens)
+                self._measured.append((self._first, record.step_ms))
+                counted[self._prompt_tokens] += record.prompt_tokens
         else:
             # A pass is seen by each of its sessions.
-            self._passes.inc(verdict.num_passes / verdict.batch_size)
-            self._verified.inc(verdict.num_passes)
-            self._batch.observe(verdict.batch_size)
-            self._draft.observe(step.draft_ms)
-            self._verify.observe(step.verify_ms / verdict.num_passes)
-            self._between.observe(record.step_ms / max(record.step_tokens, 1))
-        self._tokens.inc(record.step_tokens)
+            counted[self._passes] += verdict.num_passes / verdict.batch_size
+            counted[self._verified] += verdict.num_passes
+            self._measured += (
+                (self._batch, verdict.batch_size),
+                (self._draft, step.draft_ms),
+                (self._verify, step.verify_ms / verdict.num_passes),
+                (self._between, record.step_ms / max(record.step_tokens, 1)),
+            )
+        counted[self._tokens] += record.step_tokens
         self.recent.deliver(record.step_tokens)
         self._traces[record.id].step(step, record)
+        if self._clock() - self._told_at > _TELL_S:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell Ray of the steps that it does not know of."""
+        for counter, count in (+self._counted).items():
+            counter.inc(count)
+        for histogram, value in self._measured:
+            histogram.observe(value)
+        self._counted.clear()
+        self._measured.clear()
+        self._told_at = self._clock()
 
     def observe_refusal(self, reason: str) -> None:
         """Count a request that was refused before it began."""
@@ -81,6 +105,7 @@ class Observer:
         logger.info("request refused: %s", reason)
 
     def observe_end(self, record: RequestRecord, outcome: str) -> None:
+        self._tell()
         self._requests.inc(tags={"outcome": outcome})
         self._traces.pop(record.id).end(record, outcome)
         if record.cached_tokens:

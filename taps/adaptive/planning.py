@@ -17,7 +17,7 @@ from taps.adaptive.modes import Modes
 from taps.engine.costs import StepCosts
 from taps.verdict import PassCost
 
-_REPLAN_S = 0.05  # a plan is good for so long
+_REPLAN_S, _REPLAN_PASSES = 0.05, 4.0  # a plan is good for so long at least, and for so many passes
 _STICKY = 0.03  # of the tokens per second, that a change must gain
 _PROBED = 0.3  # weight of the newest
 _SAME = 0.85  # of a gain
@@ -109,7 +109,7 @@ class Planner:
         )
         self._seen: PassCost | None = None  # the newest pass
         self._threshold = 0.0  # tokens that a session must gain to draft
-        self._planned_at = -math.inf
+        self._planned_at, self._good_for_s = -math.inf, _REPLAN_S
         self._next_probe = 0.0
         self._probe_s = _FIRST_PROBE_S
 
@@ -211,7 +211,7 @@ class Planner:
         if known is None or known.found_by != found_by:
             self._best[session] = known = _Best(self._best_of(gains, free_gain), found_by)
         best, now = known.choice, self._clock()
-        if (best.gain > 0.0) != wanted or now - self._planned_at > _REPLAN_S:
+        if (best.gain > 0.0) != wanted or now > self._planned_at + self._good_for_s:
             self._plan(now)
         # Who drafts goes on where its gain has changed a little: switching costs passes.
         needed = (_SAME if session in self._drafting else 1.0) * self._threshold
@@ -298,7 +298,9 @@ class Planner:
         self._planned_at = now
         self._cycles.clear()
         sessions = self.num_sessions
-        plain = sessions * (1.0 + self._found.at(sessions)) / self._plain_cycle(sessions)
+        plain_s = self._plain_cycle(sessions)
+        plain = sessions * (1.0 + self._found.at(sessions)) / plain_s
+        self._good_for_s = max(_REPLAN_S, _REPLAN_PASSES * plain_s * self.passes.is_known)
         choices = (best.choice for best in self._best.values() if best.choice.gain > 0.0)
         ranked = sorted(choices, key=lambda choice: -choice.gain)
         tokens, depth, threshold, drafted, number = float(sessions), 0, math.inf, 0.0, 0

@@ -10,6 +10,7 @@ Knows drafters by name, trees and texts; nothing of who decodes.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ class Fleet:
     planner: Planner = field(default_factory=Planner)
     gains: dict[tuple[str, str], Gains] = field(default_factory=dict)
     calibrations: dict[tuple[str, str], Calibration] = field(default_factory=dict)
+    probes: Counter[str] = field(default_factory=Counter)  # by drafter
 
 
 @dataclass
@@ -186,12 +188,14 @@ class Adaptive:
         end = len(context.tokens)
         due = [one for one in others if self._known[one.name].next_probe <= end]
         self._probed = []
-        for one in due[:1]:
+        # One that was unlucky at first is not forgotten over others that are promising.
+        for one in sorted(due, key=lambda one: self._fleet.probes[one.name])[:1]:
             known = self._known[one.name]
             if known.is_sent_for or self._planner.may_probe():
                 known.is_sent_for = isinstance(one, Offer)
                 known.next_probe = end if known.is_sent_for else end + known.interval
                 self._probed = [one.name]
+                self._fleet.probes[one.name] += not known.is_sent_for
         return self._probed
 
     def _merged(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
