@@ -1,6 +1,7 @@
 """What a drafter adds to a pass: tokens accepted of its trees, by how deep they may be.
 
-A session's own history counts quickly, since domains shift within an answer; all sessions' is the prior.
+A session's own history counts quickly, since domains shift within an answer; all sessions' is the prior, and goes
+on counting: few trees of a session's own tell little of those to come.
 
 Knows counts; nothing of trees or costs.
 """
@@ -13,7 +14,8 @@ MOST_DEPTH = 8  # tokens of a path that are told apart
 _HOPED_FOR = 0.6  # of one more token, that is thought to be accepted before anything was seen
 _FLEET, _OWN = 0.98, 0.88  # of older trees, at each new one
 _RARELY = 0.01
-_PRIOR = 2.0  # trees that the prior counts for at first
+_HOPED = 2.0  # trees that what is hoped for counts for
+_PRIOR = 1.5  # trees of a session's own that all sessions' count for, however many it had
 
 
 class Gains:
@@ -22,11 +24,10 @@ class Gains:
     def __init__(self, prior: Gains | None = None) -> None:
         """Args: prior: what all sessions saw, from which a session's own begin; without one this is it."""
         self._memory = _FLEET if prior is None else _OWN
-        self._weight = _PRIOR
-        depths = range(MOST_DEPTH + 1)
-        hoped = [sum(_HOPED_FOR**n for n in range(1, depth + 1)) for depth in depths]
-        means = hoped if prior is None else [prior.expected(depth) for depth in depths]
-        self._sums = [_PRIOR * mean for mean in means]
+        self._prior = prior
+        self._weight = _HOPED if prior is None else 0.0
+        hoped = [sum(_HOPED_FOR**n for n in range(1, depth + 1)) for depth in range(MOST_DEPTH + 1)]
+        self._sums = [self._weight * mean for mean in hoped]
 
     def observe(self, accepted: int, depth: int) -> None:
         """Take in a tree. Args: accepted: tokens of it that the text has; depth: of its paths, as was asked.
@@ -43,7 +44,10 @@ class Gains:
 
     def expected(self, depth: int) -> float:
         """Tokens accepted of a tree with paths of so many tokens."""
-        return self._sums[min(depth, MOST_DEPTH)] / self._weight
+        cap = min(depth, MOST_DEPTH)
+        if self._prior is None:
+            return self._sums[cap] / self._weight
+        return (self._sums[cap] + _PRIOR * self._prior.expected(cap)) / (self._weight + _PRIOR)
 
 
 def accepted_of(path_tokens: Sequence[int], parents: Sequence[int], text: Sequence[int]) -> list[bool]:

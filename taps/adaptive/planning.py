@@ -29,7 +29,7 @@ _USUAL_DEPTH = 5  # tokens of a path that drafts' times are kept for
 _FIRST_DRAFT_S = 0.004
 # Of the time, that may go into asking drafters who do not pay; less where several sessions share passes, all of
 # which a probe holds up, and drafting has less to win.
-_PROBES = 0.01
+_PROBES = 0.005
 _FIRST_NODES = 6.0
 _LOOKS_GIVE = 1.05  # of plain decoding's tokens a second, that it is thought to give with the verifier's drafts
 _MOST_TOLD = 4  # passes of plain decoding that were told together, that are learned from
