@@ -24,8 +24,8 @@ _VERIFIER = "Verifier"
 _STALE_S = 30.0
 _DESCRIBE_TIMEOUT_S = 10.0
 _UNSEEN_S = 300.0
-# Serve's status takes a tenth of a second of a core, while which nothing else here gets on: where all is in order
-# and stays so, looks grow rarer.
+# Serve's status takes a tenth of a second of a core, and holds up all else here: where all is in order and
+# stays so, looks grow rarer.
 RAREST, _RARER = 10.0, 1.2  # times the interval at most, and times the pause before
 # An application that is unhealthy or being deleted has no specialist to offer.
 _SERVING = ("RUNNING", "DEPLOYING")

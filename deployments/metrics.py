@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -21,7 +21,7 @@ from taps.decoding.policy import Step
 logger = logging.getLogger("ray.serve")
 _MS = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0]
 _SIZES = [1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]
-_TELL_S = 0.5  # Ray is told of steps so often: a call for each value of each would take as long as the rest of it
+_TELL_S = 0.5  # between calls that tell Ray of steps: one for each value of each step takes long
 
 
 class Observer:
@@ -33,7 +33,7 @@ class Observer:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._told_at = clock()
-        self._counted: Counter[metrics.Counter] = Counter()  # since then
+        self._counted: defaultdict[metrics.Counter, float] = defaultdict(float)  # since then
         self._measured: list[tuple[metrics.Histogram, float]] = []  # since then
         self.recent = Recent()
         self._requests = metrics.Counter("taps_requests", "Requests ended.", ("outcome",))
@@ -90,8 +90,9 @@ class Observer:
 
     def _tell(self) -> None:
         """Tell Ray of the steps that it does not know of."""
-        for counter, count in (+self._counted).items():
-            counter.inc(count)
+        for counter, count in self._counted.items():
+            if count:
+                counter.inc(count)
         for histogram, value in self._measured:
             histogram.observe(value)
         self._counted.clear()

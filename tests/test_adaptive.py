@@ -12,11 +12,13 @@ from taps.adaptive.calibration import Calibration
 from taps.adaptive.gains import Gains, accepted_of
 from taps.adaptive.planning import Choice, Drafted, Planner
 from taps.adaptive.policy import Adaptive, Fleet
+from taps.context import Context
 from taps.decoding.panel import Panel
 from taps.decoding.policy import Step
 from taps.drafting.drafter import Ask
 from taps.drafting.ngram import NgramSession
 from taps.engine.costs import StepCosts
+from taps.session import SessionState
 from taps.shaping import SamplingParams
 from taps.tree import ProposalTree
 from taps.verdict import PassCost
@@ -290,6 +292,22 @@ async def test_drafters_who_are_wrong_are_left_idle_and_tried_now_and_then() -> 
     late = [step for step in steps if not step.is_prefill][100:]
     assert sum(bool(asked(step)) for step in late) < 0.05 * len(late)
     assert all(0 < len(drafter.deltas) < 100 for drafter in drafters)
+
+
+def test_those_who_do_not_pay_are_asked_aside_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where both are due whenever there is time for one."""
+    fleet = Fleet()
+    monkeypatch.setattr(fleet.planner, "choose", lambda *_: Choice((), 0, 0.0, True))
+    monkeypatch.setattr(fleet.planner, "may_probe", lambda: True)
+    drafters = [ScriptedDrafter(index, mistaken) for index in range(2)]
+    policy = Adaptive(fleet, [drafter.name for drafter in drafters], Ask(num_nodes=8, depth=4))
+    context = Context(SessionState(tuple(PROMPT)), 0)
+    aside: list[object] = []
+    for _ in range(20):
+        context.tokens += [5] * 12
+        aside += policy.plan(context, drafters, ()).questions
+    assert len(aside) >= 18
+    assert aside == [drafters[n % 2] for n in range(len(aside))]
 
 
 async def test_what_one_answer_taught_the_next_one_knows() -> None:

@@ -82,6 +82,22 @@ def test_tokens_and_passes_are_counted(observed: Observed) -> None:
     assert [value for value, _ in observed["taps_verify_ms"]] == [10.0, 10.0]
 
 
+def test_steps_are_told_now_and_then_while_an_answer_lasts(observed: Observed) -> None:
+    now = 0.0
+    observer, record = Observer(lambda: now), RequestRecord("request-1", [JOB])
+    observer.observe_begin(record)
+    record.take(VERIFY, 3)
+    observer.observe_step(VERIFY, record)
+    assert not observed
+    now = 1.0
+    observer.observe_step(VERIFY, record)
+    assert totals(observed)["taps_tokens"] == 6
+    observer.observe_step(VERIFY, record)
+    assert totals(observed)["taps_tokens"] == 6, "told a moment ago"
+    observer.observe_end(record, "stop")
+    assert totals(observed)["taps_tokens"] == 9
+
+
 def test_drafted_and_accepted_tokens_are_counted_by_drafter(observed: Observed) -> None:
     run([(PREFILL, 1), (VERIFY, 3)])
     assert observed["taps_draft_tokens"] == [(2, {"drafter": "math"}), (2, {"drafter": "chat"})]

@@ -1,7 +1,7 @@
 """What a drafter adds to a pass: tokens accepted of its trees, by how deep they may be.
 
-A session's own history counts quickly, since domains shift within an answer; all sessions' is the prior, and goes
-on counting: few trees of a session's own tell little of those to come.
+A session's own history counts quickly, since domains shift within an answer; all sessions' is the prior, and
+goes on counting: few trees of a session's own tell little of those to come.
 
 Knows counts; nothing of trees or costs.
 """
@@ -15,7 +15,7 @@ _HOPED_FOR = 0.6  # of one more token, that is thought to be accepted before any
 _FLEET, _OWN = 0.98, 0.88  # of older trees, at each new one
 _RARELY = 0.01
 _HOPED = 2.0  # trees that what is hoped for counts for
-_PRIOR = 1.5  # trees of a session's own that all sessions' count for, however many it had
+_PRIOR = 1.0  # trees of a session's own that all sessions' count for, however many it had
 
 
 class Gains:

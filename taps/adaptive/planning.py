@@ -21,6 +21,9 @@ _REPLAN_S, _REPLAN_PASSES = 0.05, 4.0  # a plan is good for so long at least, an
 _STICKY = 0.03  # of the tokens per second, that a change must gain
 _PROBED = 0.3  # weight of the newest
 _SAME = 0.85  # of a gain
+# Sessions that ask one drafter share its drafts, and the passes that follow; one that asks another comes in
+# between and holds all up: where there are several it must be better by so much.
+_TOGETHER = 1.1
 _WILDEST, _WILDEST_S = 1.5, 0.0005  # that one step may add to what is usual beside passes
 _NEWEST = 0.1  # weight of the newest time in what steps cost beside passes
 _FIRST_COUNTS = 2.0  # measurements, that what is thought at first counts for
@@ -209,7 +212,8 @@ class Planner:
         known, found_by = self._best.get(session), (version, free_gain, self._planned_at, tuple(gains))
         wanted = known is not None and known.choice.gain > 0.0
         if known is None or known.found_by != found_by:
-            self._best[session] = known = _Best(self._best_of(gains, free_gain), found_by)
+            before = () if known is None else known.choice.drafters
+            self._best[session] = known = _Best(self._best_of(gains, free_gain, before), found_by)
         best, now = known.choice, self._clock()
         if (best.gain > 0.0) != wanted or now > self._planned_at + self._good_for_s:
             self._plan(now)
@@ -267,8 +271,13 @@ class Planner:
         nearest = min(known, key=lambda other: (abs(other - depth), other))
         return known[nearest].seconds(sessions) * _scale(depth) / _scale(nearest)
 
-    def _best_of(self, gains: Mapping[str, Callable[[int], float]], free_gain: float) -> Choice:
-        """The drafter and depth that give one session the most, were all sessions to draft as it does."""
+    def _best_of(
+        self, gains: Mapping[str, Callable[[int], float]], free_gain: float, before: tuple[str, ...]
+    ) -> Choice:
+        """The drafter and depth that give one session the most, were all sessions to draft as it does.
+
+        Args: before: who was best until now.
+        """
         sessions, realised = max(len(self._drafting), 1), self._realised.at(self.num_sessions)
         best = Choice((), 0, free_gain)
         reached = (1.0 + free_gain) / self._drafted_cycle((), 0, sessions, sessions) if free_gain else 0.0
@@ -276,6 +285,7 @@ class Planner:
             for depth in range(2, _USUAL_DEPTH + 2):
                 gain = max(realised * gain_of(depth), free_gain)
                 rate = (1.0 + gain) / self._drafted_cycle((name,), depth, sessions, sessions)
+                rate *= _TOGETHER if (name,) == before and self.num_sessions > 1 else 1.0
                 if rate > reached:
                     best, reached = Choice((name,), depth, gain), rate
         return best
