@@ -14,7 +14,7 @@ from taps.adaptive.planning import Choice, Drafted, Planner
 from taps.adaptive.policy import Adaptive, Fleet
 from taps.context import Context
 from taps.decoding.panel import Panel
-from taps.decoding.policy import Step
+from taps.decoding.policy import Candidate, Offer, Step
 from taps.drafting.drafter import Ask
 from taps.drafting.ngram import NgramSession
 from taps.engine.costs import StepCosts
@@ -69,6 +69,17 @@ def test_a_sessions_own_history_weighs_in_quickly() -> None:
     for _ in range(20):
         own.observe(4, 5)
     assert own.expected(5) > 3.5, "a domain may shift within an answer"
+
+
+def test_all_sessions_history_goes_on_counting_for_a_sessions_own() -> None:
+    fleet = Gains()
+    own = Gains(fleet)
+    for _ in range(100):
+        own.observe(0, 5)
+    before = own.expected(5)
+    for _ in range(300):
+        fleet.observe(4, 5)
+    assert before + 0.1 < own.expected(5) < 1.0
 
 
 def test_gains_grow_with_depth_and_end_with_what_is_accepted() -> None:
@@ -294,20 +305,33 @@ async def test_drafters_who_are_wrong_are_left_idle_and_tried_now_and_then() -> 
     assert all(0 < len(drafter.deltas) < 100 for drafter in drafters)
 
 
-def test_those_who_do_not_pay_are_asked_aside_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where both are due whenever there is time for one."""
+def asked_aside(monkeypatch: pytest.MonkeyPatch, others: Sequence[Candidate], looks: int) -> list[str]:
+    """Who is asked aside where nobody pays, and all are due whenever there is time for one."""
     fleet = Fleet()
     monkeypatch.setattr(fleet.planner, "choose", lambda *_: Choice((), 0, 0.0, True))
     monkeypatch.setattr(fleet.planner, "may_probe", lambda: True)
-    drafters = [ScriptedDrafter(index, mistaken) for index in range(2)]
-    policy = Adaptive(fleet, [drafter.name for drafter in drafters], Ask(num_nodes=8, depth=4))
+    policy = Adaptive(fleet, [one.name for one in others], Ask(num_nodes=8, depth=4))
     context = Context(SessionState(tuple(PROMPT)), 0)
-    aside: list[object] = []
-    for _ in range(20):
+    aside: list[str] = []
+    for _ in range(looks):
         context.tokens += [5] * 12
-        aside += policy.plan(context, drafters, ()).questions
+        aside += [one.name for one in policy.plan(context, others, ()).questions]
+    return aside
+
+
+def test_those_who_do_not_pay_are_asked_aside_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    drafters = [ScriptedDrafter(index, mistaken) for index in range(2)]
+    aside = asked_aside(monkeypatch, drafters, 20)
     assert len(aside) >= 18
-    assert aside == [drafters[n % 2] for n in range(len(aside))]
+    assert aside == [drafters[n % 2].name for n in range(len(aside))]
+
+
+def test_one_who_is_sent_for_and_does_not_come_keeps_nobody_from_being_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    aside = asked_aside(monkeypatch, [Offer("away", 0), ScriptedDrafter(1, mistaken)], 20)
+    assert aside.count("drafter 1") >= 16
+    assert "away" in aside
 
 
 async def test_what_one_answer_taught_the_next_one_knows() -> None:

@@ -188,14 +188,23 @@ class Adaptive:
         end = len(context.tokens)
         due = [one for one in others if self._known[one.name].next_probe <= end]
         self._probed = []
-        # One that was unlucky at first is not forgotten over others that are promising.
-        for one in sorted(due, key=lambda one: self._fleet.probes[one.name])[:1]:
+
+        def turn(one: Candidate) -> tuple[bool, int]:
+            """One that was unlucky at first is not forgotten over others that are promising, nor are others
+            over one that was sent for and does not come.
+            """
+            return isinstance(one, Offer) and self._known[one.name].is_sent_for, self._fleet.probes[one.name]
+
+        for one in sorted(due, key=turn):
             known = self._known[one.name]
-            if known.is_sent_for or self._planner.may_probe():
-                known.is_sent_for = isinstance(one, Offer)
-                known.next_probe = end if known.is_sent_for else end + known.interval
-                self._probed = [one.name]
-                self._fleet.probes[one.name] += not known.is_sent_for
+            if not known.is_sent_for:
+                if not self._planner.may_probe():
+                    continue
+                self._fleet.probes[one.name] += 1
+            known.is_sent_for = isinstance(one, Offer)
+            known.next_probe = end if known.is_sent_for else end + known.interval
+            self._probed = [one.name]
+            break
         return self._probed
 
     def _merged(self, trees: Sequence[ProposalTree], root: int) -> ProposalTree:
