@@ -21,12 +21,12 @@ from deployments.descriptions import SpecialistDescription, TargetDescription
 
 _DEPLOYMENT = "Drafter"
 _VERIFIER = "Verifier"
-_STALE_S = 30.0
+_STALE_S, _STALE_PAUSES = 30.0, 2.0  # and no sooner than after so many of the longest pauses between looks
 _DESCRIBE_TIMEOUT_S = 10.0
 _UNSEEN_S = 300.0
 # Serve's status takes a tenth of a second of a core, and holds up all else here: where all is in order and
 # stays so, looks grow rarer.
-RAREST, _RARER = 10.0, 1.2  # times the interval at most, and times the pause before
+RAREST, _RARER = 7.0, 1.2  # times the interval at most, and times the pause before
 # An application that is unhealthy or being deleted has no specialist to offer.
 _SERVING = ("RUNNING", "DEPLOYING")
 # A deployment that is in order may have no replica: scaled to zero, its first request starts one.
@@ -147,7 +147,8 @@ class Directory:
     @property
     def verifier_is_up(self) -> bool:
         """Whether sessions could be had of the verifier when last looked, and that was not long ago."""
-        return time.monotonic() - self._verifier_seen < _STALE_S
+        stale_s = max(_STALE_S, _STALE_PAUSES * RAREST * self._interval_s)
+        return time.monotonic() - self._verifier_seen < stale_s
 
     def start(self) -> None:
         """Keep the directory fresh until the process ends."""

@@ -247,6 +247,16 @@ async def test_a_status_that_was_long_ago_says_nothing(
     assert not directory.verifier_is_up
 
 
+async def test_rare_looks_are_no_old_status(serve: FakeServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, clock = Directory(TARGET, "core", 10.0), 100.0
+    monkeypatch.setattr("deployments.directory.time.monotonic", lambda: clock)
+    await directory.refresh()
+    clock += 1.5 * RAREST * 10.0
+    assert directory.verifier_is_up
+    clock += RAREST * 10.0
+    assert not directory.verifier_is_up
+
+
 async def test_a_look_that_fails_is_followed_by_another(
     serve: FakeServe, directory: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
