@@ -15,6 +15,7 @@ _HOPED_FOR = 0.6  # of one more token, that is thought to be accepted before any
 _FLEET, _OWN = 0.98, 0.88  # of older trees, at each new one
 _RARELY = 0.01
 _HOPED = 2.0  # trees that what is hoped for counts for
+_HOPED_BY_DEPTH = [sum(_HOPED_FOR**n for n in range(1, depth + 1)) for depth in range(MOST_DEPTH + 1)]
 _PRIOR = 1.0  # trees of a session's own that all sessions' count for, however many it had
 
 
@@ -23,11 +24,9 @@ class Gains:
 
     def __init__(self, prior: Gains | None = None) -> None:
         """Args: prior: what all sessions saw, from which a session's own begin; without one this is it."""
-        self._memory = _FLEET if prior is None else _OWN
         self._prior = prior
-        self._weight = _HOPED if prior is None else 0.0
-        hoped = [sum(_HOPED_FOR**n for n in range(1, depth + 1)) for depth in range(MOST_DEPTH + 1)]
-        self._sums = [self._weight * mean for mean in hoped]
+        self._memory, self._weight = (_FLEET, _HOPED) if prior is None else (_OWN, 0.0)
+        self._sums = [self._weight * hoped for hoped in _HOPED_BY_DEPTH]
 
     def observe(self, accepted: int, depth: int) -> None:
         """Take in a tree. Args: accepted: tokens of it that the text has; depth: of its paths, as was asked.

@@ -63,13 +63,13 @@ class Modes:
         self._sessions = 0
         self._changed = self._began = -math.inf
         self._tokens, self._session_s = 0, 0.0
-        self._known: tuple[float, bool] | None = None  # what was thought, and decided, since anything was new
+        self._decided: tuple[float, bool] | None = None  # what was thought, and decided, since anything was new
 
     def has(self, sessions: int) -> None:
         """So many are open from now on."""
         now = self._clock()
         self._session_s += self._sessions * max(now - max(self._changed, self._began), 0.0)
-        self._sessions, self._changed, self._known = sessions, now, None
+        self._sessions, self._changed, self._decided = sessions, now, None
 
     def count(self, tokens: int) -> None:
         """A session was told so many more."""
@@ -92,14 +92,14 @@ class Modes:
         """Whether it should be done now. Args: thought: the tokens a second with it to those without, as far as
         costs and gains tell.
         """
-        if self._known is not None and self._known[0] == thought:
-            return self._known[1]
+        if self._decided is not None and self._decided[0] == thought:
+            return self._decided[1]
         # One alone waits for its own steps only: their times say all.
         mode = self._decide(thought) if self._sessions > 1 else thought > 1.0 + _STICKY * (not self._mode)
         if mode != self._mode:
             self._mode = mode
             self._begin(self._clock() + _SETTLES_S)
-        self._known = thought, mode
+        self._decided = thought, mode
         return mode
 
     def ratio(self, thought: float) -> float:

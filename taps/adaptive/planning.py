@@ -285,7 +285,8 @@ class Planner:
             for depth in range(2, _USUAL_DEPTH + 2):
                 gain = max(realised * gain_of(depth), free_gain)
                 rate = (1.0 + gain) / self._drafted_cycle((name,), depth, sessions, sessions)
-                rate *= _TOGETHER if (name,) == before and self.num_sessions > 1 else 1.0
+                if (name,) == before and self.num_sessions > 1:
+                    rate *= _TOGETHER
                 if rate > reached:
                     best, reached = Choice((name,), depth, gain), rate
         return best
@@ -310,7 +311,7 @@ class Planner:
         sessions = self.num_sessions
         plain_s = self._plain_cycle(sessions)
         plain = sessions * (1.0 + self._found.at(sessions)) / plain_s
-        self._good_for_s = max(_REPLAN_S, _REPLAN_PASSES * plain_s * self.passes.is_known)
+        self._good_for_s = max(_REPLAN_S, _REPLAN_PASSES * plain_s) if self.passes.is_known else _REPLAN_S
         choices = (best.choice for best in self._best.values() if best.choice.gain > 0.0)
         ranked = sorted(choices, key=lambda choice: -choice.gain)
         tokens, depth, threshold, drafted, number = float(sessions), 0, math.inf, 0.0, 0
